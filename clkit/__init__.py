@@ -1,0 +1,41 @@
+"""clkit: continual learning with PyTorch Lightning.
+
+Public names are imported on first use, so that ``import clkit`` and ``clkit --help`` stay fast.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from clkit.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from clkit.checkpoint import StreamCheckpoint as StreamCheckpoint
+    from clkit.classifier import Classifier as Classifier
+    from clkit.datamodule import StreamDataModule as StreamDataModule
+    from clkit.datasets import InMemoryDataset as InMemoryDataset
+    from clkit.errors import ConfigurationError as ConfigurationError
+    from clkit.evaluation.stability_gap import StabilityGap as StabilityGap
+    from clkit.optimizer import ResetOptimizer as ResetOptimizer
+    from clkit.progress import StreamProgress as StreamProgress
+    from clkit.strategy import Strategy as Strategy
+    from clkit.stream import Experience as Experience
+    from clkit.stream import Stream as Stream
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Classifier": "clkit.classifier",
+    "ConfigurationError": "clkit.errors",
+    "Experience": "clkit.stream",
+    "InMemoryDataset": "clkit.datasets",
+    "ResetOptimizer": "clkit.optimizer",
+    "StabilityGap": "clkit.evaluation.stability_gap",
+    "Strategy": "clkit.strategy",
+    "Stream": "clkit.stream",
+    "StreamCheckpoint": "clkit.checkpoint",
+    "StreamDataModule": "clkit.datamodule",
+    "StreamProgress": "clkit.progress",
+}
+__all__ = sorted(_PUBLIC)
+__getattr__, __dir__ = lazy_exports(__name__, _PUBLIC)

@@ -1,0 +1,161 @@
+"""Checkpoints that survive a kill: written atomically, checked before they are trusted."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.plugins.io.wrapper import _WrappingCheckpointIO
+from pytorch_lightning.utilities import rank_zero_warn
+
+from clkit.driver import CHECKPOINT_KEY
+from clkit.errors import ConfigurationError
+from clkit.strategy import stream_data
+
+
+class StreamCheckpoint(Checkpoint):
+    """Saves at the end of every experience, and every so many steps or minutes between.
+
+    A file is written beside its final name, flushed to disk and then renamed, so a kill at any moment leaves the last
+    one intact. Files are called ``step=N.ckpt`` and loaded by ``trainer.fit(..., ckpt_path=..., weights_only=True)``.
+
+    Args:
+        dir: Folder for the files; ``checkpoints`` below the trainer's root or log folder when ``None``.
+        every_n_steps: Optimizer steps between two files inside an experience; none when ``None``.
+        every_n_minutes: Minutes between two files inside an experience; none when ``None``.
+        keep: Number of newest files to keep, at least 1; one more than 1 guards against a damaged last file.
+
+    Raises:
+        ConfigurationError: If a number is out of range.
+    """
+
+    def __init__(
+        self,
+        dir: str | Path | None = None,
+        *,
+        every_n_steps: int | None = None,
+        every_n_minutes: float | None = None,
+        keep: int = 2,
+    ) -> None:
+        for name, value in (("every_n_steps", every_n_steps), ("every_n_minutes", every_n_minutes), ("keep", keep)):
+            if value is not None and value <= 0:
+                raise ConfigurationError(f"{name}={value} is not possible; use a number above 0, or null for never.")
+        self.dir = None if dir is None else Path(dir)
+        self.every_n_steps, self.every_n_minutes, self.keep = every_n_steps, every_n_minutes, keep
+        self._last_step = -1
+        self._last_time = time.monotonic()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        stream_data(trainer)
+        if self.dir is None:
+            self.dir = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last_step, self._last_time = trainer.global_step, time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # the last batch is saved by on_train_epoch_end: Lightning would skip that hook after a resume from here
+        if not trainer.is_last_batch and trainer.global_step != self._last_step and self._due(trainer):
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if stream_data(trainer).is_last_epoch or self._due(trainer):
+            self._save(trainer)
+
+    def _due(self, trainer: Trainer) -> bool:
+        if self.every_n_steps is not None and trainer.global_step // self.every_n_steps > max(
+            self._last_step // self.every_n_steps, 0
+        ):
+            return True
+        if self.every_n_minutes is None:
+            return False
+        due = time.monotonic() - self._last_time >= 60 * self.every_n_minutes
+        return bool(trainer.strategy.broadcast(due)) if trainer.world_size > 1 else due
+
+    def _save(self, trainer: Trainer) -> None:
+        assert self.dir is not None
+        path = self.dir / f"step={trainer.global_step:09d}.ckpt"
+        unfinished = path.with_suffix(".part")
+        trainer.save_checkpoint(unfinished, weights_only=False)
+        if trainer.is_global_zero:
+            _sync(unfinished)
+            os.replace(unfinished, path)
+            _sync(self.dir)
+            for old in checkpoints(self.dir)[self.keep :]:
+                old.unlink()
+        trainer.strategy.barrier()
+        self._last_step, self._last_time = trainer.global_step, time.monotonic()
+
+
+def checkpoints(dir: str | Path) -> list[Path]:
+    """Return the checkpoint files of a folder, newest (most steps) first."""
+    found = [path for path in Path(dir).glob("step=*.ckpt") if re.fullmatch(r"step=\d+\.ckpt", path.name)]
+    return sorted(found, reverse=True)
+
+
+def latest_checkpoint(dir: str | Path) -> Path | None:
+    """Return the newest checkpoint of a folder that is whole and clkit's own; ``None`` when there is none.
+
+    Damaged or foreign files are named in a warning and passed over.
+    """
+    for path in checkpoints(dir):
+        try:
+            verify_checkpoint(path)
+        except ConfigurationError as error:
+            rank_zero_warn(f"{error} The one before it is tried.")
+        else:
+            return path
+    return None
+
+
+def verify_checkpoint(path: str | Path) -> None:
+    """Read a checkpoint through and check that a clkit run wrote it.
+
+    Raises:
+        ConfigurationError: If it is missing, damaged, holds objects that ``weights_only=True`` forbids, or comes from a
+            run without a stream.
+    """
+    if not Path(path).is_file():
+        raise ConfigurationError(f"There is no checkpoint at {path}; check the path or start without one.")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"bad checksum of {damaged}")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigurationError(
+            f"The checkpoint {path} cannot be read ({reason}): it is damaged or no clkit checkpoint; use another one."
+        ) from error
+    if not isinstance(content, dict) or CHECKPOINT_KEY not in content:
+        raise ConfigurationError(
+            f"The checkpoint {path} was not saved by a run on a clkit stream; use one that StreamCheckpoint or "
+            "Lightning saved during trainer.fit(module, datamodule=StreamDataModule(...))."
+        )
+
+
+class VerifiedCheckpointIO(_WrappingCheckpointIO):
+    """Checks a local file with :func:`verify_checkpoint` before Lightning loads it."""
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if "://" not in str(path):
+            verify_checkpoint(path)
+        return super().load_checkpoint(path, *args, **kwargs)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

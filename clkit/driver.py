@@ -1,0 +1,144 @@
+"""The link between Lightning's loop and clkit's hooks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lightning_fabric.utilities.seed import _collect_rng_states, _set_rng_states
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.utilities import rank_zero_warn
+
+from clkit.forward import forget_forward, record_forward
+from clkit.strategy import Strategy
+
+if TYPE_CHECKING:
+    from clkit.datamodule import StreamDataModule
+
+CHECKPOINT_KEY = "clkit"
+
+
+class StreamDriver(Callback):
+    """Runs the four strategy hooks and keeps the random state for resuming; :class:`StreamDataModule` installs it.
+
+    It is the trainer's first callback while a fit lasts. Experience hooks run for every callback that has them,
+    strategies first, each group in the order of the trainer's callbacks.
+    """
+
+    def __init__(self, data: StreamDataModule) -> None:
+        self.data = data
+        self.started = -1
+        self.ended = -1
+        self._random_state: dict[str, Any] | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        strategies = [callback for callback in _callbacks(trainer) if isinstance(callback, Strategy)]
+        transforms = [s.transform_batch for s in strategies if _overrides(s, "transform_batch")]
+        terms = [s.loss_term for s in strategies if _overrides(s, "loss_term")]
+        if not transforms and not terms:
+            return
+        own_step = pl_module.training_step
+
+        @functools.wraps(own_step)
+        def training_step(batch: Any, *args: Any) -> Any:
+            for transform in transforms:
+                batch = transform(trainer, pl_module, batch)
+            with record_forward(pl_module):
+                output = own_step(batch, *args)
+            loss = output["loss"] if isinstance(output, Mapping) else output
+            if loss is None:
+                return output
+            added = [term(trainer, pl_module, batch, loss) for term in terms]
+            forget_forward(pl_module)
+            total = sum((term for term in added if term is not None), loss)
+            return {**output, "loss": total} if isinstance(output, Mapping) else total
+
+        pl_module.training_step = training_step  # type: ignore[method-assign]
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._catch_up(trainer, pl_module, len(self.data.stream) if self._stream_is_over(trainer) else 0)
+        self._restore_step(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._restore_step(pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restore_random_state()
+        current = self.data.experience
+        self._catch_up(trainer, pl_module, current.index)
+        if current.index > self.started:
+            self.started = current.index
+            self._run("on_experience_start", trainer, pl_module, current.index)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._restore_random_state()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restore_random_state()
+        if self.data.is_last_epoch:
+            self._catch_up(trainer, pl_module, self.data.experience.index + 1)
+
+    def _catch_up(self, trainer: Trainer, module: LightningModule, before: int) -> None:
+        # Lightning skips on_train_epoch_end after resuming from a checkpoint that was saved on an epoch's last batch
+        if self.ended < self.started < before:
+            self.ended = self.started
+            self._run("on_experience_end", trainer, module, self.started)
+
+    def _stream_is_over(self, trainer: Trainer) -> bool:
+        return trainer.current_epoch >= self.data.total_epochs
+
+    def _run(self, hook: str, trainer: Trainer, module: LightningModule, index: int) -> None:
+        callbacks = sorted(_callbacks(trainer), key=lambda callback: not isinstance(callback, Strategy))
+        for callback in callbacks:
+            if hasattr(callback, hook):
+                getattr(callback, hook)(trainer, module, self.data.stream[index])
+
+    def _restore_step(self, module: LightningModule) -> None:
+        own_step = getattr(module.__dict__.get("training_step"), "__wrapped__", None)
+        if own_step is not None:
+            del module.__dict__["training_step"]
+            if own_step != module.training_step:
+                module.training_step = own_step  # type: ignore[method-assign]
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        states: list[Any] = [_random_state()]
+        if trainer.world_size > 1:
+            states = states * trainer.world_size
+            torch.distributed.all_gather_object(states, _random_state())
+        checkpoint[CHECKPOINT_KEY] = {"started": self.started, "ended": self.ended, "random_states": states}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint[CHECKPOINT_KEY]
+        self.started, self.ended = state["started"], state["ended"]
+        states = state["random_states"]
+        if len(states) != trainer.world_size:
+            rank_zero_warn(
+                f"The checkpoint was saved by {len(states)} process(es) and {trainer.world_size} resume it: training "
+                "goes on, but not in the very same bits."
+            )
+        self._random_state = states[trainer.global_rank % len(states)]
+
+    def _restore_random_state(self) -> None:
+        if self._random_state is not None:
+            state, self._random_state = self._random_state, None
+            numpy_state = state["numpy"]
+            keys = numpy_state[1].numpy().astype(np.uint32)
+            _set_rng_states({**state, "numpy": (numpy_state[0], keys, *numpy_state[2:])})
+
+
+def _random_state() -> dict[str, Any]:
+    states = _collect_rng_states()
+    name, keys, *rest = states["numpy"]
+    return {**states, "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest)}
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
+
+
+def _overrides(strategy: Strategy, hook: str) -> bool:
+    return getattr(type(strategy), hook) is not getattr(Strategy, hook)

@@ -1,0 +1,22 @@
+"""What happens to the optimizer at an experience boundary."""
+
+from __future__ import annotations
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+from clkit.strategy import stream_data
+from clkit.stream import Experience
+
+
+class ResetOptimizer(Callback):
+    """Starts every experience with a fresh optimizer and learning-rate schedule from ``configure_optimizers``.
+
+    Without it they carry over: momentum and adaptive statistics of the last experience act on the next.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        stream_data(trainer)
+
+    def on_experience_start(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
+        if experience.index > 0:
+            trainer.strategy.setup_optimizers(trainer)

@@ -1,0 +1,229 @@
+"""Runs on disk: finding them, reading them, and grouping those that differ in their seed alone."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml  # type: ignore[import-untyped]
+
+from clkit.errors import ConfigurationError
+from clkit.evaluation.history import History
+from clkit.evaluation.summary import summary
+from clkit.report.estimate import Estimate
+
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_NOT_IN_RESULT = {"seed", "resume", "data_root", "folder"}
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One run folder.
+
+    Args:
+        directory: The folder.
+        history: Its evaluations.
+        summary: Its ``metrics.json``, or the same computed from the history if there is none.
+        config: Its ``.hydra/config.yaml``, unresolved; empty without one.
+        overrides: Its ``.hydra/overrides.yaml``, name to value; empty without one.
+        scenario: Name of its scenario's config; empty if unknown.
+        notes: What is missing.
+    """
+
+    directory: Path
+    history: History
+    summary: Mapping[str, Any]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    scenario: str = ""
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, directory: Path) -> Run:
+        """Read one run folder.
+
+        Raises:
+            ConfigurationError: If its ``history.csv`` or its configuration cannot be read.
+        """
+        history = History.read(directory / "history.csv")
+        config = _yaml(directory / ".hydra" / "config.yaml", {})
+        overrides = dict(_split(item) for item in _yaml(directory / ".hydra" / "overrides.yaml", []))
+        runtime = _yaml(directory / ".hydra" / "hydra.yaml", {}).get("hydra", {}).get("runtime", {})
+        scenario = overrides.get("scenario") or runtime.get("choices", {}).get("scenario") or _scenario(config)
+        metrics = _metrics(directory / "metrics.json")
+        notes: tuple[str, ...] = () if metrics and metrics["complete"] else ("unfinished",)
+        if metrics is None:
+            metrics = summary(
+                history,
+                stream={
+                    "name": scenario,
+                    "kind": "unknown",
+                    "experiences": [f"E{k}" for k in range(history.n_experiences)],
+                },
+                complete=False,
+                every=_period(history),
+                subset=None,
+            )
+            notes = ("unfinished: no metrics.json of format 1, numbers computed from history.csv",)
+        if not len(history):
+            notes += ("no evaluation yet",)
+        return cls(directory, history, metrics, config, overrides, scenario, notes)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run reached the end of its stream."""
+        return bool(self.summary["complete"])
+
+    @property
+    def experiences(self) -> list[str]:
+        """Names of the K experiences."""
+        return list(self.summary["stream"]["experiences"])
+
+    @property
+    def seed(self) -> str:
+        """The seed, ``–`` if unknown."""
+        return str(self.config.get("seed", self.overrides.get("seed", "–")))
+
+    @property
+    def label(self) -> str:
+        """Strategies and scenario, or the folder's name without a configuration."""
+        if not self.config:
+            return self.directory.resolve().name
+        strategies = " + ".join(self.config.get("strategy") or ["no strategy"])
+        return f"{strategies} · {self.scenario}" if self.scenario else strategies
+
+    def metric(self, name: str) -> float:
+        """A metric by name; NaN if undefined."""
+        value = self.summary["metrics"].get(name)
+        return np.nan if value is None else float(value)
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Runs that differ in their seed alone.
+
+    Args:
+        label: What sets the group apart.
+        runs: The runs, in the order of their seeds.
+    """
+
+    label: str
+    runs: tuple[Run, ...]
+
+    @cached_property
+    def counted(self) -> tuple[Run, ...]:
+        """The runs that means are taken over: the complete ones, or all if none is."""
+        return tuple(run for run in self.runs if run.complete) or self.runs
+
+    def estimate(self, name: str) -> Estimate:
+        """Mean and interval of a metric."""
+        return Estimate.of(run.metric(name) for run in self.counted)
+
+
+def find_runs(directories: Iterable[Path]) -> tuple[list[Run], list[str]]:
+    """Read every run at or below the directories; return them and notes on what is missing or unreadable.
+
+    Raises:
+        ConfigurationError: If there is no readable run.
+    """
+    directories = [Path(directory) for directory in directories]
+    runs, notes = [], []
+    for directory in dict.fromkeys(folder for root in directories for folder in _run_folders(root)):
+        try:
+            runs.append(Run.read(directory))
+            notes += [f"{directory}: {note}" for note in runs[-1].notes]
+        except ConfigurationError as error:
+            notes.append(str(error))
+    if not runs:
+        raise ConfigurationError(
+            f"No run found in {', '.join(map(str, directories)) or 'no directory'}: a run folder holds a history.csv. "
+            + " ".join(notes)
+        )
+    return runs, notes
+
+
+def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
+    """Group runs whose overrides are equal except for the seed; return the groups and notes on doubtful ones."""
+    members: dict[tuple[object, ...], list[Run]] = {}
+    for run in runs:
+        apart = frozenset(item for item in run.overrides.items() if item[0] not in _NOT_IN_RESULT)
+        members.setdefault((run.label, run.history.n_experiences, apart), []).append(run)
+    shared = set.intersection(*(set(run.overrides.items()) for run in runs))
+    unsaid = _NOT_IN_RESULT | {"strategy", "scenario"}
+    groups, notes = [], []
+    for same in members.values():
+        same.sort(key=lambda run: (len(run.seed), run.seed))
+        extra = [f"{k}={v}" for k, v in same[0].overrides.items() if k not in unsaid and (k, v) not in shared]
+        group = Group(" · ".join([same[0].label, *extra]), tuple(same))
+        groups.append(group)
+        repeated = [seed for seed, count in Counter(run.seed for run in same).items() if count > 1]
+        if repeated:
+            notes.append(
+                f"{group.label}: several runs with seed {', '.join(repeated)}; the interval takes them as independent"
+            )
+        if len(group.counted) < len(same):
+            notes.append(
+                f"{group.label}: {len(same) - len(group.counted)} of {len(same)} runs unfinished, not in the means"
+            )
+    return sorted(groups, key=lambda group: group.label), notes
+
+
+def config_differences(groups: Sequence[Group]) -> dict[str, list[str]]:
+    """Map each dotted config key whose value differs between groups to its value in each of them (not the seed)."""
+    flat = [dict(_flatten(group.runs[0].config)) for group in groups]
+    keys = sorted({key for config in flat for key in config} - _NOT_IN_RESULT)
+    values = {key: [config.get(key, "–") for config in flat] for key in keys}
+    return {key: row for key, row in values.items() if len(set(row)) > 1}
+
+
+def _run_folders(root: Path) -> Iterator[Path]:
+    if not root.is_dir():
+        raise ConfigurationError(f"{root} is no directory; give a run folder or a folder that holds runs.")
+    marks = [path.parent for path in root.rglob("history.csv")] + [path.parent for path in root.rglob(".hydra")]
+    yield from sorted(set(marks))
+
+
+def _metrics(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) and content.get("format") == 1 else None
+
+
+def _yaml(path: Path, default: Any) -> Any:
+    if not path.is_file():
+        return default
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _LOADER) or default
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigurationError(f"{path} cannot be read: {error}") from error
+
+
+def _scenario(config: Mapping[str, Any]) -> str:
+    node = config.get("scenario")
+    return str(node.get("_target_", "")).rpartition(".")[2] if isinstance(node, Mapping) else str(node or "")
+
+
+def _split(override: str) -> tuple[str, str]:
+    name, _, value = override.partition("=")
+    return name.lstrip("+~"), value
+
+
+def _period(history: History) -> int:
+    steps = history.select("step").steps
+    return int(np.diff(steps, prepend=0).max(initial=1))
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", str(value)

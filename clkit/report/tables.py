@@ -1,0 +1,184 @@
+"""The tables of a report: one neutral form, written as rich, Markdown, LaTeX and HTML."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from io import StringIO
+
+import rich.box
+import rich.table
+
+from clkit.report.definitions import define, title
+from clkit.report.estimate import Estimate
+from clkit.report.runs import Group, config_differences
+
+_HEADLINES = ("ACC", "FORG", "min-ACC", "WC-ACC", "WF10", "AAA")
+_LATEX = {
+    **{char: f"\\{char}" for char in "%&#_${}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "−": "$-$",
+    "–": "--",
+    "·": r"$\cdot$",
+    "↑": r"$\uparrow$",
+    "↓": r"$\downarrow$",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells of text under a header; the first column labels the row.
+
+    Args:
+        caption: What the table shows, with the unit.
+        header: Column names.
+        rows: Cells, as many in each row as in the header.
+        numeric: Whether all columns but the first are numbers, aligned right.
+    """
+
+    caption: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    numeric: bool = True
+
+    def rich(self) -> rich.table.Table:
+        """Return the table for the terminal."""
+        table = rich.table.Table(title=self.caption, box=rich.box.SIMPLE_HEAD, title_justify="left")
+        for position, name in enumerate(self.header):
+            table.add_column(name, justify="right" if position and self.numeric else "left")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    def markdown(self) -> str:
+        """Return a pipe table under its caption."""
+        rule = ("---", *("---:" if self.numeric else "---" for _ in self.header[1:]))
+        cells = [self.header, rule, *([cell.replace("|", r"\|") for cell in row] for row in self.rows)]
+        return f"{self.caption}\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in cells)
+
+    def latex(self) -> str:
+        """Return a floating table that needs the package booktabs."""
+        header, *rows = (" & ".join(map(_latex, row)) + r" \\" for row in (self.header, *self.rows))
+        columns = "l" + ("r" if self.numeric else "l") * (len(self.header) - 1)
+        lines = [
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{_latex(self.caption)}}}",
+            rf"\begin{{tabular}}{{{columns}}}",
+            *(r"\toprule", header, r"\midrule", *rows, r"\bottomrule"),
+            r"\end{tabular}",
+            r"\end{table}",
+        ]
+        return "\n".join(lines) + "\n"
+
+    def html(self) -> str:
+        """Return a sortable table with its caption."""
+        header = "".join(f'<th tabindex="0"{_tooltip(name)}>{escape(name)}</th>' for name in self.header)
+        rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>\n" for row in self.rows)
+        kind = "numeric" if self.numeric else "text"
+        return (
+            f'<table class="{kind}"><caption>{escape(self.caption)}</caption>\n'
+            f"<thead><tr>{header}</tr></thead>\n<tbody>\n{rows}</tbody></table>\n"
+        )
+
+
+def metric_names(groups: Sequence[Group]) -> list[str]:
+    """Names of all metrics of the runs, in the order of their files; counts excluded."""
+    names = dict.fromkeys(name for group in groups for run in group.runs for name in run.summary["metrics"])
+    return [name for name in names if not name.startswith("n_")]
+
+
+def results_table(groups: Sequence[Group], metrics: Sequence[str] | None = None) -> Table:
+    """One row for each group: mean and 95% t-interval over its seeds, in percent; by default the main metrics."""
+    if metrics is None:
+        metrics = [m for m in metric_names(groups) if m in _HEADLINES]
+    rows = tuple(
+        (_mark(group), str(len(group.counted)), *(str(group.estimate(metric)) for metric in metrics))
+        for group in groups
+    )
+    over = "mean ± 95% t-interval over seeds" if any(len(group.counted) > 1 for group in groups) else "one seed"
+    return Table(f"Results in percent ({over})", ("run", "seeds", *map(title, metrics)), rows)
+
+
+def runs_table(groups: Sequence[Group]) -> Table:
+    """One row for each run, in percent."""
+    metrics = metric_names(groups)
+    rows = tuple(
+        (group.label, run.seed, "yes" if run.complete else "no", *(str(Estimate.of([run.metric(m)])) for m in metrics))
+        for group in groups
+        for run in group.runs
+    )
+    return Table("Each run in percent", ("run", "seed", "complete", *map(title, metrics)), rows)
+
+
+def experiences_table(group: Group) -> Table:
+    """One row for each experience of a group: final accuracy, forgetting and minimum in percent."""
+    names = ("final", "forgetting", "minimum")
+    columns = [zip(*(run.summary["per_experience"][name] for run in group.counted), strict=True) for name in names]
+    cells = ([str(Estimate.of(map(_defined, values))) for values in column] for column in columns)
+    rows = tuple(zip(group.counted[0].experiences, *cells, strict=True))
+    return Table(f"{group.label}: each experience in percent", ("experience", *names), rows)
+
+
+def differences_table(groups: Sequence[Group]) -> Table:
+    """Configuration keys whose values differ between the groups."""
+    rows = tuple((key, *values) for key, values in config_differences(groups).items())
+    return Table("Configuration keys that differ", ("key", *(group.label for group in groups)), rows, numeric=False)
+
+
+def definitions_table(groups: Sequence[Group]) -> Table:
+    """How each metric is defined."""
+    rows = tuple((title(name), define(name)) for name in metric_names(groups))
+    return Table("Metrics (De Lange et al., arXiv 2205.13452)", ("metric", "definition"), rows, numeric=False)
+
+
+def settings_table(groups: Sequence[Group]) -> Table:
+    """What the numbers depend on beside the configuration: evaluation settings and versions."""
+    columns = []
+    for group in groups:
+        content = group.counted[0].summary
+        settings = {key: str(content.get(key)) for key in ("score", "every", "subset", "mask")}
+        columns.append({"stream": content["stream"]["kind"], **settings, **content.get("versions", {})})
+    keys = dict.fromkeys(key for column in columns for key in column)
+    rows = tuple((key, *(column.get(key, "–") for column in columns)) for key in keys)
+    return Table("Evaluation settings and versions", ("", *(group.label for group in groups)), rows, numeric=False)
+
+
+def results_csv(groups: Sequence[Group]) -> str:
+    """All metrics of all groups as fractions: mean, unbiased standard deviation and 95% half width."""
+    metrics = metric_names(groups)
+    out = StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    columns = (f"{metric}{suffix}" for metric in metrics for suffix in ("", "_std", "_ci95"))
+    writer.writerow(["run", "seeds", "complete", *columns])
+    for group in groups:
+        estimates = [group.estimate(metric) for metric in metrics]
+        numbers = (value for e in estimates for value in (e.mean, e.std, e.half))
+        complete = all(run.complete for run in group.counted)
+        writer.writerow(
+            [group.label, len(group.counted), complete, *("" if value != value else repr(value) for value in numbers)]
+        )
+    return out.getvalue()
+
+
+def _mark(group: Group) -> str:
+    return group.label if group.counted[0].complete else f"{group.label} (unfinished)"
+
+
+def _defined(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def _latex(text: str) -> str:
+    return re.sub("|".join(map(re.escape, _LATEX)), lambda match: _LATEX[match[0]], text)
+
+
+def _tooltip(name: str) -> str:
+    definition = define(name.split(" ")[0])
+    return f' title="{escape(definition)}"' if definition else ""

@@ -1,0 +1,81 @@
+"""What a continual-learning method is: a Lightning callback with four more hooks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from clkit.errors import ConfigurationError
+from clkit.stream import Experience
+
+if TYPE_CHECKING:
+    from clkit.datamodule import StreamDataModule
+
+
+class Strategy(Callback):
+    """Base class of all strategies.
+
+    A strategy overrides the hooks it needs: the four below, and Lightning's own for the rest (gradients in
+    ``on_before_optimizer_step``, weights and buffers in ``on_train_batch_end``). Several strategies compose in the
+    order of the trainer's callbacks. The order within one step is: :meth:`transform_batch`, the module's own
+    ``training_step``, :meth:`loss_term`, backward, ``on_before_optimizer_step``, optimizer, ``on_train_batch_end``.
+
+    Whatever a strategy must remember goes into ``state_dict`` / ``load_state_dict`` as tensors, numbers and strings, so
+    that a checkpoint loads with ``weights_only=True``.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what the strategy cannot work with; overriding methods call ``super().setup(...)`` first.
+
+        Raises:
+            ConfigurationError: If the trainer's data is no :class:`~clkit.StreamDataModule`, or the module optimizes
+                manually and the strategy adds a loss term.
+        """
+        stream_data(trainer)
+        adds_loss = type(self).loss_term is not Strategy.loss_term
+        if adds_loss and not pl_module.automatic_optimization:
+            raise ConfigurationError(
+                f"{type(self).__name__} adds a term to the loss, but {type(pl_module).__name__} optimizes manually and "
+                "runs its own backward; set automatic_optimization = True or add the term in your training_step."
+            )
+
+    def on_experience_start(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
+        """Called before the first batch of an experience."""
+
+    def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
+        """Called after the last optimizer step of an experience, before the full evaluation."""
+
+    def transform_batch(self, trainer: Trainer, module: LightningModule, batch: Any) -> Any:
+        """Return the batch that the module's ``training_step`` shall see; ``on_train_batch_end`` still gets the old."""
+        return batch
+
+    def loss_term(self, trainer: Trainer, module: LightningModule, batch: Any, loss: Tensor) -> Tensor | None:
+        r"""Return a scalar to add to the loss, or ``None``.
+
+        Args:
+            trainer: The running trainer.
+            module: The module in training.
+            batch: The batch that ``training_step`` saw (after all :meth:`transform_batch`).
+            loss: The loss that ``training_step`` returned, a scalar with its graph. It makes weighted sums possible:
+                :math:`\\alpha L + (1-\\alpha) L_m` is the term :math:`(1-\\alpha)(L_m - L)`.
+        """
+        return None
+
+
+def stream_data(trainer: Trainer) -> StreamDataModule:
+    """Return the trainer's stream datamodule.
+
+    Raises:
+        ConfigurationError: If the trainer runs on other data.
+    """
+    from clkit.datamodule import StreamDataModule
+
+    data = getattr(trainer, "datamodule", None)
+    if not isinstance(data, StreamDataModule):
+        raise ConfigurationError(
+            f"clkit's callbacks need a stream, but the trainer got {type(data).__name__}; "
+            "call trainer.fit(module, datamodule=StreamDataModule(stream, ...))."
+        )
+    return data

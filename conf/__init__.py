@@ -1,0 +1,1 @@
+"""Hydra configs: one YAML a strategy, scenario, model, trainer and experiment."""

@@ -1,0 +1,24 @@
+"""Streams to learn on: standard image scenarios and Avalanche's benchmarks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from clkit.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from .avalanche import AvalancheStream as AvalancheStream
+    from .permuted import Permuted as Permuted
+    from .rotated import Rotated as Rotated
+    from .split import Split as Split
+    from .split import SplitDigits as SplitDigits
+
+_PUBLIC = {
+    "AvalancheStream": ".avalanche",
+    "Permuted": ".permuted",
+    "Rotated": ".rotated",
+    "Split": ".split",
+    "SplitDigits": ".split",
+}
+__all__ = sorted(_PUBLIC)
+__getattr__, __dir__ = lazy_exports(__name__, _PUBLIC)

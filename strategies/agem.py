@@ -1,0 +1,89 @@
+"""Averaged gradient episodic memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from clkit.buffer import ReservoirBuffer
+from clkit.distributed import local_share, sum_over_processes
+from clkit.errors import ConfigurationError
+from clkit.forward import task_loss
+from clkit.loader import read_samples
+from clkit.rng import private_rng
+from clkit.strategy import Strategy, stream_data
+from clkit.stream import Experience
+
+
+class AGEM(Strategy):
+    r"""Remove from the gradient what would raise the loss on a batch of memory.
+
+    .. math:: \tilde g = g - \frac{g^\top g_r}{g_r^\top g_r}\, g_r \quad\text{if } g^\top g_r < 0
+
+    :math:`g` is the gradient that the optimizer is about to use (whatever other terms it has), :math:`g_r` that of the
+    module's own loss on a batch of memory. The memory gets random samples of each experience at its end.
+
+    Args:
+        samples_per_experience: Samples remembered of each experience, at least 1.
+        batch_size: Memory samples in the reference gradient, at least 1.
+        seed: Seed of the memory's own random numbers.
+
+    Raises:
+        ConfigurationError: If a number is out of range.
+
+    Reference: Chaudhry et al., *Efficient Lifelong Learning with A-GEM*, arXiv 1812.00420, equation 11.
+    """
+
+    def __init__(self, samples_per_experience: int = 200, *, batch_size: int = 256, seed: int = 0) -> None:
+        for name, value in (("samples_per_experience", samples_per_experience), ("batch_size", batch_size)):
+            if value < 1:
+                raise ConfigurationError(f"{name}={value} is not possible; use at least 1.")
+        self.samples_per_experience, self.batch_size, self.seed = samples_per_experience, batch_size, seed
+        self.memory: ReservoirBuffer | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if self.memory is None:
+            capacity = self.samples_per_experience * len(stream_data(trainer).stream)
+            self.memory = ReservoirBuffer(capacity, seed=self.seed)
+
+    def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
+        assert self.memory is not None
+        data = stream_data(trainer)
+        n = len(experience.train)  # type: ignore[arg-type]
+        rng = private_rng(self.seed, 3, experience.index)
+        chosen = rng.choice(n, min(n, self.samples_per_experience), replace=False)
+        batch = read_samples(experience.train, torch.from_numpy(chosen), collate_fn=data.collate_fn)
+        self.memory.insert(trainer.strategy.batch_to_device(batch))
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        assert self.memory is not None
+        batch = self.memory.sample(self.batch_size)
+        if batch is None:
+            return
+        batch = trainer.strategy.batch_to_device(local_share(trainer, batch))
+        params = [p for p in pl_module.parameters() if p.grad is not None]
+        with torch.enable_grad():
+            grads = torch.autograd.grad(task_loss(pl_module, batch), params, materialize_grads=True)
+        reference = sum_over_processes(trainer, _flat(list(grads))) / trainer.world_size
+        gradient = _flat([p.grad for p in params if p.grad is not None])
+        product, norm = gradient @ reference, reference @ reference
+        scale = torch.where((product < 0) & (norm > 0), product / norm, 0.0)
+        corrections = torch.split(scale * reference, [p.numel() for p in params])
+        for param, correction in zip(params, corrections, strict=True):
+            param.grad.sub_(correction.view_as(param))  # type: ignore[union-attr]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.memory is None else self.memory.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        assert self.memory is not None
+        self.memory.load_state_dict(state_dict)
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])

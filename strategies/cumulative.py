@@ -1,0 +1,21 @@
+"""Training on everything seen so far."""
+
+from __future__ import annotations
+
+from pytorch_lightning import LightningModule, Trainer
+from torch.utils.data import ConcatDataset
+
+from clkit.strategy import Strategy, stream_data
+
+
+class Cumulative(Strategy):
+    r"""Joint-incremental training: experience :math:`k` learns on :math:`D_1 \cup .. \cup D_k`, weights carry over.
+
+    Needs all data to stay available; the cost of an epoch grows with :math:`k`. With ``steps`` instead of ``epochs``
+    in the datamodule every experience costs the same.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        data = stream_data(trainer)
+        data.train_sets = [ConcatDataset(data.train_sets[: k + 1]) for k in range(len(data.train_sets))]

@@ -1,0 +1,93 @@
+"""Experience replay."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from clkit.buffer import ClassBalancedBuffer, ReservoirBuffer, concatenate
+from clkit.distributed import gather_batch, local_share
+from clkit.errors import ConfigurationError
+from clkit.forward import task_loss
+from clkit.strategy import Strategy
+
+BUFFERS = {"reservoir": ReservoirBuffer, "class_balanced": ClassBalancedBuffer}
+
+
+class ExperienceReplay(Strategy):
+    r"""Replay samples from a small memory beside each new batch.
+
+    .. math:: \mathcal L = \alpha \, \mathcal L(B) + (1 - \alpha) \, \mathcal L(B_{\mathcal M})
+
+    With ``alpha=None`` the replayed samples are simply appended to the batch: one forward, one mean over both, so the
+    weights follow the sizes. The memory learns every batch after its step, so it also holds some data of the current
+    experience. With several processes every one keeps the same memory, filled from the global batch.
+
+    Args:
+        capacity: Samples in memory, at least 0 (0 is plain finetuning).
+        batch_size: Samples replayed in a step and process; as many as the new batch has when ``None``.
+        buffer: ``"reservoir"`` (uniform over everything seen) or ``"class_balanced"``.
+        alpha: Weight of the new batch in (0, 1], a second forward for the replayed one; ``None`` to append.
+        scale_first_task: Multiply the loss by ``alpha`` also while nothing is replayed, as the published code does:
+            the effective learning rate of the first steps is then ``alpha`` times the set one.
+        seed: Seed of the memory's own random numbers.
+        device: Where the memory is kept; beside the batches when ``None``.
+
+    Raises:
+        ConfigurationError: If a value is out of range.
+
+    Reference: Chaudhry et al., *On Tiny Episodic Memories in Continual Learning*, arXiv 1902.10486.
+    """
+
+    def __init__(
+        self,
+        capacity: int = 200,
+        *,
+        batch_size: int | None = None,
+        buffer: Literal["reservoir", "class_balanced"] = "reservoir",
+        alpha: float | None = None,
+        scale_first_task: bool = True,
+        seed: int = 0,
+        device: str | None = None,
+    ) -> None:
+        if buffer not in BUFFERS:
+            raise ConfigurationError(f"buffer={buffer!r} is unknown; use one of {', '.join(BUFFERS)}.")
+        if batch_size is not None and batch_size < 1:
+            raise ConfigurationError(f"batch_size={batch_size} is not possible; use at least 1, or null.")
+        if alpha is not None and not 0 < alpha <= 1:
+            raise ConfigurationError(f"alpha={alpha} is not possible; use a weight above 0 and at most 1, or null.")
+        self.buffer = BUFFERS[buffer](capacity, seed=seed, device=device)
+        self.batch_size, self.alpha, self.scale_first_task = batch_size, alpha, scale_first_task
+        self._replayed: Any = None
+
+    def transform_batch(self, trainer: Trainer, module: LightningModule, batch: Any) -> Any:
+        size = self.batch_size or len(tree_leaves(batch)[0])
+        drawn = self.buffer.sample(size * trainer.world_size)
+        self._replayed = None if drawn is None else local_share(trainer, drawn)
+        if self._replayed is None or self.alpha is not None:
+            return batch
+        return concatenate(batch, self._replayed)
+
+    def loss_term(self, trainer: Trainer, module: LightningModule, batch: Any, loss: Tensor) -> Tensor | None:
+        if self.alpha is None:
+            return None
+        if self._replayed is None:
+            return (self.alpha - 1) * loss if self.scale_first_task else None
+        replayed = trainer.strategy.batch_to_device(self._replayed)
+        return (1 - self.alpha) * (task_loss(module, replayed) - loss)
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.buffer.insert(gather_batch(trainer, batch))
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.buffer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.buffer.load_state_dict(state_dict)

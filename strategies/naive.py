@@ -1,0 +1,9 @@
+"""Plain finetuning."""
+
+from __future__ import annotations
+
+from clkit.strategy import Strategy
+
+
+class Naive(Strategy):
+    """Train on the current experience only: the lower bound that every method is compared with."""

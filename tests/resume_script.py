@@ -1,0 +1,117 @@
+"""Train in forked children, some of which kill themselves with SIGKILL; print what differs from an unkilled run.
+
+Usage: resume_script.py FOLDER KILL_STEP... STRATEGY...
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from plain import QUIET, UserModule, make_stream, weights
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from clkit import StabilityGap, StreamCheckpoint, StreamDataModule, strategies
+from clkit.checkpoint import checkpoints, latest_checkpoint
+
+
+class NoisyModule(UserModule):
+    """Draws global random numbers and keeps BatchNorm statistics, so that both must be restored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Flatten(), nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Dropout(0.3), nn.ReLU(), nn.Linear(16, 6)
+        )
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.Adam(self.parameters(), lr=0.01)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=7, gamma=0.9)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class KillAt(pl.Callback):
+    def __init__(self, step: int | None) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def build_strategies(name: str) -> list:
+    return {
+        "naive": lambda: [strategies.Naive()],
+        "cumulative": lambda: [strategies.Cumulative()],
+        "er": lambda: [strategies.ExperienceReplay(16)],
+        "er_balanced": lambda: [strategies.ExperienceReplay(16, buffer="class_balanced", alpha=0.5)],
+        "agem": lambda: [strategies.AGEM(8, batch_size=8)],
+        "ewc": lambda: [strategies.EWC(10.0)],
+        "ewc_online": lambda: [strategies.EWC(10.0, mode="online", decay=0.9, fisher="batch")],
+        "lwf": lambda: [strategies.LwF()],
+        "er+ewc": lambda: [strategies.ExperienceReplay(16), strategies.EWC(10.0)],
+    }[name]()
+
+
+def train(folder: Path, name: str, kill_at: int | None) -> None:
+    torch.set_num_threads(1)
+    pl.seed_everything(0)
+    data = StreamDataModule(make_stream(), batch_size=8, epochs=2, num_workers=0)
+    chosen = build_strategies(name)
+    gap = StabilityGap(every=2, subset=30, dir=folder, plot=False)
+    checkpoint = StreamCheckpoint(folder / "checkpoints", every_n_steps=3)
+    module = NoisyModule()
+    settings = {**QUIET, "enable_checkpointing": True}
+    trainer = pl.Trainer(
+        max_epochs=data.total_epochs, callbacks=[KillAt(kill_at), *chosen, gap, checkpoint], **settings
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=latest_checkpoint(folder / "checkpoints"), weights_only=True)
+    state = {"module": module.state_dict(), "strategies": [s.state_dict() for s in chosen], "weights": weights(module)}
+    torch.save(state, folder / "final.pt")
+
+
+def in_child(folder: Path, name: str, kill_at: int | None) -> int:
+    folder.mkdir(parents=True, exist_ok=True)
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            train(folder, name, kill_at)
+            code = 0
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def differences(whole: Path, killed: Path) -> list[str]:
+    found = [
+        name for name in ("history.csv", "metrics.json") if (whole / name).read_bytes() != (killed / name).read_bytes()
+    ]
+    left, right = (torch.load(folder / "final.pt", weights_only=True) for folder in (whole, killed))
+    pairs = zip(tree_leaves(left), tree_leaves(right), strict=True)
+    if not all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs):
+        found.append("weights or state")
+    return found
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    root, *arguments = sys.argv[1:]
+    steps = [int(argument) for argument in arguments if argument.isdigit()]
+    for name in arguments[len(steps) :]:
+        whole = Path(root) / name / "whole"
+        assert in_child(whole, name, None) == 0
+        for step in steps:
+            killed = Path(root) / name / f"killed_{step}"
+            assert in_child(killed, name, step) == -signal.SIGKILL
+            found = checkpoints(killed / "checkpoints")
+            start = int(found[0].stem.removeprefix("step=")) if found else 0
+            assert in_child(killed, name, None) == 0
+            print(f"RESULT {name} {step} {start} {differences(whole, killed)}", flush=True)

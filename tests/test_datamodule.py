@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from plain import QUIET, UserModule, make_module, make_stream, weights
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
+
+from clkit import ConfigurationError, InMemoryDataset, ResetOptimizer, Stream, StreamDataModule
+from clkit.datasets import can_slice, read_batch, targets_of
+from clkit.loader import StreamLoader, read_samples
+
+
+class Recorder(UserModule):
+    """Remembers which samples every step saw, by the experience and the first input."""
+
+    def __init__(self):
+        super().__init__()
+        self.batches = []
+
+    def training_step(self, batch, batch_idx):
+        self.batches.append((self.trainer.datamodule.experience.index, batch[0].clone()))
+        return super().training_step(batch, batch_idx)
+
+
+def fit(data, module=None, max_epochs=None, **settings):
+    module = Recorder() if module is None else module
+    trainer = pl.Trainer(max_epochs=max_epochs or data.total_epochs, **{**QUIET, **settings})
+    trainer.fit(module, datamodule=data)
+    return module
+
+
+def rows_of(dataset, batches):
+    """Indices in the dataset of every sample of the batches."""
+    x = dataset.x[dataset.indices]
+    return [int((x == row).all(dim=1).nonzero()) for batch in batches for row in batch]
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_each_epoch_shows_every_sample_once_and_the_last_batch_as_asked(drop_last):
+    stream = make_stream(per_class=9)
+    module = fit(StreamDataModule(stream, batch_size=4, epochs=[1, 3, 2], drop_last=drop_last))
+    for k, epochs in enumerate([1, 3, 2]):
+        batches = [x for index, x in module.batches if index == k]
+        per_epoch = len(batches) // epochs
+        assert per_epoch == (4 if drop_last else 5)
+        orders = []
+        for e in range(epochs):
+            epoch = batches[e * per_epoch : (e + 1) * per_epoch]
+            assert [len(x) for x in epoch] == [4, 4, 4, 4] + ([] if drop_last else [2])
+            orders.append(rows_of(stream[k].train, epoch))
+            assert len(set(orders[-1])) == len(orders[-1])
+        assert len({tuple(order) for order in orders}) == epochs
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_steps_count_optimizer_steps_of_full_batches(accumulate):
+    stream = make_stream(per_class=9)
+    data = StreamDataModule(stream, batch_size=4, steps=[7, 2, 11])
+    module = fit(data, accumulate_grad_batches=accumulate)
+    for k, steps in enumerate([7, 2, 11]):
+        batches = [x for index, x in module.batches if index == k]
+        assert [len(x) for x in batches] == [4] * steps * accumulate
+        rows = rows_of(stream[k].train, batches)
+        for start in range(0, len(rows) - 17, 18):
+            assert sorted(rows[start : start + 18]) == list(range(18))
+    assert data.trainer.global_step == 20
+
+
+def test_the_order_depends_on_the_seed_alone():
+    def batches(seed, noise):
+        torch.manual_seed(noise)
+        np.random.seed(noise)
+        random.seed(noise)
+        return torch.cat([x for _, x in fit(StreamDataModule(make_stream(), batch_size=8, seed=seed)).batches])
+
+    assert torch.equal(batches(0, 1), batches(0, 2))
+    assert not torch.equal(batches(0, 1), batches(1, 1))
+
+
+class Augmented(Dataset):
+    """Not held as tensors, with a random transform that draws from every global generator."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, i):
+        x, y = self.dataset[i]
+        return x + torch.rand(6) + np.random.rand() + random.random(), y
+
+
+def test_samples_and_their_augmentation_do_not_depend_on_the_number_of_workers():
+    plain = make_stream(2)
+    stream = Stream.from_datasets([Augmented(e.train) for e in plain], [e.test for e in plain])
+    seen = {n: fit(StreamDataModule(stream, batch_size=8, num_workers=n)).batches for n in (0, 1, 2)}
+    for n in (1, 2):
+        assert all(torch.equal(a[1], b[1]) for a, b in zip(seen[0], seen[n], strict=True))
+    repeated = torch.cat([x for _, x in seen[0]])
+    assert len(repeated.unique(dim=0)) == len(repeated)
+
+
+def test_reading_augmented_samples_leaves_the_global_random_state_alone():
+    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    read_samples(Augmented(make_stream()[0].train), torch.arange(4))
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert (np.random.get_state()[1] == numpy_state).all()
+    assert random.getstate() == python_state
+
+
+@given(st.integers(1, 40), st.integers(1, 7), st.integers(1, 4), st.booleans())
+def test_processes_share_the_global_batches_of_one_process(n, batch_size, world_size, drop_last):
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(n))
+    dataset = TensorDataset(torch.arange(n))
+    shards = [
+        list(StreamLoader(dataset, order, batch_size, drop_last=drop_last, rank=r, world_size=world_size))
+        for r in range(world_size)
+    ]
+    assert len({len(shard) for shard in shards}) == 1
+    together = [torch.cat([x for (x,) in batch]).tolist() for batch in zip(*shards, strict=True)]
+    seen = [index for batch in together for index in batch]
+    if not drop_last:
+        assert seen[:n] == order.tolist()
+        assert len(seen) - n < world_size
+    assert seen == [*order.tolist(), *order.tolist()][: len(seen)]
+    assert all(len(batch) == batch_size * world_size for batch in together[:-1])
+    assert all(len({len(x) for (x,) in batch}) == 1 for batch in zip(*shards, strict=True))
+
+
+@given(st.integers(0, 9))
+def test_a_loader_continues_at_the_next_batch(k):
+    def loader():
+        return StreamLoader(TensorDataset(torch.arange(20)), torch.arange(20), 2)
+
+    first = loader()
+    iterator = iter(first)
+    head = [next(iterator)[0] for _ in range(k)]
+    second = loader()
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(torch.cat([*head, *(x for (x,) in second)]), torch.arange(20))
+    assert len(second) == 10
+    assert [x.tolist() for (x,) in second] == [x.tolist() for (x,) in loader()]
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(0, 99))
+def test_reading_a_batch_equals_reading_sample_by_sample(sizes, seed):
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    for position, size in enumerate(sizes):
+        x, y = torch.randn(size + 3, 2, generator=generator), torch.randint(5, (size + 3,), generator=generator)
+        indices = torch.randperm(size + 3, generator=generator)[:size]
+        parts.append(
+            InMemoryDataset(x, y, indices=indices, transform=lambda batch: 2 * batch)
+            if position % 2
+            else Subset(TensorDataset(x, y), indices.tolist())
+        )
+    dataset = ConcatDataset(parts)
+    assert can_slice(dataset)
+    wanted = torch.randint(len(dataset), (7,), generator=generator)
+    x, y = read_batch(dataset, wanted)
+    for row, i in enumerate(wanted.tolist()):
+        assert torch.equal(x[row], dataset[i][0])
+        assert torch.equal(y[row], dataset[i][1])
+    assert targets_of(dataset).tolist() == [int(dataset[i][1]) for i in range(len(dataset))]
+
+
+def test_validation_runs_on_the_current_experience():
+    plain = make_stream(2)
+    from dataclasses import replace
+
+    stream = Stream([replace(e, val=e.test) for e in plain], name="val", kind="class-incremental", n_classes=4)
+
+    class Validated(UserModule):
+        seen = []
+
+        def validation_step(self, batch, batch_idx):
+            self.seen.append((self.trainer.datamodule.experience.index, batch[1].unique().tolist()))
+
+    module = fit(StreamDataModule(stream, batch_size=64), Validated(), num_sanity_val_steps=0)
+    assert module.seen == [(0, [0, 1]), (1, [2, 3])]
+
+
+def test_a_module_with_validation_step_but_a_stream_without_val_data_just_trains():
+    class Validated(UserModule):
+        def validation_step(self, batch, batch_idx):
+            raise AssertionError
+
+    fit(StreamDataModule(make_stream(2), batch_size=64), Validated())
+
+
+def test_testing_covers_all_experiences():
+    class Tested(UserModule):
+        labels = []
+
+        def test_step(self, batch, batch_idx):
+            self.labels.append(batch[1])
+
+    module = Tested()
+    pl.Trainer(**QUIET).test(module, datamodule=StreamDataModule(make_stream(), batch_size=7), verbose=False)
+    assert torch.cat(module.labels).bincount().tolist() == [20] * 6
+
+
+def test_resetting_the_optimizer_forgets_momentum_and_keeping_it_does_not():
+    momenta = {}
+
+    class Probe(pl.Callback):
+        def __init__(self, name):
+            self.name = name
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 5:
+                momenta[self.name] = len(trainer.optimizers[0].state)
+
+    stream = make_stream(2)
+    kept = fit(StreamDataModule(stream, batch_size=8), make_module(), callbacks=[Probe("kept")])
+    reset = fit(StreamDataModule(stream, batch_size=8), make_module(), callbacks=[ResetOptimizer(), Probe("reset")])
+    assert momenta == {"kept": 4, "reset": 0}
+    assert not torch.equal(weights(kept), weights(reset))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"epochs": 0}, "epochs=0"),
+        ({"epochs": [1, 2]}, "2 entries for 3 experiences"),
+        ({"steps": [1, 2, 0]}, "steps=0"),
+    ],
+)
+def test_a_bad_value_is_refused(settings, message):
+    with pytest.raises(ConfigurationError, match=message):
+        StreamDataModule(make_stream(), **settings)
+
+
+def test_a_trainer_that_would_run_past_the_stream_is_refused():
+    with pytest.raises(ConfigurationError, match="use Trainer\\(max_epochs=data.total_epochs\\)"):
+        fit(StreamDataModule(make_stream(), epochs=2), max_epochs=7)
+
+
+def test_a_batch_size_that_leaves_no_batch_is_refused():
+    with pytest.raises(ConfigurationError, match="use a smaller batch_size"):
+        fit(StreamDataModule(make_stream(), batch_size=64, drop_last=True))
+
+
+def test_a_stream_is_a_sequence():
+    stream = make_stream(3)
+    assert [e.index for e in stream] == [0, 1, 2]
+    assert len(stream[:2]) == 2
+    assert stream[:2].kind == stream.kind
+    assert stream[-1].classes == (4, 5)
+    assert stream.classes_seen(1) == (0, 1, 2, 3)
+    assert stream.input_shape == (6,)
+    with pytest.raises(ConfigurationError, match="starts at its first experience"):
+        stream[1:]
+    with pytest.raises(ConfigurationError, match="no experience"):
+        Stream([], name="empty", kind="class-incremental")
+    with pytest.raises(ConfigurationError, match="kind='other'"):
+        Stream(list(stream), name="s", kind="other")  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="one of each"):
+        Stream.from_datasets([stream[0].train], [])
+
+
+def test_the_clock_stands_at_the_first_experience_before_a_fit():
+    data = StreamDataModule(make_stream(), epochs=[2, 1, 1])
+    assert data.total_epochs == 4
+    assert data.experience.index == 0
+    data.trainer = SimpleNamespace(current_epoch=2)
+    assert (data.experience.index, data.epoch_in_experience, data.is_last_epoch) == (1, 0, True)
+
+
+def test_the_fingerprint_tells_streams_with_other_data_apart():
+    assert make_stream(seed=0).fingerprint() == make_stream(seed=0).fingerprint()
+    assert make_stream(seed=0).fingerprint() != make_stream(seed=1).fingerprint()

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from plain import QUIET, UserModule, make_stream
+
+from clkit import ConfigurationError, StreamDataModule
+from clkit.strategies import ExperienceReplay
+
+
+class Sizes(UserModule):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append((len(batch[0]), batch[1].max().item() >= 2 and batch[1].min().item() < 2))
+        return super().training_step(batch, batch_idx)
+
+
+def fit(strategy):
+    module = Sizes()
+    data = StreamDataModule(make_stream(2), batch_size=8)
+    pl.Trainer(max_epochs=2, callbacks=[strategy], **QUIET).fit(module, datamodule=data)
+    return module.seen
+
+
+def test_replay_starts_at_the_second_step_with_as_many_samples_as_the_batch():
+    seen = fit(ExperienceReplay(100))
+    assert [size for size, _ in seen] == [8] + [16] * 9
+    assert [mixed for _, mixed in seen][:5] == [False] * 5
+    assert all(mixed for _, mixed in seen[5:])
+
+
+def test_the_number_of_replayed_samples_can_be_set_and_is_bounded_by_the_memory():
+    assert [size for size, _ in fit(ExperienceReplay(100, batch_size=3))] == [8] + [11] * 9
+    assert [size for size, _ in fit(ExperienceReplay(5, batch_size=30))] == [8] + [13] * 9
+
+
+@pytest.mark.parametrize("scale", [True, False])
+def test_the_first_task_is_scaled_by_alpha_only_if_asked(scale):
+    losses = []
+
+    class Probe(pl.Callback):
+        def on_before_backward(self, trainer, pl_module, loss):
+            losses.append((loss.item(), trainer.callback_metrics["train_loss"].item()))
+
+    torch.manual_seed(0)
+    data = StreamDataModule(make_stream(2), batch_size=8)
+    strategy = ExperienceReplay(10, alpha=0.25, scale_first_task=scale)
+    trainer = pl.Trainer(max_epochs=2, callbacks=[strategy, Probe()], **QUIET)
+    trainer.fit(Sizes(), datamodule=data)
+    total, own = losses[0]
+    assert total == pytest.approx(own * (0.25 if scale else 1.0))
+
+
+@pytest.mark.parametrize("settings", [{"capacity": -1}, {"alpha": 0.0}, {"alpha": 1.5}, {"batch_size": 0}])
+def test_a_bad_value_is_refused(settings):
+    with pytest.raises(ConfigurationError, match=next(iter(settings))):
+        ExperienceReplay(**settings)
+
+
+def test_an_unknown_buffer_is_refused():
+    with pytest.raises(ConfigurationError, match="use one of reservoir, class_balanced"):
+        ExperienceReplay(buffer="fifo")

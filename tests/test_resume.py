@@ -1,0 +1,153 @@
+"""Runs killed by SIGKILL end in the same bits as runs that never were."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from plain import QUIET, make_module, make_stream, weights
+
+from clkit import ConfigurationError, StabilityGap, StreamCheckpoint, StreamDataModule
+from clkit.checkpoint import checkpoints, latest_checkpoint, verify_checkpoint
+from clkit.strategies import ExperienceReplay
+
+STRATEGIES = ["naive", "cumulative", "er", "er_balanced", "agem", "ewc", "ewc_online", "lwf", "er+ewc"]
+
+
+def kill_and_resume(folder, steps):
+    script = Path(__file__).with_name("resume_script.py")
+    run = subprocess.run(
+        [sys.executable, str(script), str(folder), *map(str, steps), *STRATEGIES],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=True,
+    )
+    results: dict = {}
+    for line in run.stdout.splitlines():
+        if line.startswith("RESULT"):
+            _, name, step, start, differences = line.split(maxsplit=4)
+            results.setdefault(name, []).append((int(step), int(start), differences))
+    return results
+
+
+@pytest.fixture(scope="module")
+def killed_at_some_steps(tmp_path_factory):
+    return kill_and_resume(tmp_path_factory.mktemp("killed"), [2, 10, 13, 28])
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_killed_at_some_steps_resumes_bit_identically(name, killed_at_some_steps):
+    # files are written every 3 steps and at the end of an experience, which is every 10 steps
+    assert killed_at_some_steps[name] == [(2, 0, "[]"), (10, 10, "[]"), (13, 12, "[]"), (28, 27, "[]")]
+
+
+@pytest.mark.slow
+def test_killed_at_any_step_resumes_bit_identically(tmp_path):
+    results = kill_and_resume(tmp_path, range(30))
+    assert list(results) == STRATEGIES
+    for name, outcomes in results.items():
+        assert [step for step, _, _ in outcomes] == list(range(30))
+        assert [outcome for outcome in outcomes if outcome[2] != "[]"] == [], name
+
+
+def fit(folder, ckpt_path=None, max_epochs=None, **kwargs):
+    settings = {"batch_size": 8, "epochs": 2, **kwargs}
+    data = StreamDataModule(make_stream(), **settings)
+    module = make_module()
+    callbacks = [
+        ExperienceReplay(16),
+        StabilityGap(every=2, dir=folder, plot=False),
+        StreamCheckpoint(folder / "checkpoints", every_n_steps=4, keep=3),
+    ]
+    trainer = pl.Trainer(
+        max_epochs=max_epochs or data.total_epochs, callbacks=callbacks, **{**QUIET, "enable_checkpointing": True}
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    return module
+
+
+@pytest.fixture
+def folder(tmp_path):
+    fit(tmp_path)
+    return tmp_path / "checkpoints"
+
+
+def test_the_newest_files_are_kept_and_nothing_half_written(folder):
+    assert [path.name for path in checkpoints(folder)] == [f"step={step:09d}.ckpt" for step in (30, 28, 24)]
+    assert sorted(os.listdir(folder)) == sorted(path.name for path in checkpoints(folder))
+
+
+@pytest.mark.parametrize("damage", ["torn", "empty", "bit flip", "text", "foreign", "pickle"])
+def test_a_damaged_or_foreign_file_is_refused_and_the_one_before_is_used(folder, damage):
+    newest, before, _ = checkpoints(folder)
+    content = newest.read_bytes()
+    if damage == "torn":
+        newest.write_bytes(content[: len(content) // 2])
+    elif damage == "empty":
+        newest.write_bytes(b"")
+    elif damage == "bit flip":
+        position = content.index(weights(make_module())[:0].numpy().tobytes() + b"callbacks")
+        newest.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
+    elif damage == "text":
+        newest.write_text("not a checkpoint")
+    elif damage == "foreign":
+        torch.save({"state_dict": {}}, newest)
+    else:
+        torch.save({"clkit": {}, "module": make_module()}, newest)
+    with pytest.raises(ConfigurationError, match=newest.name):
+        verify_checkpoint(newest)
+    with pytest.warns(UserWarning, match="The one before it is tried"):
+        assert latest_checkpoint(folder) == before
+    with pytest.raises(ConfigurationError, match="use"):
+        fit(folder.parent, ckpt_path=newest)
+
+
+def test_without_any_file_there_is_nothing_to_resume(tmp_path):
+    assert latest_checkpoint(tmp_path / "nowhere") is None
+    with pytest.raises(ConfigurationError, match="There is no checkpoint at"):
+        verify_checkpoint(tmp_path / "nowhere.ckpt")
+
+
+@pytest.mark.parametrize("change", [{"batch_size": 4}, {"epochs": 3}, {"seed": 1}])
+def test_a_checkpoint_of_another_schedule_is_refused(folder, change):
+    with pytest.raises(ConfigurationError, match="belongs to another run"):
+        fit(folder.parent, ckpt_path=checkpoints(folder)[0], **change)
+
+
+def test_lightnings_own_checkpoints_resume_too(tmp_path):
+    data = StreamDataModule(make_stream(), batch_size=8, epochs=2)
+
+    def run(callback, max_epochs, ckpt_path=None):
+        module = make_module()
+        trainer = pl.Trainer(
+            max_epochs=max_epochs, callbacks=[ExperienceReplay(16), callback], **{**QUIET, "enable_checkpointing": True}
+        )
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+        return module
+
+    def lightnings():
+        return pl.callbacks.ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=5, save_top_k=-1)
+
+    whole = run(lightnings(), 6)
+    for step in (5, 10, 15, 25):
+        resumed = run(lightnings(), 6, ckpt_path=tmp_path / f"step={step}.ckpt")
+        assert torch.equal(weights(resumed), weights(whole)), step
+
+
+def test_a_history_continues_in_another_folder(tmp_path):
+    fit(tmp_path / "first", max_epochs=3)
+    newest = latest_checkpoint(tmp_path / "first" / "checkpoints")
+    fit(tmp_path / "second", ckpt_path=newest)
+    fit(tmp_path / "whole")
+    assert (tmp_path / "second" / "history.csv").read_bytes() == (tmp_path / "whole" / "history.csv").read_bytes()
+
+
+def test_a_bad_number_is_refused():
+    with pytest.raises(ConfigurationError, match="keep=0"):
+        StreamCheckpoint(keep=0)

@@ -1,0 +1,147 @@
+"""Class splits: every experience brings classes of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+
+from clkit.errors import ConfigurationError, check_whole
+from clkit.rng import private_rng
+from clkit.stream import Kind, Stream
+
+from .sources import CLASS_ORDER, choose, load
+
+KINDS = ("class-incremental", "task-incremental", "domain-incremental")
+
+
+class Split(Stream):
+    """The classes of a dataset, some in each experience.
+
+    Samples are ``(x, y)``: ``x`` ``float32`` of shape ``[C, H, W]``, ``y`` ``int64``; in a task-incremental stream
+    ``(x, y, task)``. Images are stored once for all experiences.
+
+    Args:
+        dataset: digits, mnist, fashion_mnist, cifar10 or cifar100.
+        n_experiences: Number of experiences, a divisor of the number of classes.
+        kind: ``"class-incremental"``: original labels. ``"task-incremental"``: original labels, and the experience's
+            index as task label of each sample. ``"domain-incremental"``: the label is the position among the
+            experience's classes, so that all experiences share the same few labels.
+        class_order: The classes in the order they arrive; 0, 1, 2, ... when ``None``, drawn from ``seed`` when
+            ``"shuffled"``.
+        classes_per_experience: Number of classes of each experience, in place of ``n_experiences``.
+        seed: Seed of the class order and of held-out data, at least 0.
+        data_root: Folder with the dataset's files in torchvision's layout (not needed for digits).
+        download: Download missing files to ``data_root``.
+        val_fraction: Share of every class's training images that becomes validation data, in [0, 1).
+
+    Raises:
+        ConfigurationError: If a name is unknown, the classes cannot be divided as asked, a number is out of range, or
+            the dataset cannot be read or downloaded.
+
+    Example:
+        >>> stream = Split("digits", n_experiences=5)
+        >>> [experience.classes for experience in stream]
+        [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
+    """
+
+    def __init__(
+        self,
+        dataset: str,
+        n_experiences: int = 5,
+        kind: Kind = "class-incremental",
+        *,
+        class_order: Sequence[int] | Literal["shuffled"] | None = None,
+        classes_per_experience: Sequence[int] | None = None,
+        seed: int = 0,
+        data_root: str = "data",
+        download: bool = False,
+        val_fraction: float = 0.0,
+    ) -> None:
+        choose("kind", kind, KINDS)
+        images = load(dataset, seed=seed, data_root=data_root, download=download, val_fraction=val_fraction)
+        title = "Split" + dataset.title().replace("_", "")
+        sizes = _sizes(title, images.n_classes, n_experiences, classes_per_experience)
+        order = _order(title, images.n_classes, class_order, seed)
+        groups = torch.split(torch.tensor(order), sizes)
+        domains = kind == "domain-incremental"
+        if domains and len(set(sizes)) > 1:
+            raise ConfigurationError(
+                f"Experiences of a domain-incremental stream share their labels, but classes_per_experience={sizes}; "
+                "use equal numbers or another kind."
+            )
+        place = torch.empty(images.n_classes, dtype=torch.int64)
+        for group in groups:
+            place[group] = torch.arange(len(group))
+        super().__init__(
+            (
+                images.experience(
+                    k,
+                    _name(group.tolist()),
+                    of_classes=group,
+                    labels=place[images.y] if domains else None,
+                    task=k if kind == "task-incremental" else None,
+                )
+                for k, group in enumerate(groups)
+            ),
+            name=f"split_{dataset}",
+            kind=kind,
+            n_classes=sizes[0] if domains else images.n_classes,
+        )
+
+
+class SplitDigits(Split):
+    """scikit-learn's 1,797 handwritten digits (``[1, 8, 8]``, values in [0, 1]), split by class.
+
+    Needs no files and no network. All other arguments are those of :class:`Split`.
+
+    Args:
+        n_experiences: Number of experiences: 1, 2, 5 or 10.
+        kind: See :class:`Split`.
+        **options: See :class:`Split`.
+    """
+
+    def __init__(self, n_experiences: int = 5, kind: Kind = "class-incremental", **options: Any) -> None:
+        super().__init__("digits", n_experiences, kind, **options)
+
+
+def _sizes(title: str, n_classes: int, n_experiences: int, per_experience: Sequence[int] | None) -> list[int]:
+    if per_experience is not None:
+        sizes = list(per_experience)
+        for size in sizes:
+            check_whole("classes_per_experience", size, 1)
+        if sum(sizes) != n_classes:
+            raise ConfigurationError(
+                f"{title} has {n_classes} classes; classes_per_experience={sizes} adds up to {sum(sizes)}. "
+                f"Use numbers that add up to {n_classes}."
+            )
+        return sizes
+    check_whole("n_experiences", n_experiences, 1)
+    if n_classes % n_experiences:
+        *divisors, last = (str(n) for n in range(1, n_classes + 1) if n_classes % n == 0)
+        raise ConfigurationError(
+            f"{title} has {n_classes} classes; n_experiences={n_experiences} does not divide them. "
+            f"Use {', '.join(divisors)} or {last}, or pass classes_per_experience=[...]."
+        )
+    return [n_classes // n_experiences] * n_experiences
+
+
+def _order(title: str, n_classes: int, class_order: Sequence[int] | str | None, seed: int) -> list[int]:
+    if class_order is None:
+        return list(range(n_classes))
+    if class_order == "shuffled":
+        return [int(label) for label in private_rng(seed, CLASS_ORDER).permutation(n_classes)]
+    if isinstance(class_order, str) or len(class_order) != n_classes or set(class_order) != set(range(n_classes)):
+        raise ConfigurationError(
+            f"class_order={class_order!r} is not an order of the {n_classes} classes of {title}; list each of 0 to "
+            f"{n_classes - 1} once, or use 'shuffled'."
+        )
+    return list(class_order)
+
+
+def _name(classes: list[int]) -> str:
+    if classes == list(range(classes[0], classes[0] + len(classes))):
+        return "-".join(str(label) for label in sorted({classes[0], classes[-1]}))
+    shown = " ".join(str(label) for label in classes[:4])
+    return shown if len(classes) <= 4 else f"{shown} +{len(classes) - 4}"

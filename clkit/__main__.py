@@ -1,0 +1,8 @@
+"""``python -m clkit``."""
+
+import sys
+
+from clkit.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""The command line: ``clkit train``, ``clkit report``, ``clkit list``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from clkit import __version__
+
+GROUPS = {
+    "strategies": "strategy",
+    "scenarios": "scenario",
+    "models": "model",
+    "experiments": "experiment",
+    "trainers": "trainer",
+    "loggers": "logger",
+}
+INTERRUPTED, TERMINATED = 130, 143
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 1 for a bug, 2 for a mistake, 130 or 143 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments[:1] == ["train"]:
+            return _train(arguments[1:])
+        args = _parser().parse_args(arguments)
+        return _report(args.directories, args.output) if args.command == "report" else _list(args.group)
+    except KeyboardInterrupt:
+        print("clkit: interrupted.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="clkit", description="Continual learning with PyTorch Lightning.")
+    parser.add_argument("--version", action="version", version=f"clkit {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser(
+        "train",
+        help="train on a stream: clkit train strategy=er scenario=split_digits seed=0 (-m sweeps, --help tells more)",
+    )
+    report = commands.add_parser("report", help="tables and figures of one run or many")
+    report.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="a run's folder, or a folder of runs")
+    report.add_argument("--output", type=Path, metavar="DIR", help="where to write the report")
+    listing = commands.add_parser("list", help="what can be chosen: strategies, scenarios, models, ...")
+    listing.add_argument("group", nargs="?", choices=GROUPS, metavar="GROUP", help=", ".join(GROUPS) + "; default: all")
+    return parser
+
+
+def _train(overrides: list[str]) -> int:
+    with _hydra_raises(), _arguments([sys.argv[0], *overrides]):
+        from clkit import jobs
+        from clkit.mistakes import complain
+
+        try:
+            jobs.main()
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 0
+        except Exception as error:
+            code = jobs.report_failures() or complain(error)
+        else:
+            code = 0
+        if code in (INTERRUPTED, TERMINATED):
+            print("clkit: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+        return code
+
+
+def _report(directories: Sequence[Path], output: Path | None) -> int:
+    from rich.console import Console
+
+    from clkit.errors import ConfigurationError
+    from clkit.mistakes import complain
+    from clkit.report import write_report
+
+    try:
+        report = write_report(directories, output)
+    except ConfigurationError as error:
+        return complain(error)
+    report.show(Console(soft_wrap=True))
+    return 0
+
+
+def _list(group: str | None) -> int:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    from clkit.plugins import choices
+
+    console = Console()
+    for title in [group] if group else GROUPS:
+        key = GROUPS[title]
+        table = Table(
+            "name",
+            "what it is",
+            "from",
+            box=SIMPLE_HEAD,
+            title=f"{title}: clkit train {key}=NAME",
+            title_justify="left",
+        )
+        for choice in choices(key):
+            table.add_row(choice.name, choice.description, choice.origin)
+        console.print(table)
+    return 0
+
+
+@contextmanager
+def _hydra_raises() -> Iterator[None]:
+    """Let errors come out of Hydra, remembering whether the user wants to see full tracebacks."""
+    before = dict(os.environ)
+    os.environ.setdefault("CLKIT_FULL_ERROR", before.get("HYDRA_FULL_ERROR", "0"))
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        for name in ("CLKIT_FULL_ERROR", "HYDRA_FULL_ERROR"):
+            os.environ.pop(name, None)
+            if name in before:
+                os.environ[name] = before[name]
+
+
+@contextmanager
+def _arguments(argv: list[str]) -> Iterator[None]:
+    before, sys.argv = sys.argv, argv
+    try:
+        yield
+    finally:
+        sys.argv = before

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clkit.cli import main
+from clkit.jobs import run_name
+
+OVERRIDES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=300)
+
+
+def clkit(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "clkit", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, **env})
+
+
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+
+    def run(*overrides: str) -> tuple[int, str]:
+        code = main(["train", *overrides])
+        return code, capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_import_nothing_heavy(option: str) -> None:
+    code = (
+        "import sys; from clkit.cli import main\n"
+        f"try: main(['{option}'])\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "assert not {'torch', 'hydra', 'pytorch_lightning', 'matplotlib', 'rich'} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "clkit" in result.stdout
+
+
+def test_train_help_is_hydras(tmp_path: Path) -> None:
+    result = clkit("train", "--help", cwd=tmp_path)
+    assert result.returncode == 0
+    assert "strategy: " in result.stdout
+    assert "--multirun" in clkit("train", "--hydra-help", cwd=tmp_path).stdout
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("strategy=err", "did you mean er"),
+        ("scenario=split_digit", "did you mean split_digits"),
+        ("strategy=[er,ewcc]", "did you mean ewc"),
+        ("model=no_such_thing", "known: "),
+        ("strategy.er.capcity=5", "did you mean capacity"),
+        ("sed=1", "did you mean seed"),
+        ("data.batchsize=1", "did you mean batch_size"),
+        ("+strategy.er.capcity=5", "did you mean capacity"),
+        ("strategy.er.capacity=abc", "strategy.er.capacity='abc' is of the wrong type; it takes int."),
+        ("trainer.max_epochs=many", "trainer.max_epochs='many' is of the wrong type"),
+        ("strategy.er.capacity=-5", "-5"),
+        ("data.batch_size=0", "batch_size=0 is not possible"),
+        ("trainer.accelerator=abacus", "abacus"),
+        ("strategy=er,ewc", "--multirun"),
+        ("strategy.er.capacity=[1", "[1"),
+        ("data.epochs=???", "epochs"),
+        ("seed=-1", "seed=-1 is not possible"),
+        ("resume=maybe", "use true or false"),
+    ],
+)
+def test_a_mistake_is_answered_in_one_line_with_exit_code_2(train, override: str, hint: str) -> None:
+    code, said = train(override)
+    assert code == 2, said
+    assert hint in said
+    assert said.startswith("clkit: ")
+    assert len(said.splitlines()) == 1
+
+
+def test_the_traceback_of_a_mistake_is_shown_on_demand(train, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    code, said = train("strategy=err")
+    assert code == 2
+    assert "Traceback" in said
+    assert os.environ["HYDRA_FULL_ERROR"] == "1"
+
+
+def test_the_environment_is_left_as_it_was(train) -> None:
+    before, arguments = dict(os.environ), list(sys.argv)
+    train("strategy=err")
+    assert (dict(os.environ), sys.argv) == (before, arguments)
+
+
+def test_a_bug_shows_its_traceback_and_exits_with_1(train, tmp_path: Path) -> None:
+    folder = tmp_path / "extra" / "strategy"
+    folder.mkdir(parents=True)
+    (folder / "buggy.yaml").write_text("# @package strategy.buggy\n_target_: operator.truediv\n_args_: [1, 0]\n")
+    code, said = train("strategy=buggy", f"hydra.searchpath=[file://{folder.parent}]")
+    assert code == 1
+    assert "Traceback" in said
+    assert "ZeroDivisionError" in said
+
+
+def test_unknown_commands_and_missing_folders_are_mistakes(tmp_path: Path) -> None:
+    for arguments in (["trian"], ["list", "strategy"], ["report", str(tmp_path / "none")]):
+        result = clkit(*arguments, cwd=tmp_path)
+        assert result.returncode == 2, result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_list_names_every_config_with_its_description(capsys: pytest.CaptureFixture[str]) -> None:
+    from clkit.plugins import choices
+
+    assert main(["list"]) == 0
+    shown = capsys.readouterr().out
+    for group in ("strategy", "scenario", "model", "experiment", "trainer", "logger"):
+        for choice in choices(group):
+            assert choice.name in shown
+            assert choice.description, f"{group}/{choice.name}.yaml has no description"
+            assert not choice.name.startswith("_")
+
+
+@pytest.fixture
+def plugin(tmp_path: Path) -> Path:
+    """A folder with an installed distribution that adds a config, a strategy class and a scenario class."""
+    site = tmp_path / "site"
+    conf = site / "other" / "conf" / "strategy"
+    conf.mkdir(parents=True)
+    info = site / "other_methods-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other-methods\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[clkit.conf]\nother = other.conf\n"
+        "[clkit.strategies]\nfrom_class = other.method:Mine\nfrom_yaml = other.method:Mine\n"
+        "[clkit.scenarios]\nmine = other.method:stream\n"
+    )
+    for package in (site / "other", conf.parent):
+        (package / "__init__.py").touch()
+    (site / "other" / "method.py").write_text(
+        "from clkit.strategy import Strategy\nfrom clkit.scenarios import SplitDigits\n"
+        "class Mine(Strategy):\n    'What Mine does.'\n"
+        "    def __init__(self, weight: float = 1.0): print('weight', weight)\n"
+        "def stream():\n    'Two digits.'\n    return SplitDigits(n_experiences=5)[:1]\n"
+    )
+    header = "# @package strategy.from_yaml\n# Written in yaml.\n"
+    (conf / "from_yaml.yaml").write_text(f"{header}_target_: other.method.Mine\nweight: 7.0\n")
+    (conf / "_private.yaml").write_text(f"{header}")
+    return site
+
+
+def test_plugins_are_listed_beside_the_built_in(plugin: Path, tmp_path: Path) -> None:
+    shown = clkit("list", cwd=tmp_path, PYTHONPATH=str(plugin), COLUMNS="200").stdout
+    assert "Written in yaml." in shown
+    assert "What Mine does." in shown
+    assert "Two digits." in shown
+    assert shown.count("other-methods") == 3
+    assert "_private" not in shown
+
+
+def test_plugins_can_be_trained(plugin: Path, tmp_path: Path) -> None:
+    names = ["strategy=[from_class,from_yaml]", "+strategy.from_class.weight=3.0", "scenario=mine"]
+    result = clkit("train", *names, "data.epochs=1", "trainer=cpu", cwd=tmp_path, PYTHONPATH=str(plugin))
+    assert result.returncode == 0, result.stderr
+    assert "weight 3.0\nweight 7.0" in result.stdout
+
+
+def test_a_broken_plugin_is_named_and_does_no_harm(plugin: Path, tmp_path: Path) -> None:
+    (plugin / "other" / "__init__.py").write_text("raise RuntimeError('broken')")
+    result = clkit("list", "strategies", cwd=tmp_path, PYTHONPATH=str(plugin), COLUMNS="200")
+    assert result.returncode == 0, result.stderr
+    assert "other-methods" in result.stderr
+    assert "ewc" in result.stdout
+
+
+@given(OVERRIDES)
+def test_a_run_name_is_one_legal_path_component(overrides: str) -> None:
+    name = run_name(overrides)
+    assert name
+    assert len(name.encode()) < 128
+    assert name not in (".", "..")
+    assert Path(name).name == name
+    assert name.isprintable()
+    assert not set(name) & set("/\\:*?\"<>| '[]{}$")
+
+
+@given(OVERRIDES, OVERRIDES)
+def test_different_overrides_have_different_run_names(one: str, other: str) -> None:
+    assert (run_name(one) == run_name(other)) == (one == other)
+
+
+def test_run_names_are_readable() -> None:
+    assert run_name("") == "default"
+    assert run_name("seed=1,strategy=ewc") == "seed=1,strategy=ewc"
+    assert run_name("strategy=[er,ewc]").startswith("strategy=er,ewc-")

@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import io
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+from hydra import compose, initialize_config_module
+from omegaconf import DictConfig
+from rich.console import Console
+
+from clkit import ConfigurationError, StabilityGap, StreamCheckpoint, StreamProgress
+from clkit.cli import main
+from clkit.jobs import task as task  # registers the resolver of run names
+from clkit.mistakes import check
+from clkit.plugins import choices
+from clkit.strategies import EWC, ExperienceReplay
+from clkit.train import build, fingerprint, run
+
+QUICK = ["trainer=cpu", "scenario.n_experiences=2", "data.epochs=1", "evaluation.every=3", "evaluation.subset=50"]
+SMALL = [*QUICK, "logger=none", "model.net.hidden=[8]"]
+
+
+def configure(*overrides: str) -> DictConfig:
+    with initialize_config_module("clkit.conf", version_base="1.3"):
+        return compose("train", overrides=[*SMALL, *overrides])
+
+
+def every_config() -> list[str]:
+    groups = ("strategy", "scenario", "model", "trainer", "logger", "experiment")
+    return [f"{group}={choice.name}" for group in groups for choice in choices(group) if choice.origin == "clkit"]
+
+
+@pytest.mark.parametrize("override", every_config())
+def test_every_config_fits_the_signature_of_its_class(override: str) -> None:
+    with initialize_config_module("clkit.conf", version_base="1.3"):
+        check(compose("train", overrides=[override, "folder=here"]))
+
+
+def our_callbacks(trainer: pl.Trainer) -> list[type]:
+    return [type(callback) for callback in trainer.callbacks if type(callback).__module__.startswith("clkit")]
+
+
+def test_build_puts_strategies_first_in_their_order(tmp_path: Path) -> None:
+    trainer, module, data = build(configure("strategy=[ewc,er]"), tmp_path)
+    ours = [callback for callback in trainer.callbacks if type(callback).__module__.startswith("clkit")]
+    assert [type(callback) for callback in ours] == [
+        EWC,
+        ExperienceReplay,
+        StabilityGap,
+        StreamProgress,
+        StreamCheckpoint,
+    ]
+    assert trainer.max_epochs == data.total_epochs == 2
+    assert isinstance(module, pl.LightningModule)
+
+
+def test_build_works_without_strategy_and_bar(tmp_path: Path) -> None:
+    trainer, _, _ = build(configure("strategy=[]", "trainer.enable_progress_bar=false"), tmp_path)
+    assert our_callbacks(trainer) == [StabilityGap, StreamCheckpoint]
+
+
+def test_a_run_fills_its_folder(tmp_path: Path) -> None:
+    run(configure("logger=tensorboard"), tmp_path / "run")
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"run.json", "history.csv", "metrics.json", "checkpoints", "tensorboard", "report.html"} <= names
+    assert "stability_gap.png" in names
+    assert not list(tmp_path.glob("run/*.part"))
+
+
+def test_a_finished_run_is_shown_and_not_trained_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = configure()
+    run(config, tmp_path)
+    first = capsys.readouterr().out
+    before = (tmp_path / "metrics.json").stat().st_mtime_ns
+    run(config, tmp_path)
+    second = capsys.readouterr().out
+    assert (tmp_path / "metrics.json").stat().st_mtime_ns == before
+    assert "Finished before" in second
+    assert "experience 1/2" in first
+    assert "experience 1/2" not in second
+    assert second.splitlines()[-5:] == first.splitlines()[-5:]
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, stop: BaseException) -> None:
+    def on_train_batch_end(self, trainer, *args) -> None:
+        if trainer.global_step == step:
+            raise stop
+
+    monkeypatch.setattr(StreamProgress, "on_train_batch_end", on_train_batch_end)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), RuntimeError("killed")])
+def test_an_interrupted_run_goes_on_to_the_same_history(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stop: BaseException
+) -> None:
+    config = configure("checkpoint.every_n_steps=4")
+    run(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 14, stop)
+        with pytest.raises((SystemExit, RuntimeError)) as stopped:
+            run(config, tmp_path / "stopped")
+    if isinstance(stop, KeyboardInterrupt):
+        assert stopped.value.code == 130
+    assert not (tmp_path / "stopped" / "metrics.json").exists()
+    run(config, tmp_path / "stopped")
+    assert "Going on from" in capsys.readouterr().out
+    assert (tmp_path / "stopped" / "history.csv").read_text() == (tmp_path / "whole" / "history.csv").read_text()
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2, RuntimeError("killed"))
+        with pytest.raises(RuntimeError):
+            run(configure(), tmp_path)
+    run(configure(), tmp_path)
+    assert [path.name for path in tmp_path.glob("history*")] == ["history.csv"]
+
+
+def test_another_config_in_the_same_folder_is_refused_until_resume_is_off(tmp_path: Path) -> None:
+    run(configure(), tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigurationError, match="resume=false"):
+        run(configure("seed=1"), tmp_path)
+    run(configure("seed=1", "resume=false"), tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_results_of_others_are_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "history.csv").write_text("mine")
+    with pytest.raises(ConfigurationError, match="did not make"):
+        run(configure(), tmp_path)
+    assert (tmp_path / "history.csv").read_text() == "mine"
+
+
+def test_the_fingerprint_is_that_of_the_result() -> None:
+    same = {fingerprint(configure(o)) for o in ("seed=0", "resume=false", "data_root=elsewhere", "folder=here")}
+    other = {fingerprint(configure(o)) for o in ("seed=1", "strategy=[er,ewc]", "strategy=[ewc,er]")}
+    assert (len(same), len(other), same & other) == (1, 3, set())
+
+
+def test_a_sweep_runs_all_jobs_and_reports_the_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "-m", "data.batch_size=0,64,128", *SMALL]) == 2
+    said = capsys.readouterr().err
+    assert "batch_size=0 is not possible" in said
+    assert "these runs failed" in said
+    assert "Traceback" not in said
+    assert len(list(tmp_path.glob("runs/*/metrics.json"))) == 2
+    assert main(["train", "data.batch_size=64", *SMALL]) == 0
+    assert "Finished before" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_and_the_same_command_goes_on(tmp_path: Path, sent: signal.Signals, code: int) -> None:
+    overrides = [*SMALL, "data.epochs=20", "checkpoint.every_n_steps=50"]
+    command = [sys.executable, "-u", "-m", "clkit", "train", *overrides]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("experience 1/2"):
+            process.send_signal(sent)
+            break
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == code
+    assert said == "clkit: interrupted; the same command goes on from the last checkpoint.\n"
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "Going on from" in again.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_job_after_another(tmp_path: Path) -> None:
+    overrides = [*(o for o in SMALL if o != "trainer=cpu"), "trainer=ddp", "trainer.accelerator=cpu"]
+    command = [sys.executable, "-m", "clkit", "train", "-m", "seed=0,1", *overrides]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("experience 2/2") == 2
+    assert len(list(tmp_path.glob("runs/*/metrics.json"))) == 2
+
+
+def fit_with(progress: StreamProgress, folder: Path) -> None:
+    _, module, data = build(configure("trainer.enable_progress_bar=false"), folder)
+    trainer = pl.Trainer(max_epochs=2, accelerator="cpu", logger=False, callbacks=[progress], default_root_dir=folder)
+    trainer.fit(module, datamodule=data)
+
+
+def test_progress_without_a_terminal_is_a_line_for_each_experience(tmp_path: Path) -> None:
+    out = io.StringIO()
+    fit_with(StreamProgress(console=Console(file=out)), tmp_path)
+    lines = [line for line in out.getvalue().splitlines() if "experience" in line]
+    assert [line.split(":")[0] for line in lines] == ["experience 1/2 0-4", "experience 2/2 5-9"]
+    assert all("loss" in line for line in lines)
+
+
+def test_progress_on_a_terminal_is_one_bar_that_is_seldom_redrawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, draws, refresh = io.StringIO(), [], StreamProgress._draw
+    monkeypatch.setattr(StreamProgress, "_draw", lambda *args: draws.append(1) or refresh(*args))
+    progress = StreamProgress(0.001, Console(file=out, force_terminal=True, width=120))
+    fit_with(progress, tmp_path)
+    assert len(draws) == 2
+    assert "2/2 5-9, epoch 1/1" in out.getvalue()
+    assert "100%" in out.getvalue()
+
+
+def test_progress_can_be_switched_off(tmp_path: Path) -> None:
+    out = io.StringIO()
+    progress = StreamProgress(console=Console(file=out))
+    progress.disable()
+    fit_with(progress, tmp_path)
+    assert out.getvalue() == ""

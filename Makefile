@@ -1,0 +1,57 @@
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+# Nothing is left outside this folder; pip keeps the real home, where its settings may live.
+# Networks this small run fastest on one thread.
+CACHE := $(CURDIR)/.cache
+export PIP_NO_CACHE_DIR = 1
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export TMPDIR = $(CACHE)/tmp
+export XDG_CACHE_HOME = $(CACHE)
+export MPLCONFIGDIR = $(CACHE)/matplotlib
+RUN := HOME=$(CACHE)/home XDG_CONFIG_HOME=$(CACHE)/config OMP_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types imports check clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed ## Train with experience replay on split digits and draw the stability gap (under a minute)
+	$(RUN) $(BIN)/clkit train experiment=demo resume=false
+
+test: $(VENV)/.test-installed ## Run all tests
+	$(RUN) $(BIN)/python -m pytest
+
+lint: $(VENV)/.test-installed ## Check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test-installed ## Check types
+	$(BIN)/mypy
+
+imports: $(VENV)/.test-installed ## Check that the core knows no strategy by name
+	$(BIN)/python tools/check_imports.py
+
+check: lint types imports test ## All of the above
+
+clean: ## Remove the environment and all caches; runs/ and data/ stay
+	rm -rf $(VENV) .cache build dist clkit.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "clkit needs Python 3.10 or newer; try: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python $(TMPDIR)
+	$(BIN)/python -m pip install --quiet -e .
+	@touch $@
+
+$(VENV)/.test-installed: pyproject.toml | $(BIN)/python $(TMPDIR)
+	$(BIN)/python -m pip install --quiet -e ".[test]"
+	@touch $@ $(VENV)/.installed
+
+$(TMPDIR):
+	@mkdir -p $@

@@ -65,6 +65,11 @@ class StreamDriver(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._restore_step(pl_module)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Lightning leaves out a checkpoint's loader state when configure_optimizers made the loaders before (as
+        # trainer.estimated_stepping_batches does), and an epoch resumed in its middle would start over
+        trainer.fit_loop._load_combined_loader_states()
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restore_random_state()
         current = self.data.experience

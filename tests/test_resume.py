@@ -6,11 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
 import torch
-from plain import QUIET, make_module, make_stream, weights
+from plain import QUIET, UserModule, make_module, make_stream, weights
 
 from clkit import ConfigurationError, StabilityGap, StreamCheckpoint, StreamDataModule
 from clkit.checkpoint import checkpoints, latest_checkpoint, verify_checkpoint
@@ -56,10 +57,11 @@ def test_killed_at_any_step_resumes_bit_identically(tmp_path):
         assert [outcome for outcome in outcomes if outcome[2] != "[]"] == [], name
 
 
-def fit(folder, ckpt_path=None, max_epochs=None, **kwargs):
+def fit(folder, ckpt_path=None, max_epochs=None, module_class=UserModule, **kwargs):
     settings = {"batch_size": 8, "epochs": 2, **kwargs}
     data = StreamDataModule(make_stream(), **settings)
-    module = make_module()
+    torch.manual_seed(0)
+    module = module_class()
     callbacks = [
         ExperienceReplay(16),
         StabilityGap(every=2, dir=folder, plot=False),
@@ -138,6 +140,34 @@ def test_lightnings_own_checkpoints_resume_too(tmp_path):
     for step in (5, 10, 15, 25):
         resumed = run(lightnings(), 6, ckpt_path=tmp_path / f"step={step}.ckpt")
         assert torch.equal(weights(resumed), weights(whole)), step
+
+
+class OneCycle(UserModule):
+    """Asks for its schedule's length, for which Lightning makes the training loader early."""
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        steps = self.trainer.estimated_stepping_batches
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=int(steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def test_a_module_that_asks_for_the_number_of_steps_resumes_bit_identically(tmp_path):
+    whole = fit(tmp_path / "whole", module_class=OneCycle)
+    for path in (tmp_path / "whole" / "checkpoints").iterdir():
+        resumed = fit(tmp_path / path.stem, ckpt_path=path, module_class=OneCycle)
+        assert torch.equal(weights(resumed), weights(whole)), path
+
+
+def test_checkpoints_by_the_clock(tmp_path, monkeypatch):
+    hours = iter(range(10_000))
+    monkeypatch.setattr("clkit.checkpoint.time", SimpleNamespace(monotonic=lambda: 3600.0 * next(hours)))
+    data = StreamDataModule(make_stream(), batch_size=8, epochs=2)
+    checkpoint = StreamCheckpoint(tmp_path, every_n_minutes=150, keep=100)
+    trainer = pl.Trainer(max_epochs=2, callbacks=[checkpoint], **{**QUIET, "enable_checkpointing": True})
+    trainer.fit(make_module(), datamodule=data)
+    # the clock is read before each step's end and once after each save: every third reading is past 150 minutes
+    assert [int(path.stem.removeprefix("step=")) for path in reversed(checkpoints(tmp_path))] == [3, 6, 9, 10]
 
 
 def test_a_history_continues_in_another_folder(tmp_path):

@@ -50,7 +50,7 @@ class StreamLoader:
         collate_fn: Callable[[list[Any]], Any] | None = None,
     ) -> None:
         missing = -len(order) % world_size
-        self.order = torch.cat([order, order[:missing]])
+        self.order = torch.cat([order, order.repeat(world_size)[:missing]])
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.num_workers, self.pin_memory, self.collate_fn = num_workers, pin_memory, collate_fn

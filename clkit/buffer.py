@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from clkit.errors import ConfigurationError
 from clkit.rng import private_rng, rng_state, set_rng_state
@@ -70,6 +70,11 @@ class ReservoirBuffer:
         occupied = self.occupied()
         n = min(n, len(occupied))
         return self._read(self.rng.choice(occupied, n, replace=False)) if n > 0 else None
+
+    def to(self, device: torch.device) -> None:
+        """Move the samples to ``device``, unless the buffer was made with a device of its own."""
+        if self.device is None:
+            self.storage = tree_map_only(Tensor, lambda held: held.to(device), self.storage)
 
     def _choose_slots(self, batch: Any, n_new: int) -> Slots:
         """Slot for each new sample, shape ``[B]``; numbers from ``capacity`` on mean that it is not kept."""

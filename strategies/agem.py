@@ -51,6 +51,10 @@ class AGEM(Strategy):
             capacity = self.samples_per_experience * len(stream_data(trainer).stream)
             self.memory = ReservoirBuffer(capacity, seed=self.seed)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self.memory is not None
+        self.memory.to(pl_module.device)
+
     def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
         assert self.memory is not None
         data = stream_data(trainer)

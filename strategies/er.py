@@ -64,6 +64,9 @@ class ExperienceReplay(Strategy):
         self.batch_size, self.alpha, self.scale_first_task = batch_size, alpha, scale_first_task
         self._replayed: Any = None
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.buffer.to(pl_module.device)
+
     def transform_batch(self, trainer: Trainer, module: LightningModule, batch: Any) -> Any:
         size = self.batch_size or len(tree_leaves(batch)[0])
         drawn = self.buffer.sample(size * trainer.world_size)

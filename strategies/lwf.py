@@ -9,6 +9,7 @@ from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import kl_div
+from torch.utils._pytree import tree_map_only
 
 from clkit.errors import ConfigurationError
 from clkit.evaluation.mode import evaluation_mode
@@ -60,6 +61,7 @@ class LwF(Strategy):
         self._set_groups(trainer, module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.teacher = tree_map_only(Tensor, lambda tensor: tensor.to(pl_module.device), self.teacher)
         self._set_groups(trainer, pl_module)
 
     def _set_groups(self, trainer: Trainer, module: LightningModule) -> None:

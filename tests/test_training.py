@@ -9,13 +9,14 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import pytorch_lightning as pl
 import torch
 from plain import QUIET, UserModule, make_module, make_stream, weights
 from torch.nn.functional import cross_entropy
 
-from clkit import ConfigurationError, Strategy, StreamDataModule
+from clkit import ConfigurationError, StabilityGap, Strategy, StreamDataModule
 from clkit.strategies import AGEM, EWC, Cumulative, ExperienceReplay, LwF, Naive
 
 SETTINGS = {
@@ -351,10 +352,14 @@ def test_other_data_is_refused():
 def test_two_processes_equal_one_with_the_same_global_batch(method, tmp_path):
     script = Path(__file__).with_name("ddp_script.py")
     command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script), method]
-    subprocess.run(
-        [sys.executable, *command, str(tmp_path / "two.pt")], check=True, timeout=120, capture_output=True, text=True
-    )
+    subprocess.run([sys.executable, *command, str(tmp_path)], check=True, timeout=120, capture_output=True, text=True)
     # 12 samples a class make batches of 8 and no remainder, which two processes would have to fill up
     _, strategies = METHODS[method]
-    expected = weights(train(strategies(), make_stream(per_class=12)))
-    torch.testing.assert_close(torch.load(tmp_path / "two.pt"), expected, rtol=2e-5, atol=2e-5)
+    gap = StabilityGap(dir=tmp_path / "one", plot=False)
+    expected = weights(train([*strategies(), gap], make_stream(per_class=12)))
+    whole, resumed = (tmp_path / name for name in ("whole", "resumed"))
+    torch.testing.assert_close(torch.load(whole / "final.pt"), expected, rtol=2e-5, atol=2e-5)
+    history = pd.read_csv(whole / "history.csv")
+    pd.testing.assert_frame_equal(history, pd.read_csv(tmp_path / "one" / "history.csv"))
+    assert torch.equal(torch.load(resumed / "final.pt"), torch.load(whole / "final.pt"))
+    assert (resumed / "history.csv").read_bytes() == (whole / "history.csv").read_bytes()

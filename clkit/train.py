@@ -65,6 +65,7 @@ def build(config: DictConfig, folder: Path) -> tuple[pl.Trainer, pl.LightningMod
     module: pl.LightningModule = instantiate(config.model, input_shape=stream.input_shape, n_classes=stream.n_classes)
     callbacks = [
         *(instantiate(strategy) for strategy in (config.get("strategy") or {}).values()),
+        *(instantiate(callback) for callback in (config.get("callbacks") or {}).values()),
         instantiate(config.evaluation, dir=folder),
         instantiate(config.checkpoint, dir=folder / "checkpoints"),
     ]

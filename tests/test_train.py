@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 from rich.console import Console
 
-from clkit import ConfigurationError, StabilityGap, StreamCheckpoint, StreamProgress
+from clkit import ConfigurationError, ResetOptimizer, StabilityGap, StreamCheckpoint, StreamProgress
 from clkit.cli import main
 from clkit.jobs import task as task  # registers the resolver of run names
 from clkit.mistakes import check
@@ -30,7 +30,7 @@ def configure(*overrides: str) -> DictConfig:
 
 
 def every_config() -> list[str]:
-    groups = ("strategy", "scenario", "model", "trainer", "logger", "experiment")
+    groups = ("strategy", "scenario", "model", "trainer", "logger", "callbacks", "experiment")
     return [f"{group}={choice.name}" for group in groups for choice in choices(group) if choice.origin == "clkit"]
 
 
@@ -56,6 +56,11 @@ def test_build_puts_strategies_first_in_their_order(tmp_path: Path) -> None:
     ]
     assert trainer.max_epochs == data.total_epochs == 2
     assert isinstance(module, pl.LightningModule)
+
+
+def test_build_adds_the_callbacks_of_the_config(tmp_path: Path) -> None:
+    trainer, _, _ = build(configure("callbacks=reset_optimizer"), tmp_path)
+    assert our_callbacks(trainer)[:3] == [ExperienceReplay, ResetOptimizer, StabilityGap]
 
 
 def test_build_works_without_strategy_and_bar(tmp_path: Path) -> None:

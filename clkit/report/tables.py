@@ -51,7 +51,8 @@ class Table:
         """Return the table for the terminal."""
         table = rich.table.Table(title=self.caption, box=rich.box.SIMPLE_HEAD, title_justify="left")
         for position, name in enumerate(self.header):
-            table.add_column(name, justify="right" if position and self.numeric else "left")
+            number = bool(position) and self.numeric
+            table.add_column(name, justify="right" if number else "left", no_wrap=number, overflow="fold")
         for row in self.rows:
             table.add_row(*row)
         return table

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from clkit.datasets import labels_of
 from clkit.errors import ConfigurationError
 from clkit.rng import private_rng, rng_state, set_rng_state
 
@@ -155,23 +156,6 @@ class ClassBalancedBuffer(ReservoirBuffer):
         self.slots = {label: np.asarray(held, dtype=np.int64) for label, held in state["slots"].items()}
         self.seen = dict(state["seen"])
         super().load_state_dict(state)
-
-
-def labels_of(batch: Any) -> Tensor:
-    """Return the labels of a batch ``(x, y, ...)`` or of a mapping with ``labels``, ``label``, ``targets`` or ``y``.
-
-    Raises:
-        ConfigurationError: If there are none.
-    """
-    if isinstance(batch, (tuple, list)) and len(batch) >= 2:
-        return torch.as_tensor(batch[1])
-    if isinstance(batch, dict):
-        for key in ("labels", "label", "targets", "y"):
-            if key in batch:
-                return torch.as_tensor(batch[key])
-    raise ConfigurationError(
-        f"No labels in a batch of type {type(batch).__name__}; use (x, y) samples or a mapping with a 'labels' entry."
-    )
 
 
 def concatenate(first: Any, second: Any) -> Any:

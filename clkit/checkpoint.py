@@ -15,13 +15,14 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io.wrapper import _WrappingCheckpointIO
 from pytorch_lightning.utilities import rank_zero_warn
 
-from clkit.driver import CHECKPOINT_KEY
 from clkit.errors import ConfigurationError
 from clkit.strategy import stream_data
 
+CLOCK = "clkit_clock"
+
 
 class StreamCheckpoint(Checkpoint):
-    """Saves at the end of every experience, and every so many steps or minutes between.
+    """Saves at the end of every experience, every so many steps or minutes between, and where training is cut short.
 
     A file is written beside its final name, flushed to disk and then renamed, so a kill at any moment leaves the last
     one intact. Files are called ``step=N.ckpt`` and loaded by ``trainer.fit(..., ckpt_path=..., weights_only=True)``.
@@ -47,15 +48,16 @@ class StreamCheckpoint(Checkpoint):
         for name, value in (("every_n_steps", every_n_steps), ("every_n_minutes", every_n_minutes), ("keep", keep)):
             if value is not None and value <= 0:
                 raise ConfigurationError(f"{name}={value} is not possible; use a number above 0, or null for never.")
-        self.dir = None if dir is None else Path(dir)
+        self._own_dir = None if dir is None else Path(dir)
+        self.dir: Path | None = None
         self.every_n_steps, self.every_n_minutes, self.keep = every_n_steps, every_n_minutes, keep
         self._last_step = -1
         self._last_time = time.monotonic()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         stream_data(trainer)
-        if self.dir is None:
-            self.dir = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+        log_dir = trainer.log_dir if self._own_dir is None else None
+        self.dir = self._own_dir or Path(log_dir or trainer.default_root_dir) / "checkpoints"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last_step, self._last_time = trainer.global_step, time.monotonic()
@@ -64,11 +66,15 @@ class StreamCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # the last batch is saved by on_train_epoch_end: Lightning would skip that hook after a resume from here
-        if not trainer.is_last_batch and trainer.global_step != self._last_step and self._due(trainer):
+        if trainer.is_last_batch or trainer.global_step == self._last_step:
+            return
+        stops = trainer.should_stop or trainer.global_step == trainer.max_steps
+        if self._due(trainer) or stops:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if stream_data(trainer).is_last_epoch or self._due(trainer):
+        # a resume from the end of an epoch that was cut short would skip the rest of it
+        if trainer.is_last_batch and (stream_data(trainer).is_last_epoch or self._due(trainer)):
             self._save(trainer)
 
     def _due(self, trainer: Trainer) -> bool:
@@ -137,7 +143,8 @@ def verify_checkpoint(path: str | Path) -> None:
         raise ConfigurationError(
             f"The checkpoint {path} cannot be read ({reason}): it is damaged or no clkit checkpoint; use another one."
         ) from error
-    if not isinstance(content, dict) or CHECKPOINT_KEY not in content:
+    states = content.values() if isinstance(content, dict) else ()
+    if not any(isinstance(state, dict) and CLOCK in state for state in states):
         raise ConfigurationError(
             f"The checkpoint {path} was not saved by a run on a clkit stream; use one that StreamCheckpoint or "
             "Lightning saved during trainer.fit(module, datamodule=StreamDataModule(...))."

@@ -14,7 +14,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
-from clkit.checkpoint import VerifiedCheckpointIO
+from clkit.checkpoint import CLOCK, VerifiedCheckpointIO
 from clkit.driver import StreamDriver
 from clkit.errors import ConfigurationError, check_whole
 from clkit.loader import StreamLoader
@@ -85,6 +85,20 @@ class StreamDataModule(pl.LightningDataModule):
         return self._ends[-1]
 
     @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole stream, for learning-rate schedules.
+
+        Lightning's ``trainer.estimated_stepping_batches`` takes every epoch to be as long as the first.
+        """
+        accumulated = self.trainer.accumulate_grad_batches if self.trainer is not None else 1
+        if self.steps is not None:
+            return sum(self.steps)
+        size = self.batch_size * self._world_size
+        lengths = (len(cast(Sequence[Any], dataset)) for dataset in self.train_sets)
+        batches = (n // size if self.drop_last else -(-n // size) for n in lengths)
+        return sum(epochs * -(-n // accumulated) for epochs, n in zip(self.epochs, batches, strict=True))
+
+    @property
     def experience(self) -> Experience:
         """The experience that is being learned."""
         return self.stream[min(bisect_right(self._ends, self._epoch), len(self.stream) - 1)]
@@ -119,14 +133,15 @@ class StreamDataModule(pl.LightningDataModule):
         self.train_sets = [experience.train for experience in self.stream]
         self._check_length(trainer)
         trainer.strategy.checkpoint_io = VerifiedCheckpointIO(trainer.strategy.checkpoint_io)
+        self._reload_period = cast(Any, trainer).reload_dataloaders_every_n_epochs
         cast(Any, trainer).reload_dataloaders_every_n_epochs = 1
         self._driver = StreamDriver(self)
         cast(Any, trainer).callbacks.insert(0, self._driver)
 
     def teardown(self, stage: str) -> None:
-        if self.trainer is not None and self._driver is not None:
+        if self.trainer is not None and self._driver in cast(Any, self.trainer).callbacks:
             cast(Any, self.trainer).callbacks.remove(self._driver)
-            self._driver = None
+            cast(Any, self.trainer).reload_dataloaders_every_n_epochs = self._reload_period
             own_io = cast(VerifiedCheckpointIO, self.trainer.strategy.checkpoint_io).checkpoint_io
             self.trainer.strategy.checkpoint_io = cast(CheckpointIO, own_io)
 
@@ -145,7 +160,8 @@ class StreamDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> StreamLoader:
         """Batches of the current epoch of the current experience."""
-        k, epoch = self.experience.index, self.epoch_in_experience
+        overfit = self.trainer is not None and cast(Any, self.trainer).overfit_batches > 0
+        k, epoch = self.experience.index, 0 if overfit else self.epoch_in_experience
         dataset = self.train_sets[k]
         n = len(cast(Sequence[Any], dataset))
         seeds = private_rng(self.seed, 1, k, epoch)
@@ -193,6 +209,12 @@ class StreamDataModule(pl.LightningDataModule):
         return self.trainer.world_size if self.trainer is not None else 1
 
     def state_dict(self) -> dict[str, Any]:
+        state = self._identity()
+        if self.trainer is not None and self._driver is not None:
+            state[CLOCK] = self._driver.clock(self.trainer)
+        return state
+
+    def _identity(self) -> dict[str, Any]:
         return {
             "stream": self.stream.fingerprint(),
             "epochs": self.epochs,
@@ -208,7 +230,7 @@ class StreamDataModule(pl.LightningDataModule):
         Raises:
             ConfigurationError: If it does not; the message names what differs.
         """
-        own = self.state_dict()
+        own = self._identity()
         differing = [
             f"{key} ({state_dict.get(key)} there, {own[key]} here)" for key in own if state_dict.get(key) != own[key]
         ]
@@ -217,6 +239,8 @@ class StreamDataModule(pl.LightningDataModule):
                 f"The checkpoint belongs to another run: {', '.join(differing)} differ(s); "
                 "resume with the settings it was made with, or start without ckpt_path."
             )
+        if self.trainer is not None and self._driver is not None:
+            self._driver.set_clock(self.trainer, state_dict[CLOCK])
 
 
 def _for_each(stream: Stream, name: str, value: int | Sequence[int]) -> list[int]:

@@ -91,6 +91,25 @@ def read_batch(dataset: Dataset[Any], indices: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor[indices] for tensor in cast(TensorDataset, dataset).tensors)
 
 
+def labels_of(batch: Any) -> Tensor:
+    """Return the labels of a batch or sample: of ``(x, y, ...)``, or of a mapping that has them.
+
+    In a mapping they are called ``labels``, ``label``, ``targets`` or ``y``.
+
+    Raises:
+        ConfigurationError: If there are none.
+    """
+    if isinstance(batch, (tuple, list)) and len(batch) >= 2:
+        return torch.as_tensor(batch[1])
+    if isinstance(batch, dict):
+        for key in ("labels", "label", "targets", "y"):
+            if key in batch:
+                return torch.as_tensor(batch[key])
+    raise ConfigurationError(
+        f"No labels in a batch of type {type(batch).__name__}; use (x, y) samples or a mapping with a 'labels' entry."
+    )
+
+
 def targets_of(dataset: Dataset[Any]) -> Tensor:
     """Return all labels of a dataset, ``int64``, shape ``[N]``, without reading inputs where that can be avoided."""
     if isinstance(dataset, InMemoryDataset) and dataset.y is not None:
@@ -103,4 +122,4 @@ def targets_of(dataset: Dataset[Any]) -> Tensor:
         return torch.cat([targets_of(part) for part in dataset.datasets])
     if hasattr(dataset, "targets"):
         return torch.as_tensor([int(label) for label in cast(Any, dataset).targets])
-    return torch.as_tensor([int(dataset[i][1]) for i in range(len(cast(Sequence[Any], dataset)))])
+    return torch.as_tensor([int(labels_of(dataset[i])) for i in range(len(cast(Sequence[Any], dataset)))])

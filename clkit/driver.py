@@ -12,13 +12,11 @@ from lightning_fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_warn
 
-from clkit.forward import forget_forward, record_forward
+from clkit.forward import OWN_STEP, forget_forward, record_forward
 from clkit.strategy import Strategy
 
 if TYPE_CHECKING:
     from clkit.datamodule import StreamDataModule
-
-CHECKPOINT_KEY = "clkit"
 
 
 class StreamDriver(Callback):
@@ -56,10 +54,12 @@ class StreamDriver(Callback):
             total = sum((term for term in added if term is not None), loss)
             return {**output, "loss": total} if isinstance(output, Mapping) else total
 
+        setattr(training_step, OWN_STEP, own_step)
         pl_module.training_step = training_step  # type: ignore[method-assign]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._catch_up(trainer, pl_module, len(self.data.stream) if self._stream_is_over(trainer) else 0)
+        if trainer.current_epoch >= self.data.total_epochs and trainer.is_last_batch:
+            self._catch_up(trainer, pl_module, len(self.data.stream))
         self._restore_step(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -83,7 +83,8 @@ class StreamDriver(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restore_random_state()
-        if self.data.is_last_epoch:
+        # an epoch that is cut short (max_steps, max_time, should_stop) ends no experience
+        if self.data.is_last_epoch and trainer.is_last_batch:
             self._catch_up(trainer, pl_module, self.data.experience.index + 1)
 
     def _catch_up(self, trainer: Trainer, module: LightningModule, before: int) -> None:
@@ -92,9 +93,6 @@ class StreamDriver(Callback):
             self.ended = self.started
             self._run("on_experience_end", trainer, module, self.started)
 
-    def _stream_is_over(self, trainer: Trainer) -> bool:
-        return trainer.current_epoch >= self.data.total_epochs
-
     def _run(self, hook: str, trainer: Trainer, module: LightningModule, index: int) -> None:
         callbacks = sorted(_callbacks(trainer), key=lambda callback: not isinstance(callback, Strategy))
         for callback in callbacks:
@@ -102,23 +100,24 @@ class StreamDriver(Callback):
                 getattr(callback, hook)(trainer, module, self.data.stream[index])
 
     def _restore_step(self, module: LightningModule) -> None:
-        own_step = getattr(module.__dict__.get("training_step"), "__wrapped__", None)
+        own_step = getattr(module.__dict__.get("training_step"), OWN_STEP, None)
         if own_step is not None:
             del module.__dict__["training_step"]
             if own_step != module.training_step:
                 module.training_step = own_step  # type: ignore[method-assign]
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def clock(self, trainer: Trainer) -> dict[str, Any]:
+        """Return which hooks have run, and the random state of every process, for the checkpoint."""
         states: list[Any] = [_random_state()]
         if trainer.world_size > 1:
             states = states * trainer.world_size
             torch.distributed.all_gather_object(states, _random_state())
-        checkpoint[CHECKPOINT_KEY] = {"started": self.started, "ended": self.ended, "random_states": states}
+        return {"started": self.started, "ended": self.ended, "random_states": states}
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        state = checkpoint[CHECKPOINT_KEY]
-        self.started, self.ended = state["started"], state["ended"]
-        states = state["random_states"]
+    def set_clock(self, trainer: Trainer, clock: dict[str, Any]) -> None:
+        """Go on from what :meth:`clock` returned."""
+        self.started, self.ended = clock["started"], clock["ended"]
+        states = clock["random_states"]
         if len(states) != trainer.world_size:
             rank_zero_warn(
                 f"The checkpoint was saved by {len(states)} process(es) and {trainer.world_size} resume it: training "

@@ -8,11 +8,14 @@ from contextlib import contextmanager
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
-from pytorch_lightning import LightningModule
+from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchmetrics import Metric
 
 from clkit.errors import ConfigurationError
 
+OWN_STEP = "_clkit_own_step"
 _recorded: WeakKeyDictionary[LightningModule, tuple[Any, Any]] = WeakKeyDictionary()
 
 
@@ -39,20 +42,29 @@ def forget_forward(module: LightningModule) -> None:
 def outputs(module: LightningModule, x: Any) -> Any:
     """Return ``module(x)``, reusing the forward that ``training_step`` just made on the same ``x``.
 
-    Besides the time, this keeps BatchNorm statistics and random numbers as they would be without a second forward.
+    Where there was none, the second forward leaves BatchNorm's running statistics alone.
     """
     last = _recorded.get(module)
-    return last[1] if last is not None and last[0] is x else module(x)
+    if last is not None and last[0] is x:
+        return last[1]
+    with _frozen_statistics(module):
+        return module(x)
+
+
+def to_device(trainer: Trainer, batch: Any) -> Any:
+    """Take a batch as a dataset gives it to where and what the module sees: Lightning's transfer hooks and dtype."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch)
+    return trainer.strategy.batch_to_device(batch)
 
 
 def task_loss(module: LightningModule, batch: Any) -> Tensor:
-    """Return the loss of the module's own ``training_step`` on any batch, with its logging switched off.
+    """Return the loss of the module's own ``training_step`` on any batch, without trace in its logs and metrics.
 
     Raises:
         ConfigurationError: If ``training_step`` returns no loss.
     """
-    step = module.training_step
-    step = getattr(step, "__wrapped__", step)
+    step = getattr(module.training_step, OWN_STEP, module.training_step)
     args = (batch, 0)[: len(inspect.signature(step).parameters)]
     with _silent(module), module.trainer.precision_plugin.train_step_context():
         output = step(*args)
@@ -67,6 +79,7 @@ def task_loss(module: LightningModule, batch: Any) -> Tensor:
 @contextmanager
 def _silent(module: LightningModule) -> Iterator[None]:
     names = ("log", "log_dict")
+    metrics = [(metric, metric._copy_state_dict()) for metric in module.modules() if isinstance(metric, Metric)]
     kept = {name: module.__dict__[name] for name in names if name in module.__dict__}
     module.__dict__.update(dict.fromkeys(names, lambda *args, **kwargs: None))
     try:
@@ -75,3 +88,20 @@ def _silent(module: LightningModule) -> Iterator[None]:
         for name in names:
             del module.__dict__[name]
         module.__dict__.update(kept)
+        for metric, state in metrics:
+            for name, value in state.items():
+                setattr(metric, name, value)
+
+
+@contextmanager
+def _frozen_statistics(module: LightningModule) -> Iterator[None]:
+    norms = [(norm, norm.momentum) for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.training]
+    for norm, _ in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in norms:
+            norm.momentum = momentum
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.sub_(1)

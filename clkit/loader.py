@@ -114,5 +114,4 @@ class _SeededBatches(Dataset[Any]):
             torch.default_generator.manual_seed(seed)
             np.random.seed(seed)
             random.seed(seed)
-            samples = [self.dataset[i] for i in indices]
-        return self.collate_fn(samples)
+            return self.collate_fn([self.dataset[i] for i in indices])

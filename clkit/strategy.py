@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from clkit.errors import ConfigurationError
+from clkit.loader import read_samples
 from clkit.stream import Experience
 
 if TYPE_CHECKING:
@@ -23,7 +25,8 @@ class Strategy(Callback):
     ``training_step``, :meth:`loss_term`, backward, ``on_before_optimizer_step``, optimizer, ``on_train_batch_end``.
 
     Whatever a strategy must remember goes into ``state_dict`` / ``load_state_dict`` as tensors, numbers and strings, so
-    that a checkpoint loads with ``weights_only=True``.
+    that a checkpoint loads with ``weights_only=True``. An object belongs to one run: a second fit goes on with what it
+    remembers.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -62,6 +65,25 @@ class Strategy(Callback):
                 :math:`\\alpha L + (1-\\alpha) L_m` is the term :math:`(1-\\alpha)(L_m - L)`.
         """
         return None
+
+
+def check_pairs(trainer: Trainer, name: str, instead: str) -> None:
+    """Make sure that the stream's batches are ``(x, y)`` or ``(x, y, task)``.
+
+    Args:
+        trainer: The trainer.
+        name: What needs them.
+        instead: What to do otherwise.
+
+    Raises:
+        ConfigurationError: If they have another form.
+    """
+    data = stream_data(trainer)
+    batch = read_samples(data.stream[0].train, torch.tensor([0]), collate_fn=data.collate_fn)
+    if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
+        raise ConfigurationError(
+            f"{name} needs (x, y) or (x, y, task) batches, but the stream gives {type(batch).__name__}; {instead}."
+        )
 
 
 def stream_data(trainer: Trainer) -> StreamDataModule:

@@ -75,6 +75,10 @@ class Stream(Sequence[Experience]):
                     f"Experience {position} ({experience.name}) of stream {name!r} has no training samples; "
                     "remove it or give it data."
                 )
+            if _size(experience.test) == 0:
+                raise ConfigurationError(
+                    f"Experience {position} ({experience.name}) of stream {name!r} has no test samples; give it some."
+                )
 
     @classmethod
     def from_datasets(

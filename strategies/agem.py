@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from lightning_fabric.utilities import move_data_to_device
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
@@ -12,7 +13,7 @@ from torch.optim import Optimizer
 from clkit.buffer import ReservoirBuffer
 from clkit.distributed import local_share, sum_over_processes
 from clkit.errors import ConfigurationError
-from clkit.forward import task_loss
+from clkit.forward import task_loss, to_device
 from clkit.loader import read_samples
 from clkit.rng import private_rng
 from clkit.strategy import Strategy, stream_data
@@ -47,6 +48,11 @@ class AGEM(Strategy):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        if not pl_module.automatic_optimization:
+            raise ConfigurationError(
+                f"AGEM runs {type(pl_module).__name__}.training_step on the memory for a gradient, but that one "
+                "optimizes manually and would step; set automatic_optimization = True."
+            )
         if self.memory is None:
             capacity = self.samples_per_experience * len(stream_data(trainer).stream)
             self.memory = ReservoirBuffer(capacity, seed=self.seed)
@@ -62,15 +68,15 @@ class AGEM(Strategy):
         rng = private_rng(self.seed, 3, experience.index)
         chosen = rng.choice(n, min(n, self.samples_per_experience), replace=False)
         batch = read_samples(experience.train, torch.from_numpy(chosen), collate_fn=data.collate_fn)
-        self.memory.insert(trainer.strategy.batch_to_device(batch))
+        self.memory.insert(to_device(trainer, batch))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         assert self.memory is not None
         batch = self.memory.sample(self.batch_size)
-        if batch is None:
-            return
-        batch = trainer.strategy.batch_to_device(local_share(trainer, batch))
         params = [p for p in pl_module.parameters() if p.grad is not None]
+        if batch is None or not params:
+            return
+        batch = move_data_to_device(local_share(trainer, batch), pl_module.device)
         with torch.enable_grad():
             grads = torch.autograd.grad(task_loss(pl_module, batch), params, materialize_grads=True)
         reference = sum_over_processes(trainer, _flat(list(grads))) / trainer.world_size

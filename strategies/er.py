@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from lightning_fabric.utilities import move_data_to_device
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -80,7 +81,7 @@ class ExperienceReplay(Strategy):
             return None
         if self._replayed is None:
             return (self.alpha - 1) * loss if self.scale_first_task else None
-        replayed = trainer.strategy.batch_to_device(self._replayed)
+        replayed = move_data_to_device(self._replayed, module.device)
         return (1 - self.alpha) * (task_loss(module, replayed) - loss)
 
     @torch.no_grad()

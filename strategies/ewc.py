@@ -14,10 +14,10 @@ from torch.nn.utils import parameters_to_vector
 from clkit.distributed import sum_over_processes
 from clkit.errors import ConfigurationError
 from clkit.evaluation.mode import evaluation_mode
-from clkit.forward import task_loss
+from clkit.forward import task_loss, to_device
 from clkit.loader import read_samples
 from clkit.rng import private_rng
-from clkit.strategy import Strategy, stream_data
+from clkit.strategy import Strategy, check_pairs, stream_data
 from clkit.stream import Experience
 
 FISHERS = ("empirical", "true", "batch")
@@ -32,14 +32,15 @@ class EWC(Strategy):
     and gradient everywhere, so memory does not grow. ``mode="online"`` keeps :math:`F \leftarrow \gamma F + F_{new}`
     around the last weights only.
 
-    Fisher information at the end of an experience, in evaluation mode and without autocast:
+    Fisher information at the end of an experience, in evaluation mode:
 
     - ``"empirical"``: :math:`E_{(x,y)}[(\partial_j \log p_y)^2]` from per-sample gradients;
     - ``"true"``: :math:`E_x \sum_c p_c (\partial_j \log p_c)^2`, as many backward passes as there are classes;
     - ``"batch"``: the squared gradient of the module's own mean loss, averaged over batches. It works for any loss,
       is cheap, depends on the batch size and is biased low: an approximation that much public code uses.
 
-    The first two need ``forward`` to return class logits, shape ``[B, C]``.
+    The first two are computed without autocast; they need ``(x, y)`` batches and a ``forward`` that returns class
+    logits, shape ``[B, C]``.
 
     Args:
         strength: :math:`\lambda`, at least 0.
@@ -80,6 +81,11 @@ class EWC(Strategy):
         self.samples, self.seed = samples, seed
         self.penalty: Quadratic | None = None
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if self.fisher != "batch":
+            check_pairs(trainer, f"EWC(fisher={self.fisher!r})", "use fisher='batch'")
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.penalty is not None:
             self.penalty = Quadratic(*(tensor.to(pl_module.device) for tensor in self.penalty))
@@ -88,7 +94,13 @@ class EWC(Strategy):
         if self.penalty is None or self.strength == 0:
             return None
         importance, anchor, offset = self.penalty
-        distance = parameters_to_vector(trainable(module).values()) - anchor
+        weights = parameters_to_vector(trainable(module).values())
+        if len(weights) != len(anchor):
+            raise ConfigurationError(
+                f"EWC remembers {len(anchor)} weights, but {len(weights)} are trainable now; keep requires_grad of all "
+                "parameters the same over the stream."
+            )
+        distance = weights - anchor
         return 0.5 * self.strength * ((importance * distance.square()).sum() + offset)
 
     @torch.no_grad()
@@ -114,7 +126,7 @@ class EWC(Strategy):
         with evaluation_mode(module):
             for chunk in chunks:
                 batch = read_samples(experience.train, chunk, collate_fn=stream_data(trainer).collate_fn)
-                batch = trainer.strategy.batch_to_device(batch)
+                batch = to_device(trainer, batch)
                 for squares in self._squared_gradients(module, params, batch):
                     total += squares
         n_terms = -(-len(chosen) // size) if self.fisher == "batch" else len(chosen)

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 from clkit.errors import ConfigurationError
 from clkit.evaluation.mode import evaluation_mode
 from clkit.forward import outputs
-from clkit.strategy import Strategy, stream_data
+from clkit.strategy import Strategy, check_pairs, stream_data
 from clkit.stream import Experience
 
 
@@ -51,6 +51,7 @@ class LwF(Strategy):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        check_pairs(trainer, "LwF", "use another strategy")
         stream = stream_data(trainer).stream
         if any(not experience.classes for experience in stream):
             raise ConfigurationError(

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clkit.buffer import ClassBalancedBuffer, ReservoirBuffer, labels_of
+from clkit.buffer import ClassBalancedBuffer, ReservoirBuffer
+from clkit.datasets import labels_of
 from clkit.errors import ConfigurationError
 
 

@@ -12,6 +12,7 @@ from clkit.evaluation.functional import (
     Statistics,
     accuracy_matrix,
     compute_metrics,
+    gap,
     windowed_forgetting,
     windowed_plasticity,
 )
@@ -22,7 +23,12 @@ from clkit.evaluation.metrics import (
     AverageAnytimeAccuracy,
     BackwardTransfer,
     Forgetting,
+    ForwardTransfer,
+    GapArea,
+    GapDepth,
+    LearningCurveArea,
     MinACC,
+    RecoveryTime,
     StabilityGapMetrics,
     WindowedForgetting,
     WindowedPlasticity,
@@ -41,7 +47,7 @@ def from_rows(rows, n_experiences):
     return History(
         np.array(steps, dtype=np.int64),
         np.array(experience, dtype=np.int64),
-        np.array(phase, dtype="U4"),
+        np.array(phase, dtype="U6"),
         np.array(scores, dtype=np.float64).reshape(len(rows), n_experiences),
     )
 
@@ -56,6 +62,7 @@ EXPECTED = {
     1: {
         "ACC": 80, "FORG": 15, "BWT": -15, "min-ACC": 20, "WC-ACC": 130 / 3, "WF2": 110 / 3, "WF4": 140 / 3,
         "WF10": 140 / 3, "WF100": 140 / 3, "WP2": 30, "WP10": 160 / 3, "WP100": 160 / 3, "AAA": (753 + 1 / 3) / 12,
+        "gap_depth": 190 / 3, "gap_area": 395 / 3,
     },
     2: {
         "ACC": 80, "FORG": 15, "BWT": -15, "min-ACC": 30, "WC-ACC": 50, "WF2": 110 / 3, "WF4": 40, "WF10": 40,
@@ -93,6 +100,51 @@ def test_per_experience_and_accuracy_matrix_of_the_worked_example():
     np.testing.assert_allclose(each["minimum"], [0.2, 0.2, NAN])
     expected = [[0.9, NAN, NAN], [0.8, 0.9, NAN], [0.7, 0.8, 0.9]]
     np.testing.assert_allclose(accuracy_matrix(worked_example()), expected)
+
+
+def test_gaps_of_the_worked_example():
+    # E1 falls by 70, 40, 20, 10 below 90, then by 50, 40, 20, 10 below 80; E2 by 40, 70, 30, 10 below 90
+    gaps = Statistics.of(worked_example()).gaps
+    np.testing.assert_allclose(gaps["depth"], [[NAN, NAN, NAN], [0.7, NAN, NAN], [0.5, 0.7, NAN]])
+    np.testing.assert_allclose(gaps["area"], [[NAN, NAN, NAN], [1.35, NAN, NAN], [1.15, 1.45, NAN]])
+    assert np.isnan(gaps["recovery"]).all()
+    metrics = compute_metrics(worked_example())
+    assert (metrics["gap_depth"], metrics["gap_area"]) == pytest.approx((1.9 / 3, 3.95 / 3))
+    assert metrics["n_unrecovered"] == 3
+    assert math.isnan(metrics["recovery_steps"])
+
+
+def test_recovery_is_the_first_return_after_the_lowest_point():
+    steps, scores = [12, 14, 16, 18, 20], [0.5, 0.9, 0.3, 0.885, 0.95]
+    assert gap(steps, scores, before=0.9, boundary=10).recovery == 8  # at step 18, not 14
+    assert gap(steps, scores, before=0.9, boundary=10, within=0.01).recovery == 10
+    assert gap(steps, scores, before=0.3, boundary=10) == (0, 0, 0)
+    assert gap(steps, [NAN, NAN, 0.85, NAN, 0.89], before=0.9, boundary=10).area == pytest.approx(0.15 + 0.12)
+    assert math.isnan(gap(steps, scores, before=1.0, boundary=10).recovery)
+    assert all(map(math.isnan, gap([12], [NAN], before=0.9, boundary=10)))
+
+
+def learned_in_twelve_steps():
+    """Two experiences of twelve steps; the second rises from 0.2 by 0.05 a step."""
+    curve = [0.2 + 0.05 * n for n in range(1, 13)]
+    rows = [(0, 0, "init", [0.1, 0.15])]
+    rows += [(n, 0, "step", [0.5, NAN]) for n in range(1, 13)]
+    rows += [(12, 0, "before", [NAN, 0.2])]
+    rows += [(12 + n, 1, "step", [0.5, curve[n - 1]]) for n in range(1, 13)]
+    return from_rows(rows, 2)
+
+
+def test_forward_transfer_and_learning_curve_area():
+    metrics = compute_metrics(learned_in_twelve_steps())
+    assert metrics["FWT"] == pytest.approx(0.2 - 0.15)
+    second = sum(0.2 + 0.05 * n for n in range(1, 11))
+    assert metrics["LCA10"] == pytest.approx((0.5 + second / 10) / 2)
+    assert metrics["LCA10_zero"] == pytest.approx(((5 + 0.1) / 11 + (second + 0.2) / 11) / 2)
+
+
+def test_forward_transfer_and_learning_curve_area_are_undefined_without_their_evaluations():
+    metrics = compute_metrics(worked_example())
+    assert all(math.isnan(metrics[name]) for name in ("FWT", "LCA10", "LCA10_zero"))
 
 
 def test_plasticity_is_the_true_rise():
@@ -154,7 +206,7 @@ def test_experience_with_one_evaluation_counts_with_no_change():
 
 def test_empty_history_is_undefined_everywhere():
     metrics = compute_metrics(from_rows([], 2))
-    assert metrics.pop("n_missing") == 0
+    assert metrics.pop("n_missing") == metrics.pop("n_unrecovered") == 0
     assert all(math.isnan(value) for value in metrics.values())
 
 
@@ -205,13 +257,23 @@ def test_windowed_metrics_under_symmetries(values, window):
 def histories(draw, holes=False, subsets_only=False, min_experiences=1):
     """Random histories: some experiences, some steps each, perhaps full evaluations and gaps."""
     n = draw(st.integers(min_experiences, 4))
-    lengths = draw(st.lists(st.integers(1, 5), min_size=n, max_size=n))
+    lengths = draw(st.lists(st.integers(1, 5) | st.just(12), min_size=n, max_size=n))
     full = not subsets_only and draw(st.booleans())
-    rows = [(0, 0, "init", [draw(scores)] + [NAN] * (n - 1))]
+    transfer = draw(st.booleans())
+    rows = [(0, 0, "init", [draw(scores) if k == 0 or transfer else NAN for k in range(n)])]
     for k, length in enumerate(lengths):
+        if k > 0 and transfer:
+            rows.append((rows[-1][0], k - 1, "before", [draw(scores) if i == k else NAN for i in range(n)]))
         for position in range(length):
             cell = scores | st.just(NAN) if holes and position < length - 1 else scores
-            rows.append((rows[-1][0] + 1, k, "step", [draw(cell) for _ in range(k + 1)] + [NAN] * (n - k - 1)))
+            rows.append(
+                (
+                    rows[-1][0] + draw(st.integers(1, 3)),
+                    k,
+                    "step",
+                    [draw(cell) for _ in range(k + 1)] + [NAN] * (n - k - 1),
+                )
+            )
         if full:
             rows.append((rows[-1][0], k, "end", [draw(scores) for _ in range(k + 1)] + [NAN] * (n - k - 1)))
     return from_rows(rows, n)
@@ -249,10 +311,11 @@ def test_history_metrics_equal_the_brute_force(history, window):
 @given(histories())
 def test_ranges(history):
     metrics = compute_metrics(history)
-    forgetting = {"FORG", "FORG_max", "BWT"}
+    differences, unbounded = {"FORG", "FORG_max", "BWT", "FWT"}, {"gap_area", "recovery_steps"}
     for name, value in metrics.items():
-        low = -1 if name in forgetting else 0
-        assert math.isnan(value) or name == "n_missing" or low <= value <= 1
+        low = -1 if name in differences else 0
+        high = math.inf if name in unbounded or name.startswith("n_") else 1
+        assert math.isnan(value) or low <= value <= high
 
 
 @settings(deadline=None)
@@ -265,6 +328,7 @@ def test_worst_case_never_exceeds_acc_at_an_experience_end(history):
 @settings(deadline=None)
 @given(histories(subsets_only=True, min_experiences=2), st.data())
 def test_sparser_evaluation_is_never_more_pessimistic(history, data):
+    history = history.select("step")
     last = np.append(history.experience[1:] != history.experience[:-1], True)
     kept = last | np.array(data.draw(st.lists(st.booleans(), min_size=len(history), max_size=len(history))))
     sparse = History(*(column[kept] for column in (history.steps, history.experience, history.phase, history.scores)))
@@ -296,9 +360,9 @@ def test_running_minimum_never_rises_within_an_experience(history):
 
 
 def feed(metric, history, rows=slice(None)):
-    columns = (history.scores, history.experience.tolist(), history.phase.tolist())
-    for values, experience, phase in list(zip(*columns, strict=True))[rows]:
-        metric.update(torch.from_numpy(values), experience, phase)
+    columns = (history.scores, history.experience.tolist(), history.phase.tolist(), history.steps.tolist())
+    for values, *where in list(zip(*columns, strict=True))[rows]:
+        metric.update(torch.from_numpy(values), *where)
     return metric
 
 
@@ -321,7 +385,7 @@ def test_streaming_survives_a_state_dict_round_trip():
     second.load_state_dict(first.state_dict())
     feed(second, history, slice(6, None))
     whole = feed(StabilityGapMetrics(3, windows=(2, 4)), history)
-    assert as_floats(second.compute()) == as_floats(whole.compute())
+    assert as_floats(second.compute()) == pytest.approx(as_floats(whole.compute()), rel=0, abs=0, nan_ok=True)
 
 
 def test_streaming_reset_starts_over():
@@ -354,11 +418,42 @@ def test_persistence_can_be_switched_off():
         (AverageAnytimeAccuracy(3), "AAA"),
         (WindowedForgetting(3, window=2), "WF2"),
         (WindowedPlasticity(3, window=2), "WP2"),
+        (GapDepth(3), "gap_depth"),
+        (GapArea(3), "gap_area"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_single_metrics_on_the_worked_example(metric, name):
     assert 100 * float(feed(metric, worked_example()).compute()) == pytest.approx(EXPECTED[1][name])
+
+
+@pytest.mark.parametrize(
+    ("metric", "name"),
+    [(ForwardTransfer(2), "FWT"), (LearningCurveArea(2), "LCA10"), (RecoveryTime(2), "recovery_steps")],
+)
+def test_single_metrics_of_transfer(metric, name):
+    history = learned_in_twelve_steps()
+    assert float(feed(metric, history).compute()) == pytest.approx(compute_metrics(history)[name])
+
+
+@settings(deadline=None)
+@given(st.lists(scores | st.just(NAN), max_size=15), scores, st.sampled_from([0.0, 0.05, 0.11]))
+def test_gap_equals_the_brute_force(values, before, within):
+    steps = [3 * n + 2 for n in range(len(values))]
+    depth, area, recovery = gap(steps, values, before=before, boundary=0, within=within)
+    known = [(n, value) for n, value in zip(steps, values, strict=True) if not math.isnan(value)]
+    if not known:
+        assert math.isnan(depth)
+        return
+    path = [(0, before), *known]
+    falls = [max(0.0, before - value) for _, value in path]
+    assert depth == max(falls)
+    parts = [(path[j][0] - path[j - 1][0]) * 0.5 * (falls[j] + falls[j - 1]) for j in range(1, len(path))]
+    assert area == pytest.approx(sum(parts))
+    lowest = min(range(len(known)), key=lambda j: known[j][1])
+    back = [n for n, value in known[lowest:] if before - value <= within]
+    expected = 0.0 if depth <= within else back[0] if back else NAN
+    assert recovery == pytest.approx(expected, nan_ok=True)
 
 
 def test_reduction_over_processes_keeps_equal_states():
@@ -370,7 +465,7 @@ def test_reduction_over_processes_keeps_equal_states():
 
 def test_summary_is_strict_json_of_the_numbers():
     stream = {"name": "toy", "kind": "class-incremental", "experiences": ["a", "b", "c"]}
-    content = summary(worked_example(until=4), stream=stream, complete=False, every=1, subset=None)
+    content = summary(worked_example(until=4), stream=stream, complete=False, schedule="every step", subset=None)
     assert content["metrics"]["ACC"] == 0.9
     assert content["metrics"]["min-ACC"] is None
     assert content["stream"]["steps"] == [4]

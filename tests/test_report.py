@@ -40,7 +40,8 @@ def make_run(folder, final, *, lowest=0.25, overrides=None, config=None, complet
     writer.close()
     if complete:
         content = {
-            "format": 1, "complete": True, "score": "accuracy", "every": 1, "subset": 1000, "mask": "none",
+            "format": 1, "biased": [], "complete": True, "score": "accuracy", "schedule": "every step", "subset": 1000,
+            "mask": "none",
             "stream": {"name": "toy", "kind": "class-incremental", "experiences": ["cats", "dogs"], "steps": [2, 4]},
             "metrics": {"ACC": (final + 0.8) / 2, "FORG": 0.9 - final, "min-ACC": lowest, "AAA": None, "n_missing": 0},
             "per_experience": {"forgetting": [0.9 - final, None], "minimum": [lowest, None], "final": [final, 0.8]},

@@ -61,10 +61,12 @@ def test_history_holds_the_accuracy_of_every_seen_experience_at_every_step(every
     assert table[table.phase == "step"].step.tolist() == expected_steps
     assert table[table.phase == "init"].step.tolist() == [0]
     assert table[table.phase == "end"].step.tolist() == [10, 20, 30]
+    assert table[table.phase == "before"].step.tolist() == [10, 20]
     for row in table.itertuples():
         for k in range(3):
             value = getattr(row, f"E{k}")
-            if k <= row.experience:
+            before = row.phase == "before" and k == row.experience + 1
+            if before or row.phase == "init" or (k <= row.experience and row.phase != "before"):
                 assert value == by_hand(snapshots.at[row.step], stream[k].test)
             else:
                 assert np.isnan(value)
@@ -77,7 +79,8 @@ def test_a_subset_is_fixed_and_has_the_size_asked_for(tmp_path):
         seen.append(batch[0].clone())
         return accuracy(module, batch)
 
-    run(StabilityGap(subset=10, dir=tmp_path, score=score), stream=make_stream(2))
+    gap = StabilityGap(subset=10, dir=tmp_path, score=score, zero_shot=False)
+    run(gap, stream=make_stream(2))
     first_experience = [x[:10] for x in seen if len(x) in (10, 20)]
     assert len(first_experience) == 21
     assert all(torch.equal(x, first_experience[0]) for x in first_experience)
@@ -150,7 +153,7 @@ def test_the_default_figure_and_folder(tmp_path):
     gap = StabilityGap()
     run(gap, default_root_dir=tmp_path)
     assert (tmp_path / "stability_gap.png").stat().st_size > 10_000
-    assert len(gap.history) == 1 + 30 + 3
+    assert len(gap.history) == 1 + 30 + 3 + 2
 
 
 def test_an_older_history_in_the_folder_is_kept(tmp_path):
@@ -183,13 +186,13 @@ def test_a_score_of_ones_own(tmp_path):
     assert 0 < gap.metrics["metrics"]["ACC"] <= 1
 
 
-def test_accuracy_counts_nan_as_wrong_and_breaks_ties_low():
+def test_accuracy_of_nan_is_nan_and_ties_go_to_the_lowest_class():
     class Fixed(pl.LightningModule):
         def forward(self, x):
             return x
 
     logits = torch.tensor([[1.0, 1.0, 0.0], [float("nan"), 0.0, 0.0], [0.0, 0.0, 2.0], [0.0, 1.0, 1.0]])
-    assert accuracy(Fixed(), (logits, torch.tensor([0, 0, 2, 2]))).tolist() == [1, 0, 1, 0]
+    assert accuracy(Fixed(), (logits, torch.tensor([0, 0, 2, 2]))).nan_to_num(-1).tolist() == [1, -1, 1, 0]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,6 +19,8 @@ from clkit.errors import ConfigurationError
 from clkit.evaluation.history import History
 
 Array = NDArray[np.float64]
+BETA = 10
+WITHIN = 0.02
 
 
 def windowed_forgetting(series: ArrayLike, window: int) -> float:
@@ -56,6 +59,47 @@ def windowed_plasticity(series: ArrayLike, window: int) -> float:
     return windowed_forgetting(-np.asarray(series, dtype=np.float64), window)
 
 
+class Gap(NamedTuple):
+    """What learning a new experience does to an old one in between.
+
+    Args:
+        depth: Largest fall below the score before the boundary, at least 0.
+        area: Integral of the fall over the optimizer steps, by the trapezoid rule.
+        recovery: Steps from the boundary to the first evaluation after the lowest one (that is) within a tolerance of
+            the score before; 0 if it never fell further, NaN if it did not come back.
+    """
+
+    depth: float
+    area: float
+    recovery: float
+
+
+def gap(steps: ArrayLike, scores: ArrayLike, *, before: float, boundary: int, within: float = WITHIN) -> Gap:
+    """Measure the stability gap of one old experience at one boundary.
+
+    Args:
+        steps: Optimizer steps of the evaluations while the new experience is learned, ``[R]``, increasing.
+        scores: Scores of the old experience there, ``[R]``; NaN entries (not evaluated) are left out.
+        before: Its score in the last evaluation before the boundary.
+        boundary: Optimizer steps done at the boundary.
+        within: Tolerance of the recovery.
+
+    Returns:
+        Depth, area and recovery; all NaN without an evaluation on both sides of the boundary.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    defined = ~np.isnan(values)
+    at, values = np.asarray(steps, dtype=np.float64)[defined], values[defined]
+    if not values.size or np.isnan(before):
+        return Gap(np.nan, np.nan, np.nan)
+    falls = np.maximum(0.0, before - np.append(before, values))
+    area = float((np.diff(np.append(boundary, at)) * (falls[1:] + falls[:-1]) / 2).sum())
+    lowest = int(values.argmin())
+    back = lowest + np.flatnonzero(falls[1:][lowest:] <= within)
+    took = at[back] - boundary if falls.max() > within else np.zeros(1)
+    return Gap(float(falls.max()), area, float(next(iter(took), np.nan)))
+
+
 def compute_metrics(history: History, windows: Sequence[int] = (10, 100)) -> dict[str, float]:
     r"""Compute all metrics of a history, after its last row.
 
@@ -69,7 +113,15 @@ def compute_metrics(history: History, windows: Sequence[int] = (10, 100)) -> dic
     - ``WF10``, ``WP10``, ...: mean over all evaluated experiences of :func:`windowed_forgetting` and
       :func:`windowed_plasticity`, one pair for each window.
     - ``AAA``: mean over all evaluations of the mean over the experiences seen then.
+    - ``FWT``: mean over the learned experiences but the first of the score right before learning, less that of the
+      untrained model (Lopez-Paz & Ranzato, arXiv 1706.08840).
+    - ``LCA10``: learning-curve area, the mean over experiences of the mean of their first 10 evaluations while they
+      are learned; one with fewer is left out. ``LCA10_zero`` is that of Chaudhry et al. (arXiv 1812.00420), which
+      starts with the score right before learning.
+    - ``gap_depth``, ``gap_area``, ``recovery_steps``: means of :func:`gap` over all pairs of a boundary and an old
+      experience, ``recovery_steps`` over those that came back.
     - ``n_missing``: old experiences without any evaluation after their end; ``min-ACC`` leaves them out.
+    - ``n_unrecovered``: pairs of a boundary and an old experience that did not come back before the next boundary.
 
     Returns:
         Name to value; NaN where a metric is undefined.
@@ -98,6 +150,10 @@ class Statistics:
         falls: For each window ``[K]``, the windowed forgetting of each experience.
         rises: For each window ``[K]``, the windowed plasticity of each experience.
         anytime: Average anytime accuracy.
+        initial: ``[K]``, scores of the untrained model.
+        before: ``[K]``, scores right before an experience is learned.
+        early: ``[K]``, sum of the first :data:`BETA` scores of each experience while it is learned; NaN if fewer.
+        gaps: ``depth``, ``area`` and ``recovery`` of :func:`gap`, ``[K, K]`` each: row learned, column old.
     """
 
     started: int
@@ -108,6 +164,10 @@ class Statistics:
     falls: dict[int, Array]
     rises: dict[int, Array]
     anytime: float
+    initial: Array
+    before: Array
+    early: Array
+    gaps: dict[str, Array]
 
     @classmethod
     def of(cls, history: History, windows: Sequence[int] = ()) -> Statistics:
@@ -127,6 +187,10 @@ class Statistics:
             falls={w: np.array([windowed_forgetting(series, w) for series in seen.T]) for w in windows},
             rises={w: np.array([windowed_plasticity(series, w) for series in seen.T]) for w in windows},
             anytime=float(_mean(_mean(seen, axis=1))),
+            initial=(initial := _last(history.select("init").scores)),
+            before=np.where(index > 0, _last(history.select("before").scores), initial),
+            early=np.array([_sum_of_first(seen[steps.experience == k, k]) for k in index]),
+            gaps=_gaps(steps, seen),
         )
 
     def matrix(self) -> Array:
@@ -166,9 +230,39 @@ class Statistics:
             **{f"WF{w}": _mean(falls) for w, falls in self.falls.items()},
             **{f"WP{w}": _mean(rises) for w, rises in self.rises.items()},
             "AAA": self.anytime,
+            "FWT": _mean((self.before - self.initial)[1 : self.finished]),
+            f"LCA{BETA}": _mean(self.early / BETA),
+            f"LCA{BETA}_zero": _mean((self.before + self.early) / (BETA + 1)),
+            "gap_depth": _mean(self.gaps["depth"]),
+            "gap_area": _mean(self.gaps["area"]),
+            "recovery_steps": _mean(self.gaps["recovery"]),
         }
-        n_missing = int(np.isnan(self.minimum[: max(k - 1, 0)]).sum())
-        return {name: float(value) for name, value in values.items()} | {"n_missing": n_missing}
+        counts = {
+            "n_missing": int(np.isnan(self.minimum[: max(k - 1, 0)]).sum()),
+            "n_unrecovered": int((np.isnan(self.gaps["recovery"]) & ~np.isnan(self.gaps["depth"])).sum()),
+        }
+        return {name: float(value) for name, value in values.items()} | counts
+
+
+def _last(rows: Array) -> Array:
+    """The last score of each column that is defined, ``[K]``."""
+    return np.array([next((score for score in column[::-1] if not np.isnan(score)), np.nan) for column in rows.T])
+
+
+def _sum_of_first(series: Array) -> float:
+    first = series[~np.isnan(series)][:BETA]
+    return float(first.sum()) if first.size == BETA else np.nan
+
+
+def _gaps(steps: History, seen: Array) -> dict[str, Array]:
+    gaps = np.full((3, steps.n_experiences, steps.n_experiences), np.nan)
+    for k in np.unique(steps.experience[steps.experience > 0]):
+        now, earlier = steps.experience == k, steps.experience < k
+        if earlier.any():
+            boundary, before = int(steps.steps[earlier].max()), _last(seen[earlier])
+            for i in range(k):
+                gaps[:, k, i] = gap(steps.steps[now], seen[now, i], before=before[i], boundary=boundary)
+    return dict(zip(Gap._fields, gaps, strict=True))
 
 
 def _mean(values: Array, axis: int | None = None) -> Array:

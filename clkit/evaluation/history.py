@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
 from typing import Literal, get_args
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from clkit.errors import ConfigurationError
 
-Phase = Literal["init", "step", "end"]
+Phase = Literal["init", "step", "end", "before"]
 _PHASES = get_args(Phase)
 
 
@@ -23,13 +23,14 @@ _PHASES = get_args(Phase)
 class History:
     """The evaluations of one run: R rows over K experiences.
 
-    The phase ``init`` is the evaluation before the first step, ``step`` one on the evaluation subsets while an
-    experience is learned, ``end`` one on the full test sets after its last step.
+    The phase ``init`` is the evaluation of all experiences before the first step, ``step`` one of those seen so far, on
+    the evaluation subsets, while an experience is learned, ``end`` one on the full test sets after its last step, and
+    ``before`` the one of the experience that comes next, right after that.
 
     Args:
         steps: int64 ``[R]``, optimizer steps done.
         experience: int64 ``[R]``, index of the experience being learned, from 0.
-        phase: str ``[R]``, ``init``, ``step`` or ``end``.
+        phase: str ``[R]``, ``init``, ``step``, ``end`` or ``before``.
         scores: float64 ``[R, K]``, mean score in [0, 1]; NaN where an experience was not evaluated.
     """
 
@@ -60,6 +61,12 @@ class History:
         """Return the rows of these phases."""
         rows = np.isin(self.phase, phases)
         return History(self.steps[rows], self.experience[rows], self.phase[rows], self.scores[rows])
+
+    def seen(self) -> History:
+        """Return the per-iteration rows and the initial one, with NaN for experiences that come later."""
+        rows = self.select("init", "step")
+        seen = np.arange(self.n_experiences) <= rows.experience[:, None]
+        return replace(rows, scores=np.where(seen, rows.scores, np.nan))
 
     def boundaries(self) -> NDArray[np.int64]:
         """Return the last step of each finished experience, int64 ``[finished]``."""
@@ -173,7 +180,7 @@ class HistoryWriter:
         Args:
             step: Optimizer steps done.
             experience: Index of the experience being learned, from 0.
-            phase: ``init``, ``step`` or ``end``.
+            phase: ``init``, ``step``, ``end`` or ``before``.
             scores: Mean scores of the first experiences, at most K; NaN where one was not evaluated.
 
         Raises:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from clkit.errors import ConfigurationError
-from clkit.evaluation.functional import Statistics
+from clkit.evaluation.functional import BETA, WITHIN, Gap, Statistics
 from clkit.evaluation.history import Phase, count_finished
 
 
@@ -37,6 +37,19 @@ class _ContinualMetric(Metric):
     rises: Tensor
     anytime: Tensor
     evaluations: Tensor
+    initial: Tensor
+    before: Tensor
+    early: Tensor
+    n_early: Tensor
+    step: Tensor
+    boundary: Tensor
+    latest: Tensor
+    latest_step: Tensor
+    reference: Tensor
+    lowest: Tensor
+    depth: Tensor
+    area: Tensor
+    recovery: Tensor
 
     def __init__(
         self, n_experiences: int, windows: Sequence[int] = (), *, persistent: bool = True, **kwargs: Any
@@ -64,19 +77,37 @@ class _ContinualMetric(Metric):
         add("rises", len(windows), n_experiences)
         add("anytime", fill=0)
         add("evaluations", fill=0)
+        add("initial", n_experiences)
+        add("before", n_experiences)
+        add("early", n_experiences, fill=0)
+        add("n_early", n_experiences, fill=0)
+        add("step", fill=0)
+        add("boundary", fill=0)
+        for name in ("latest", "latest_step", "reference", "lowest"):
+            add(name, n_experiences)
+        for name in Gap._fields:
+            add(name, n_experiences, n_experiences)
 
-    def update(self, scores: Tensor, experience: int, phase: Phase = "step") -> None:
+    def update(self, scores: Tensor, experience: int, phase: Phase = "step", step: int | None = None) -> None:
         """Take in one evaluation, that is one row of a history.
 
         Args:
             scores: ``[K]``, mean scores in [0, 1]; NaN where an experience was not evaluated.
             experience: Index of the experience being learned, from 0.
             phase: ``step`` for a per-iteration evaluation, ``end`` for the full test sets at the end of the
-                experience; ``init`` (before the first step) is in no metric.
+                experience; ``init`` before the first step of all and ``before`` right before the experience that comes
+                next, both for forward transfer and learning-curve area alone.
+            step: Optimizer steps done, for areas and recovery; the number of ``step`` evaluations so far when ``None``.
         """
-        if phase == "init":
-            return
         scores = scores.detach().to(self.minimum)
+        if phase == "init":
+            self.initial = scores.clone()
+            self.before[0] = scores[0]
+            return
+        if phase == "before":
+            self.before[experience + 1] = scores[experience + 1]
+            return
+        is_new = self.started <= experience
         self.started = self.started.clamp(min=experience + 1)
         if phase == "end":
             self.ends[experience] = scores
@@ -86,8 +117,37 @@ class _ContinualMetric(Metric):
         average = scores[: experience + 1].nanmean()
         self.anytime += average.nan_to_num(0.0)
         self.evaluations += average.isfinite()
+        early = scores[experience].isfinite() & (self.n_early[experience] < BETA)
+        self.early[experience] += torch.where(early, scores[experience], 0.0)
+        self.n_early[experience] += early
+        self._follow_gap(
+            scores, experience, is_new, self.step + 1 if step is None else torch.full_like(self.step, step)
+        )
         if self.windows:
             self._compare(scores[: experience + 1], slice(experience + 1))
+
+    def _follow_gap(self, scores: Tensor, experience: int, is_new: Tensor, step: Tensor) -> None:
+        self.boundary = torch.where(is_new, self.step, self.boundary)
+        self.reference = torch.where(is_new, self.latest, self.reference)
+        self.lowest = torch.where(is_new, torch.inf, self.lowest)
+        self.latest_step = torch.where(is_new, self.step, self.latest_step)
+        self.step = step
+        old = slice(experience)
+        now, reference = scores[old], self.reference[old]
+        fall, last_fall = (reference - now).clamp(min=0), (reference - self.latest[old]).clamp(min=0)
+        new_area = (step - self.latest_step[old]) * (fall + last_fall) / 2
+        area, depth, recovery = self.area[experience, old], self.depth[experience, old], self.recovery[experience, old]
+        is_back = fall <= WITHIN
+        took = torch.where(recovery.isnan() & is_back, step - self.boundary, recovery)
+        took = torch.where(now < self.lowest[old], torch.where(is_back, 0.0, torch.nan), took)
+        defined = fall.isfinite()
+        self.area[experience, old] = torch.where(defined, area.nan_to_num(0.0) + new_area, area)
+        self.depth[experience, old] = torch.where(defined, depth.fmax(fall), depth)
+        self.recovery[experience, old] = torch.where(defined, took, recovery)
+        evaluated = scores.isfinite()
+        self.lowest = torch.where(evaluated, self.lowest.fmin(scores), self.lowest)
+        self.latest = torch.where(evaluated, scores, self.latest)
+        self.latest_step = torch.where(evaluated, step, self.latest_step)
 
     def _compare(self, scores: Tensor, seen: slice) -> None:
         now, recent = scores[:, None], self.recent[seen]
@@ -111,6 +171,10 @@ class _ContinualMetric(Metric):
             falls=dict(zip(self.windows, self.falls.cpu().numpy(), strict=True)),
             rises=dict(zip(self.windows, self.rises.cpu().numpy(), strict=True)),
             anytime=float(self.anytime / self.evaluations),
+            initial=self.initial.cpu().numpy(),
+            before=self.before.cpu().numpy(),
+            early=torch.where(self.n_early == BETA, self.early, torch.nan).cpu().numpy(),
+            gaps={name: getattr(self, name).cpu().numpy() for name in Gap._fields},
         )
         return {name: self.minimum.new_tensor(value) for name, value in statistics.metrics().items()}
 
@@ -197,6 +261,41 @@ class AverageAnytimeAccuracy(_Single):
 
     name = "AAA"
     higher_is_better = True
+
+
+class ForwardTransfer(_Single):
+    """FWT: mean gain right before learning over the untrained model (Lopez-Paz & Ranzato, arXiv 1706.08840)."""
+
+    name = "FWT"
+    higher_is_better = True
+
+
+class LearningCurveArea(_Single):
+    """LCA: mean over experiences of the mean of their first 10 evaluations while they are learned."""
+
+    name = f"LCA{BETA}"
+    higher_is_better = True
+
+
+class GapDepth(_Single):
+    """Mean over boundaries and old experiences of the largest fall below the score before the boundary."""
+
+    name = "gap_depth"
+    higher_is_better = False
+
+
+class GapArea(_Single):
+    """Mean over boundaries and old experiences of the integral of the fall over the optimizer steps."""
+
+    name = "gap_area"
+    higher_is_better = False
+
+
+class RecoveryTime(_Single):
+    """Mean over boundaries and old experiences of the steps until the score is back within 0.02 of that before."""
+
+    name = "recovery_steps"
+    higher_is_better = False
 
 
 class _Windowed(_ContinualMetric):

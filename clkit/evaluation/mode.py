@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
 
 
@@ -18,3 +21,15 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for child, training in modes:
             child.training = training
+
+
+@contextmanager
+def untouched(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Evaluate inside: no gradients, evaluation mode, the trainer's precision; all random numbers go on as before."""
+    stage = trainer.state.stage
+    trainer.validating = True
+    try:
+        with isolate_rng(), evaluation_mode(module), torch.no_grad(), trainer.precision_plugin.val_step_context():
+            yield
+    finally:
+        trainer.state.stage = stage

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor
 
 from clkit.errors import ConfigurationError
+from clkit.stream import Stream
 
 Score = Callable[[LightningModule, Any], Tensor]
+Mask = Literal["none", "seen", "experience"]
 
 
-def accuracy(module: LightningModule, batch: Any) -> Tensor:
-    """Return 1 where the largest logit is the label, else 0, ``int64``, shape ``[B]``.
+def accuracy(module: LightningModule, batch: Any, allowed: Tensor | None = None) -> Tensor:
+    """Return 1 where the largest logit is the label, else 0, ``float32``, shape ``[B]``; NaN where a logit is NaN.
 
     The batch is ``(x, y)`` or ``(x, y, task)`` and ``module(x)`` or ``module(x, task)`` returns logits ``[B, C]``. The
-    argmax is over all logits as they are; ties go to the lowest class; a sample with a NaN logit counts as wrong.
+    argmax is over all logits as they are; ties go to the lowest class.
+
+    Args:
+        module: The module.
+        batch: The batch.
+        allowed: ``bool [C]``, or ``bool [C, C]`` with one row for each label: the classes that compete; all by default.
 
     Raises:
         ConfigurationError: If the batch or the output has another form.
@@ -35,5 +43,57 @@ def accuracy(module: LightningModule, batch: Any) -> Tensor:
             f"The accuracy score needs {type(module).__name__}.forward to return logits of shape [B, C]; "
             "pass StabilityGap(score=...) a function of (module, batch) with one value a sample."
         )
-    hit: Tensor = (logits.argmax(dim=1) == y) & ~logits.isnan().any(dim=1)
-    return hit.to(torch.int64)
+    spoilt = logits.isnan().any(dim=1)
+    if allowed is not None:
+        logits = logits.masked_fill(~(allowed if allowed.dim() == 1 else allowed[y]), -torch.inf)
+    hit: Tensor = (logits.argmax(dim=1) == y).float()
+    return hit.masked_fill(spoilt, torch.nan)
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A score, with the classes that compete while each experience is learned.
+
+    Args:
+        score: The score function.
+        allowed: One ``allowed`` of :func:`accuracy` for each experience; ``None`` without a mask.
+    """
+
+    score: Score
+    allowed: tuple[Tensor, ...] | None = None
+
+    @classmethod
+    def of(cls, score: Score, mask: Mask, stream: Stream, device: torch.device) -> Scorer:
+        """Build the masks of a stream: the classes seen so far, or those of the sample's own experience.
+
+        Raises:
+            ConfigurationError: If a mask is wanted for another score than accuracy, or the stream has no classes.
+        """
+        if mask == "none":
+            return cls(score)
+        if score is not accuracy or stream.n_classes is None or not all(e.classes for e in stream):
+            raise ConfigurationError(
+                f"mask={mask!r} masks the logits of classes, so it needs score='accuracy' and a stream with classes; "
+                "use mask='none' and mask in a score function of your own."
+            )
+        if mask == "seen":
+            table = torch.zeros(len(stream), stream.n_classes, dtype=torch.bool)
+            for k in range(len(stream)):
+                table[k, list(stream.classes_seen(k))] = True
+            return cls(score, table.to(device).unbind())
+        together = torch.zeros(stream.n_classes, stream.n_classes, dtype=torch.bool)
+        for experience in stream:
+            classes = torch.tensor(experience.classes)
+            together[classes[:, None], classes] = True
+        return cls(score, (together.to(device),) * len(stream))
+
+    def __call__(self, module: LightningModule, batch: Any, experience: int) -> Tensor:
+        """Return the scores of a batch, ``[B]``, while ``experience`` is learned."""
+        if self.allowed is None:
+            return self.score(module, batch)
+        return accuracy(module, batch, self.allowed[experience])
+
+    @property
+    def name(self) -> str:
+        """Name of the score function."""
+        return getattr(self.score, "__name__", type(self.score).__name__)

@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.utilities import rank_zero_info
-from pytorch_lightning.utilities.seed import isolate_rng
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset
 
 from clkit.distributed import sum_over_processes
 from clkit.errors import ConfigurationError
+from clkit.evaluation.evaluator import Evaluator, ProcessEvaluator, Result, SnapshotEvaluator
 from clkit.evaluation.history import History, HistoryWriter, Phase
-from clkit.evaluation.mode import evaluation_mode
-from clkit.evaluation.scores import Score, accuracy
+from clkit.evaluation.mode import untouched
+from clkit.evaluation.prefix import FrozenPrefix
+from clkit.evaluation.schedule import Every, Schedule
+from clkit.evaluation.scores import Mask, Score, Scorer, accuracy
+from clkit.evaluation.subsets import Subsets
 from clkit.evaluation.summary import summary
+from clkit.forward import to_device
 from clkit.loader import StreamLoader, read_samples
 from clkit.rng import private_rng
 from clkit.strategy import stream_data
-from clkit.stream import Experience
+from clkit.stream import Experience, Stream
 
 
 class StabilityGap(Callback):
@@ -40,13 +46,23 @@ class StabilityGap(Callback):
     ``metrics.json`` and ``stability_gap.png``. Every logger of the trainer gets the curves.
 
     Args:
-        every: Optimizer steps between evaluations, counted from the start of each experience.
+        every: Optimizer steps between evaluations, counted from the start of each experience, or a
+            :class:`~clkit.evaluation.schedule.Schedule`.
         subset: Held-out samples of each experience that are evaluated each time; all when ``None`` or more than there
             are.
         score: ``"accuracy"``, or a function of the module and a batch that returns one value a sample, shape ``[B]``.
+        mask: Which logits compete: all (``"none"``), those of the classes seen so far (``"seen"``), or those of the
+            classes of the sample's own experience (``"experience"``).
         split: ``"test"`` or ``"val"``.
+        zero_shot: Also evaluate each experience before it is learned, for forward transfer and learning-curve area.
         windows: Window lengths, in evaluations, of the windowed metrics.
         batch_size: Samples in one evaluation forward.
+        prefix_cache: Compute the outputs of the frozen first part of the network only once
+            (:class:`~clkit.evaluation.prefix.FrozenPrefix`); results are the same.
+        prefix_cache_limit: Most bytes to keep for that.
+        snapshots: Copies of the trainable weights that are evaluated in one vectorised call, for very small networks.
+        asynchronous: Evaluate copies of the trainable weights in another process, on the CPU; results are the same.
+        queue: Copies that may wait for it.
         dir: Folder of the files; the trainer's log or root folder when ``None``.
         seed: Seed of the choice of the subsets.
         flush_every: Evaluations whose results may wait on the device before they are written.
@@ -61,29 +77,43 @@ class StabilityGap(Callback):
 
     def __init__(
         self,
-        every: int = 1,
+        every: int | Schedule = 1,
         subset: int | None = 1000,
         *,
         score: Score | Literal["accuracy"] = "accuracy",
+        mask: Mask = "none",
         split: Literal["test", "val"] = "test",
+        zero_shot: bool = True,
         windows: Sequence[int] = (10, 100),
         batch_size: int = 500,
+        prefix_cache: bool = True,
+        prefix_cache_limit: int = 2**31,
+        snapshots: int = 1,
+        asynchronous: bool = False,
+        queue: int = 8,
         dir: str | Path | None = None,
         seed: int = 0,
         flush_every: int = 32,
         plot: bool = True,
     ) -> None:
-        least = {"every": every, "subset": subset, "batch_size": batch_size, "flush_every": flush_every}
-        for name, value in least.items():
+        least = {"subset": subset, "batch_size": batch_size, "flush_every": flush_every, "snapshots": snapshots}
+        for name, value in {**least, "queue": queue}.items():
             if value is not None and value < 1:
                 raise ConfigurationError(f"{name}={value} is not possible; use a whole number of at least 1.")
-        if split not in ("test", "val"):
-            raise ConfigurationError(f"split={split!r} is unknown; use test or val.")
+        for name, chosen, known in (("split", split, ("test", "val")), ("mask", mask, get_args(Mask))):
+            if chosen not in known:
+                raise ConfigurationError(f"{name}={chosen!r} is unknown; use {', '.join(known)}.")
         if isinstance(score, str) and score != "accuracy":
             raise ConfigurationError(f"score={score!r} is unknown; use 'accuracy' or a function of (module, batch).")
-        self.every, self.subset, self.split, self.windows = every, subset, split, tuple(windows)
+        if asynchronous and snapshots > 1:
+            raise ConfigurationError("asynchronous=True and snapshots above 1 exclude each other; use one of them.")
+        self.schedule = Every(every) if isinstance(every, int) else every
+        self.subset, self.split, self.windows, self.zero_shot = subset, split, tuple(windows), zero_shot
         self.score: Score = accuracy if isinstance(score, str) else score
+        self.mask: Mask = mask
         self.batch_size, self.seed, self.flush_every = batch_size, seed, flush_every
+        self.prefix_cache, self.prefix_cache_limit = prefix_cache, prefix_cache_limit
+        self.snapshots, self.asynchronous, self.queue = snapshots, asynchronous, queue
         self.plot = plot
         self._own_dir = None if dir is None else Path(dir)
         self.dir: Path | None = None
@@ -91,10 +121,11 @@ class StabilityGap(Callback):
         self.latest: list[float] = []
         self._writer: HistoryWriter | None = None
         self._resume_from: dict[str, Any] | None = None
-        self._pending: list[tuple[int, int, Phase, Tensor]] = []
-        self._start_step = 0
-        self._last_step = 0
-        self._mask = "none"
+        self._evaluator: Evaluator | None = None
+        self._pending: list[_Row] = []
+        self._start_step = self._last_step = self._evaluated_step = self._n_undefined = 0
+        self._offset = 0
+        self._module_mask = False
 
     @property
     def history(self) -> History:
@@ -113,11 +144,13 @@ class StabilityGap(Callback):
             )
         log_dir = trainer.log_dir if self._own_dir is None else None
         self.dir = self._own_dir or Path(log_dir or trainer.default_root_dir)
+        self._trainer = trainer
+        self._module_mask = bool(getattr(pl_module, "mask_unseen", False))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._pending, self.latest = [], []
         if self._resume_from is None:
-            self._start_step = self._last_step = 0
+            self._start_step = self._last_step = self._evaluated_step = self._n_undefined = 0
         if trainer.is_global_zero:
             self._open(len(stream_data(trainer).stream))
         self._resume_from = None
@@ -136,114 +169,156 @@ class StabilityGap(Callback):
         self._writer = HistoryWriter.resume(path, n_experiences, offset)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        parts = [self._choose_subset(trainer, pl_module, experience) for experience in stream_data(trainer).stream]
-        sizes = torch.tensor([size for size, _ in parts])
-        self._bounds = sizes.cumsum(0).tolist()
-        self._counts = sizes.to(pl_module.device, _sum_dtype(pl_module.device))
-        self._owner = torch.arange(len(sizes)).repeat_interleave(sizes).to(pl_module.device)
-        self._samples = tree_map(lambda *columns: torch.cat(columns), *[batch for _, batch in parts])
-        self._loggers = trainer.loggers
-        self._mask = "unseen classes" if getattr(pl_module, "mask_unseen", False) else "none"
+        stream, device = stream_data(trainer).stream, pl_module.device
+        with untouched(trainer, pl_module):
+            parts = [self._choose_subset(trainer, experience) for experience in stream]
+        sizes, batches = (list(column) for column in zip(*parts, strict=True))
+        self._subsets = Subsets(batches, sizes, self.batch_size, device)
+        self._full_counts = self._subsets.counts.new_tensor([_size(self._held_out(e)) for e in stream])
+        self._scorer = Scorer.of(self.score, self.mask, stream, device)
+        self._evaluator = self._build(trainer, pl_module)
         if trainer.global_step == 0:
-            self._evaluate(trainer, pl_module, 0, "init")
+            first = range(len(stream) if self.zero_shot else 1)
+            self._note(0, 0, "init", first, self._evaluator.now(0, first))
+        else:
+            self._evaluator.start()
 
-    def _choose_subset(self, trainer: Trainer, module: LightningModule, experience: Experience) -> tuple[int, Any]:
+    def _build(self, trainer: Trainer, module: LightningModule) -> Evaluator:
+        parts = (trainer, module, self._subsets, self._scorer)
+        if self.asynchronous:
+            limit = self.prefix_cache_limit
+            return ProcessEvaluator(*parts, use_prefix=self.prefix_cache, limit=limit, queue=self.queue)
+        if self.snapshots > 1:
+            return SnapshotEvaluator(*parts, self.snapshots)
+        return Evaluator(*parts, FrozenPrefix(module, self.prefix_cache_limit) if self.prefix_cache else None)
+
+    def _choose_subset(self, trainer: Trainer, experience: Experience) -> tuple[int, Any]:
         dataset = self._held_out(experience)
-        n = len(dataset)  # type: ignore[arg-type]
-        chosen = private_rng(self.seed, 5, experience.index).permutation(n)[: self.subset]
+        chosen = private_rng(self.seed, 5, experience.index).permutation(_size(dataset))[: self.subset]
         chosen.sort()
         batch = read_samples(dataset, torch.from_numpy(chosen), collate_fn=stream_data(trainer).collate_fn)
-        return len(chosen), trainer.strategy.batch_to_device(batch, module.device)
+        return len(chosen), to_device(trainer, batch)
 
     def on_experience_start(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
-        self._start_step = trainer.global_step
+        assert self._evaluator is not None
+        self._start_step, index = trainer.global_step, experience.index
+        if self.zero_shot and index > 0:
+            this = range(index, index + 1)
+            self._note(trainer.global_step, index - 1, "before", this, self._evaluator.now(index, this))
+        self._evaluator.start()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step = trainer.global_step
-        if step == self._last_step:
-            return
+        step, data = trainer.global_step, stream_data(trainer)
+        new = range(self._last_step + 1, step + 1)
         self._last_step = step
-        data = stream_data(trainer)
+        due = self._agreed(trainer, any(self.schedule.due(at - self._start_step) for at in new))
         is_last = trainer.is_last_batch and data.is_last_epoch
-        if (step - self._start_step) % self.every == 0 or is_last:
-            self._evaluate(trainer, pl_module, data.experience.index, "step")
+        if due or (is_last and step > self._evaluated_step):
+            self._evaluate(pl_module, step, data.experience.index)
 
-    def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
-        means = [self._full_mean(trainer, module, seen) for seen in stream_data(trainer).stream[: experience.index + 1]]
-        self._pending.append((trainer.global_step, experience.index, "end", torch.stack(means)))
-        self._flush()
+    def _agreed(self, trainer: Trainer, due: bool) -> bool:
+        """One answer for all processes where it depends on the clock."""
+        if self.schedule.timed and trainer.world_size > 1:
+            return bool(trainer.strategy.broadcast(due))
+        return due
 
-    def _evaluate(self, trainer: Trainer, module: LightningModule, index: int, phase: Phase) -> None:
-        end = self._bounds[index]
-        total = torch.zeros_like(self._counts)
-        with _untouched(trainer, module):
-            for start in range(0, end, self.batch_size)[trainer.global_rank :: trainer.world_size]:
-                rows = slice(start, min(start + self.batch_size, end))
-                values = self.score(module, _rows(self._samples, rows))
-                total.index_add_(0, self._owner[rows], values.to(total.dtype))
-        means = (sum_over_processes(trainer, total) / self._counts)[: index + 1]
-        self._pending.append((trainer.global_step, index, phase, means))
+    def _evaluate(self, module: LightningModule, step: int, index: int) -> None:
+        assert self._evaluator is not None
+        start = time.monotonic()
+        self._note(step, index, "step", range(index + 1), self._evaluator.submit(index))
+        self._evaluated_step = step
         if len(self._pending) >= self.flush_every:
             self._flush()
+        if self.schedule.timed:
+            if module.device.type != "cpu":
+                torch.accelerator.synchronize()
+            self.schedule.spent(time.monotonic() - start)
 
-    def _full_mean(self, trainer: Trainer, module: LightningModule, experience: Experience) -> Tensor:
-        dataset = self._held_out(experience)
-        n = len(dataset)  # type: ignore[arg-type]
-        order = torch.arange(n)[trainer.global_rank :: trainer.world_size]
-        total = self._counts.new_zeros(())
-        with _untouched(trainer, module):
-            for batch in StreamLoader(dataset, order, self.batch_size, collate_fn=stream_data(trainer).collate_fn):
-                total += (
-                    self.score(module, trainer.strategy.batch_to_device(batch, module.device)).to(total.dtype).sum()
-                )
-        return sum_over_processes(trainer, total) / n
+    def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
+        seen = range(experience.index + 1)
+        sums = self._full_sums(trainer, module, seen)
+        self._note(trainer.global_step, experience.index, "end", seen, lambda: sums)
+        self._flush()
+
+    def _full_sums(self, trainer: Trainer, module: LightningModule, seen: range) -> Tensor:
+        total = self._subsets.counts.new_zeros(2, len(self._full_counts))
+        with untouched(trainer, module):
+            for k in seen:
+                dataset = self._held_out(stream_data(trainer).stream[k])
+                order = torch.arange(_size(dataset))[trainer.global_rank :: trainer.world_size]
+                for batch in StreamLoader(dataset, order, self.batch_size, collate_fn=stream_data(trainer).collate_fn):
+                    values = self._scorer(module, to_device(trainer, batch), seen[-1]).to(total.dtype)
+                    undefined = values.isnan()
+                    total[:, k] += torch.stack([values.masked_fill(undefined, 0.0).sum(), undefined.sum()])
+        return total
 
     def _held_out(self, experience: Experience) -> Dataset[Any]:
         dataset: Dataset[Any] = getattr(experience, self.split)
         return dataset
 
+    def _note(self, step: int, index: int, phase: Phase, experiences: range, result: Result) -> None:
+        self._pending.append(_Row(step, index, phase, experiences, result))
+
     def _flush(self) -> None:
         rows, self._pending = self._pending, []
-        if not rows:
+        if not rows or self._evaluator is None:
             return
-        values = torch.cat([means for *_, means in rows]).tolist()
-        for step, index, phase, means in rows:
-            scores, values = values[: len(means)], values[len(means) :]
-            self.latest = scores
+        sums = sum_over_processes(self._trainer, torch.stack([row.result() for row in rows]))
+        self._evaluator.check()
+        counts = torch.stack([self._full_counts if row.phase == "end" else self._subsets.counts for row in rows])
+        means, undefined = (sums[:, 0] / counts).tolist(), int(sums[:, 1].sum())
+        self._count_undefined(undefined)
+        for row, values in zip(rows, means, strict=True):
+            scores = [value if k in row.experiences else math.nan for k, value in enumerate(values)]
+            if row.phase in ("step", "end"):
+                self.latest = scores[: row.index + 1]
             if self._writer is not None:
-                self._writer.append(step, index, phase, scores)
-            if phase != "end":
-                curves = {f"{_name(self.score)}/E{k}": value for k, value in enumerate(scores)}
-                for logger in self._loggers:
-                    logger.log_metrics(curves, step=step)
+                self._writer.append(row.step, row.index, row.phase, scores)
+            if row.phase != "end":
+                curves = {f"{Scorer(self.score).name}/E{k}": scores[k] for k in row.experiences}
+                for logger in self._trainer.loggers:
+                    logger.log_metrics(curves, step=row.step)
         if self._writer is not None:
             self._writer.flush()
 
+    def _count_undefined(self, number: int) -> None:
+        if number and not self._n_undefined:
+            rank_zero_warn(
+                "Evaluated samples have NaN as their score and count as 0; n_undefined in metrics.json counts them."
+            )
+        self._n_undefined += number
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._flush()
+        self._close_evaluator()
         if self._writer is None:
             return
         assert self.dir is not None
+        self._offset = self._writer.offset
         self._writer.close()
         self._writer = None
         stream = stream_data(trainer).stream
-        names = [experience.name for experience in stream]
         history = self.history
-        self.metrics = summary(
-            history,
-            stream={"name": stream.name, "kind": stream.kind, "experiences": names},
-            complete=history.finished == len(stream),
-            score=_name(self.score),
-            every=self.every,
-            subset=self.subset,
-            mask=self._mask,
-            windows=self.windows,
-        )
+        self.metrics = self._summary(history, stream)
         _write_atomically(self.dir / "metrics.json", json.dumps(self.metrics, indent=2, allow_nan=False))
         if self.plot:
-            self._draw(history, names)
+            self._draw(history, [experience.name for experience in stream])
+
+    def _summary(self, history: History, stream: Stream) -> dict[str, Any]:
+        names = [experience.name for experience in stream]
+        return summary(
+            history,
+            stream={"name": stream.name, "kind": stream.kind, "experiences": names},
+            complete=len(stream) - 1 in history.select("end").experience,
+            score=Scorer(self.score).name,
+            schedule=str(self.schedule),
+            subset=self.subset,
+            mask="seen" if self.mask == "none" and self._module_mask else self.mask,
+            windows=self.windows,
+            n_undefined=self._n_undefined,
+        )
 
     def _draw(self, history: History, names: list[str]) -> None:
         from clkit.report.figures import save, stability_gap_figure
@@ -253,52 +328,72 @@ class StabilityGap(Callback):
         rank_zero_info(f"Stability gap: {self.dir / 'stability_gap.png'}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._flush()
+        if trainer.world_size == 1:
+            with suppress(Exception):
+                self._flush()
+        self._close_evaluator()
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+    def _close_evaluator(self) -> None:
+        if self._evaluator is not None:
+            self._evaluator.close()
+            self._evaluator = None
 
     def state_dict(self) -> dict[str, Any]:
         self._flush()
         if self._writer is not None:
             self._writer.sync()
+            self._offset = self._writer.offset
         return {
-            "offset": 0 if self._writer is None else self._writer.offset,
+            "offset": self._offset,
             "path": str(None if self.dir is None else self.dir / "history.csv"),
             "start_step": self._start_step,
             "last_step": self._last_step,
-            "mask": self._mask,
-            "settings": [self.every, self.subset, self.split, self.seed],
+            "evaluated_step": self._evaluated_step,
+            "n_undefined": self._n_undefined,
+            "schedule": self.schedule.state_dict(),
+            "settings": self._settings(),
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "every": str(self.schedule),
+            "subset": self.subset,
+            "split": self.split,
+            "mask": self.mask,
+            "zero_shot": self.zero_shot,
+            "seed": self.seed,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        settings = [self.every, self.subset, self.split, self.seed]
-        if state_dict["settings"] != settings:
+        there, here = state_dict["settings"], self._settings()
+        differing = [
+            f"{name} ({there.get(name)} there, {here[name]} here)" for name in here if there.get(name) != here[name]
+        ]
+        if differing:
             raise ConfigurationError(
-                f"The checkpoint has [every, subset, split, seed] = {state_dict['settings']} and this run {settings}; "
-                "one history cannot hold both, so use the old settings."
+                f"The checkpoint's run was evaluated in another way: {', '.join(differing)} differ(s); one history "
+                "cannot hold both, so use the old settings."
             )
         self._resume_from = state_dict
         self._start_step, self._last_step = state_dict["start_step"], state_dict["last_step"]
-        self._mask = state_dict["mask"]
+        self._evaluated_step, self._n_undefined = state_dict["evaluated_step"], state_dict["n_undefined"]
+        self.schedule.load_state_dict(state_dict["schedule"])
 
 
-@contextmanager
-def _untouched(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    with isolate_rng(), evaluation_mode(module), torch.no_grad(), trainer.precision_plugin.val_step_context():
-        yield
+@dataclass(frozen=True)
+class _Row:
+    step: int
+    index: int
+    phase: Phase
+    experiences: range
+    result: Result
 
 
-def _rows(batch: Any, rows: slice) -> Any:
-    return tree_map(lambda part: part[rows], batch)
-
-
-def _sum_dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def _name(score: Score) -> str:
-    return getattr(score, "__name__", type(score).__name__)
+def _size(dataset: Dataset[Any]) -> int:
+    return len(dataset)  # type: ignore[arg-type]
 
 
 def _keep_aside(path: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from clkit.evaluation.functional import Statistics
 from clkit.evaluation.history import History
 
+_UNBIASED = {"ACC", "ACC_subset", "FORG", "FORG_max", "BWT", "FWT"}
 _PACKAGES = ("clkit", "torch", "pytorch-lightning", "torchmetrics", "numpy")
 
 
@@ -21,11 +22,12 @@ def summary(
     *,
     stream: Mapping[str, Any],
     complete: bool,
-    every: int,
+    schedule: str,
     subset: int | None,
     score: str = "accuracy",
     mask: str = "none",
     windows: Sequence[int] = (10, 100),
+    n_undefined: int = 0,
 ) -> dict[str, Any]:
     """Build the content of ``metrics.json``: a function of the history, the settings and the installed versions.
 
@@ -34,28 +36,33 @@ def summary(
         stream: ``name``, ``kind`` and ``experiences`` (K names) of the stream; ``steps``, the last step of each
             finished experience, is added.
         complete: Whether the run reached the end of the stream.
-        every: Evaluation period in optimizer steps.
+        schedule: When evaluations took place, ``every step`` or another.
         subset: Samples of each experience in a per-iteration evaluation; ``None`` for all.
         score: Name of the score.
         mask: Which outputs compete in an evaluation; ``none`` for all.
         windows: Window lengths in evaluations.
+        n_undefined: Evaluated samples whose score was NaN.
 
     Returns:
         Data for :func:`json.dump`; ``None`` where a metric is undefined.
     """
     statistics = Statistics.of(history, windows)
-    each = statistics.per_experience()
+    each, metrics = statistics.per_experience(), statistics.metrics()
     content = {
         "format": 1,
         "complete": complete,
         "score": score,
-        "every": every,
+        "schedule": schedule,
+        "biased": []
+        if schedule == "every step"
+        else [name for name in metrics if name not in _UNBIASED and name[:2] != "n_"],
         "subset": subset,
         "mask": mask,
         "stream": {**stream, "steps": history.boundaries()},
-        "metrics": statistics.metrics(),
+        "metrics": metrics | {"n_undefined": n_undefined},
         "per_experience": {name: each[name] for name in ("forgetting", "minimum", "final")},
         "accuracy_matrix": statistics.matrix(),
+        "gaps": statistics.gaps,
         "versions": versions(),
     }
     return {key: to_json(value) for key, value in content.items()}

@@ -15,6 +15,12 @@ _DEFINITIONS = {
     "WF": (False, "Windowed forgetting: mean over experiences of the largest fall within {w} evaluations."),
     "WP": (True, "Windowed plasticity: mean over experiences of the largest rise within {w} evaluations."),
     "AAA": (True, "Average anytime accuracy: mean over all evaluations of the mean over the experiences seen then."),
+    "FWT": (True, "Forward transfer: mean gain right before learning over the untrained model (arXiv 1706.08840)."),
+    "LCA10": (True, "Learning-curve area: mean over experiences of their first 10 accuracies while they are learned."),
+    "LCA10_zero": (True, "LCA10 with the accuracy right before learning as the first value (arXiv 1812.00420)."),
+    "gap_depth": (False, "Stability gap: largest fall of an old experience below its accuracy before a boundary."),
+    "gap_area": (False, "Integral of that fall over the optimizer steps, in points times steps."),
+    "recovery_steps": (False, "Optimizer steps from a boundary until an old experience is back within 2 points."),
     "n_missing": (False, "Old experiences without any evaluation after their end; min-ACC leaves them out."),
 }
 
@@ -29,6 +35,11 @@ def title(metric: str) -> str:
     """Return the metric's name with an arrow toward better values."""
     name, _ = _parts(metric)
     return f"{metric} {'↑' if _DEFINITIONS[name][0] else '↓'}" if name in _DEFINITIONS else metric
+
+
+def scale(metric: str) -> float:
+    """Return the factor from a metric's value to what tables show: percent, or the number itself."""
+    return 1.0 if metric.endswith("_steps") else 100.0
 
 
 def _parts(metric: str) -> tuple[str, str]:

@@ -41,7 +41,11 @@ class Estimate:
 
     def __str__(self) -> str:
         """Percent with one decimal, ``–`` if undefined."""
+        return self.text()
+
+    def text(self, scale: float = 100.0) -> str:
+        """Return ``scale`` times the number with one decimal, ``–`` if undefined."""
         if np.isnan(self.mean):
             return "–"
-        interval = "" if np.isnan(self.half) else f" ± {100 * self.half:.1f}"
-        return f"{100 * self.mean:.1f}{interval}".replace("-", "−")
+        interval = "" if np.isnan(self.half) else f" ± {scale * self.half:.1f}"
+        return f"{scale * self.mean:.1f}{interval}".replace("-", "−")

@@ -166,7 +166,7 @@ def _merge(
     histories: Sequence[History],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
     """Steps, experiences, means and half widths in percent of the steps that all histories have."""
-    curves = [history.select("init", "step") for history in histories]
+    curves = [history.seen() for history in histories]
     steps = reduce(np.intersect1d, [curve.steps for curve in curves])
     rows = [np.searchsorted(curve.steps, steps) for curve in curves]
     mean, half = mean_interval([100 * curve.scores[kept] for curve, kept in zip(curves, rows, strict=True)])

@@ -67,7 +67,7 @@ class Run:
                     "experiences": [f"E{k}" for k in range(history.n_experiences)],
                 },
                 complete=False,
-                every=_period(history),
+                schedule="every step" if _period(history) == 1 else f"every {_period(history)} steps",
                 subset=None,
             )
             notes = ("unfinished: no metrics.json of format 1, numbers computed from history.csv",)

@@ -12,7 +12,7 @@ from io import StringIO
 import rich.box
 import rich.table
 
-from clkit.report.definitions import define, title
+from clkit.report.definitions import define, scale, title
 from clkit.report.estimate import Estimate
 from clkit.report.runs import Group, config_differences
 
@@ -100,18 +100,25 @@ def results_table(groups: Sequence[Group], metrics: Sequence[str] | None = None)
     if metrics is None:
         metrics = [m for m in metric_names(groups) if m in _HEADLINES]
     rows = tuple(
-        (_mark(group), str(len(group.counted)), *(str(group.estimate(metric)) for metric in metrics))
+        (_mark(group), str(len(group.counted)), *(group.estimate(metric).text(scale(metric)) for metric in metrics))
         for group in groups
     )
     over = "mean ± 95% t-interval over seeds" if any(len(group.counted) > 1 for group in groups) else "one seed"
-    return Table(f"Results in percent ({over})", ("run", "seeds", *map(title, metrics)), rows)
+    biased = {name for group in groups for name in group.counted[0].summary["biased"]}
+    header = (f"{title(metric)} †" if metric in biased else title(metric) for metric in metrics)
+    return Table(f"Results in percent ({over}){_schedule_note(groups)}", ("run", "seeds", *header), rows)
 
 
 def runs_table(groups: Sequence[Group]) -> Table:
     """One row for each run, in percent."""
     metrics = metric_names(groups)
     rows = tuple(
-        (group.label, run.seed, "yes" if run.complete else "no", *(str(Estimate.of([run.metric(m)])) for m in metrics))
+        (
+            group.label,
+            run.seed,
+            "yes" if run.complete else "no",
+            *(Estimate.of([run.metric(m)]).text(scale(m)) for m in metrics),
+        )
         for group in groups
         for run in group.runs
     )
@@ -144,7 +151,7 @@ def settings_table(groups: Sequence[Group]) -> Table:
     columns = []
     for group in groups:
         content = group.counted[0].summary
-        settings = {key: str(content.get(key)) for key in ("score", "every", "subset", "mask")}
+        settings = {key: str(content.get(key)) for key in ("score", "schedule", "subset", "mask")}
         columns.append({"stream": content["stream"]["kind"], **settings, **content.get("versions", {})})
     keys = dict.fromkeys(key for column in columns for key in column)
     rows = tuple((key, *(column.get(key, "–") for column in columns)) for key in keys)
@@ -166,6 +173,11 @@ def results_csv(groups: Sequence[Group]) -> str:
             [group.label, len(group.counted), complete, *("" if value != value else repr(value) for value in numbers)]
         )
     return out.getvalue()
+
+
+def _schedule_note(groups: Sequence[Group]) -> str:
+    schedules = sorted({group.counted[0].summary["schedule"] for group in groups} - {"every step"})
+    return f"; † evaluated {' or '.join(schedules)}: compare only with the same schedule" if schedules else ""
 
 
 def _mark(group: Group) -> str:

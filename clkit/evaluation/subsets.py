@@ -1,0 +1,50 @@
+"""The fixed evaluation subsets of all experiences, held on the device and summed in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+
+class Subsets:
+    """The samples of all experiences, one after another.
+
+    Args:
+        batches: The subset of each experience, as one batch on the device: a pytree of tensors ``[n_k, ...]``.
+        sizes: Number of samples :math:`n_k` of each.
+        batch_size: Samples in one forward.
+        device: Where they are.
+    """
+
+    def __init__(self, batches: list[Any], sizes: list[int], batch_size: int, device: torch.device) -> None:
+        self.samples = tree_map(lambda *columns: torch.cat(columns), *batches)
+        self.sizes, self.batch_size = sizes, batch_size
+        self.ends = list(accumulate(sizes))
+        # Metal has no float64
+        self.dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(device)
+        self.counts = torch.tensor(sizes, dtype=self.dtype, device=device)
+
+    def chunks(self, experiences: range) -> list[slice]:
+        """Split the samples of neighbouring experiences into slices of at most ``batch_size``."""
+        start, end = self.ends[experiences.start] - self.sizes[experiences.start], self.ends[experiences.stop - 1]
+        return [slice(at, min(at + self.batch_size, end)) for at in range(start, end, self.batch_size)]
+
+    def batch(self, chunk: slice) -> Any:
+        """Return the samples of a slice."""
+        return tree_map(lambda part: part[chunk], self.samples)
+
+    def sums(self, chunks: Iterable[slice], scores: Callable[[slice], Tensor]) -> Tensor:
+        """Sum scores ``[..., B]`` of chunks by experience, ``[..., 2, K]``: sums, and the numbers of NaN, left out."""
+        total = self.counts.new_zeros(2, len(self.sizes))
+        for chunk in chunks:
+            values = scores(chunk).to(self.dtype)
+            undefined = values.isnan()
+            both = torch.stack([values.masked_fill(undefined, 0.0), undefined.to(self.dtype)], dim=-2)
+            total = total.expand(*both.shape[:-1], -1).index_add(-1, self.owner[chunk], both)
+        return total

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[:1] == ["train"]:
             return _train(arguments[1:])
         args = _parser().parse_args(arguments)
-        return _report(args.directories, args.output) if args.command == "report" else _list(args.group)
+        return _report(args) if args.command == "report" else _list(args.group)
     except KeyboardInterrupt:
         print("clkit: interrupted.", file=sys.stderr)
         return INTERRUPTED
@@ -46,6 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="tables and figures of one run or many")
     report.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="a run's folder, or a folder of runs")
     report.add_argument("--output", type=Path, metavar="DIR", help="where to write the report")
+    report.add_argument("--width", type=float, default=7.1, metavar="INCHES", help="of figures; 3.4 fits one column")
+    report.add_argument("--style", type=Path, metavar="FILE", help="matplotlib style file on top of clkit's")
     listing = commands.add_parser("list", help="what can be chosen: strategies, scenarios, models, ...")
     listing.add_argument("group", nargs="?", choices=GROUPS, metavar="GROUP", help=", ".join(GROUPS) + "; default: all")
     return parser
@@ -71,7 +73,7 @@ def _train(overrides: list[str]) -> int:
         return code
 
 
-def _report(directories: Sequence[Path], output: Path | None) -> int:
+def _report(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from clkit.errors import ConfigurationError
@@ -79,7 +81,7 @@ def _report(directories: Sequence[Path], output: Path | None) -> int:
     from clkit.report import write_report
 
     try:
-        report = write_report(directories, output)
+        report = write_report(args.directories, args.output, style=args.style, width=args.width)
     except ConfigurationError as error:
         return complain(error)
     report.show(Console(soft_wrap=True))

@@ -24,7 +24,8 @@ from clkit.report import write_report
 
 RESULTS = (
     *("run.json", "history*.csv", "metrics.json", "checkpoints", "tensorboard", "csv"),
-    *("report.md", "report.tex", "report.csv", "report.html", "stability_gap.png", "stability_gap.svg"),
+    *("report.md", "report.tex", "report.csv", "report.html", "timing.json"),
+    *("stability_gap.png", "stability_gap.svg", "zoom.png", "zoom.svg"),
 )
 NOT_IN_RESULT = ("resume", "folder", "data_root")
 

@@ -1,11 +1,14 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
+from html import unescape
 from html.parser import HTMLParser
 from io import StringIO
 
+import matplotlib.image
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,9 +17,20 @@ from rich.console import Console
 from clkit import ConfigurationError
 from clkit.evaluation.history import History, HistoryWriter
 from clkit.report import write_report
-from clkit.report.figures import accuracy_matrix_figure, envelope, save, stability_gap_figure
+from clkit.report.figures import (
+    ONE_COLUMN,
+    accuracy_matrix_figure,
+    curves,
+    envelope,
+    overlay_figure,
+    save,
+    scatter_figure,
+    stability_gap_figure,
+    zoom_figure,
+)
 from clkit.report.runs import find_runs, group_runs
-from clkit.report.tables import Table
+from clkit.report.significance import against_best
+from clkit.report.tables import Table, results_table
 
 NAN = math.nan
 T_TWO_DEGREES = 4.302652729911275  # 97.5% quantile of Student's t, from a table
@@ -83,8 +97,9 @@ def test_sweep_mean_and_interval_against_the_hand_calculation(tmp_path):
 
 def test_sweep_writes_all_files_into_the_given_folder(tmp_path):
     report = write_report([sweep(tmp_path)])
-    assert {file.name for file in report.files} == FILES
-    assert {file.name for file in tmp_path.iterdir() if file.is_file()} == FILES
+    expected = FILES | {"overlay.png", "overlay.svg"}
+    assert {file.name for file in report.files} == expected
+    assert {file.name for file in tmp_path.iterdir() if file.is_file()} == expected
 
 
 def test_single_run_is_reported_in_its_own_folder(tmp_path):
@@ -137,7 +152,7 @@ def test_html_is_self_contained_and_complete(tmp_path):
     assert page.open == []
     assert all(target.startswith(("#", "data:")) for target in page.loaded)
     assert not re.search(r"@import|url\((?!#)|fetch\(", text)
-    assert text.count("<svg") == 4
+    assert text.count("<svg") == 2 + 2 * 3
     for content in ("75.0 ± 12.4", "lowest accuracy in any evaluation", "9.8.7", "strategy.er.capacity"):
         assert content in text
     assert "<td>folder</td>" not in text
@@ -285,3 +300,192 @@ def test_reporting_needs_no_torch():
         "sys.exit(bool({'torch', 'pytorch_lightning', 'torchmetrics', 'matplotlib.pyplot'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def seeds_of(root, name, finals):
+    for seed, final in enumerate(finals):
+        config = {"seed": seed, "strategy": {name: {}}, "folder": f"{name}{seed}"}
+        make_run(root / f"{name}_{seed}", final, overrides=[f"strategy={name}", f"seed={seed}"], config=config)
+
+
+def test_marks_of_significance_follow_the_paired_test_with_holms_correction(tmp_path):
+    seeds_of(tmp_path, "best", [0.80, 0.82, 0.84, 0.86])
+    seeds_of(tmp_path, "close", [0.79, 0.83, 0.83, 0.86])
+    seeds_of(tmp_path, "worse", [0.70, 0.73, 0.73, 0.77])
+    report = write_report([tmp_path])
+    assert [group.label.split(" ")[0] for group in report.groups] == ["best", "close", "worse"]
+    # ACC is half the final score: differences of (0.5, -0.5, 0.5, 0) and (5, 4.5, 5.5, 4.5) points, three degrees of
+    # freedom; mean / (std / 2) is 0.522233 and 20.3708, two-sided p 0.637618 and 0.000259
+    found = against_best(report.groups, "ACC")
+    assert found == pytest.approx({1: 0.637618, 2: 2 * 0.000259}, abs=2e-6)
+    rows = {row[0].split(" ")[0]: row[2] for row in results_table(report.groups, ["ACC"]).rows}
+    assert {name: cell.endswith("*") for name, cell in rows.items()} == {"best": False, "close": False, "worse": True}
+    assert "paired t-test" in (tmp_path / "report.md").read_text()
+
+
+def test_lower_is_better_where_it_is(tmp_path):
+    seeds_of(tmp_path, "keeps", [0.80, 0.82, 0.84])
+    seeds_of(tmp_path, "loses", [0.30, 0.31, 0.35])
+    report = write_report([tmp_path])
+    assert set(against_best(report.groups, "FORG")) == {1}
+    assert against_best(report.groups, "FORG")[1] < 0.05
+
+
+def test_equal_differences_need_no_test(tmp_path):
+    seeds_of(tmp_path, "a", [0.5, 0.5])
+    seeds_of(tmp_path, "b", [0.5, 0.5])
+    seeds_of(tmp_path, "c", [0.4, 0.4])
+    assert against_best(write_report([tmp_path]).groups, "ACC") == {1: 1.0, 2: 0.0}
+
+
+def test_runs_without_common_seeds_get_no_mark(tmp_path):
+    sweep(tmp_path)
+    assert against_best(write_report([tmp_path]).groups, "ACC") == {}
+
+
+def test_a_schedule_that_biases_is_marked(tmp_path):
+    folder = make_run(tmp_path / "one", 0.7)
+    content = json.loads((folder / "metrics.json").read_text())
+    content |= {"schedule": "every 5 steps", "biased": ["min-ACC"]}
+    (folder / "metrics.json").write_text(json.dumps(content))
+    table = results_table(write_report([tmp_path]).groups)
+    assert [name for name in table.header if name.endswith("†")] == ["min-ACC ↑ †"]
+    assert "† evaluated every 5 steps" in table.caption
+
+
+def gap_history():
+    """Three experiences of ten steps; the first falls to 0.2 after the first boundary and is back after six steps."""
+    rows = [(n, 0, [0.9, np.nan, np.nan]) for n in range(1, 11)]
+    dip = [0.5, 0.2, 0.4, 0.6, 0.8, 0.89, 0.9, 0.9, 0.9, 0.9]
+    rows += [(10 + n, 1, [dip[n - 1], 0.1 * n - 0.05, np.nan]) for n in range(1, 11)]
+    rows += [(20 + n, 2, [0.9, 0.3, 0.5]) for n in range(1, 11)]
+    steps, experience, scores = zip(*rows, strict=True)
+    return History(np.array(steps), np.array(experience), np.array(["step"] * 30), np.array(scores))
+
+
+def test_zoom_panels_mark_depth_and_recovery():
+    figure = zoom_figure(gap_history(), ["a", "b", "c"])
+    first, second = (axes for axes in figure.axes if axes.get_visible())
+    assert [axes.get_title("left") for axes in (first, second)] == ["learning b", "learning c"]
+    assert {text.get_text() for text in first.texts} == {"−70", "6 steps"}
+    assert {text.get_text() for text in second.texts} == {"−65"}
+    marks = [
+        (line.get_xdata()[0], line.get_ydata()[0]) for line in first.get_lines() if line.get_marker() in ("o", "^")
+    ]
+    assert marks == [(2, pytest.approx(20)), (6, pytest.approx(89))]
+
+
+def test_overlay_draws_the_mean_over_the_experiences_seen():
+    figure = overlay_figure({"one": [gap_history()], "other": [gap_history()]})
+    (panel,) = curves(figure)
+    assert [curve["name"] for curve in panel["curves"]] == ["one", "other"]
+    x, y = panel["curves"][0]["x"], panel["curves"][0]["y"]
+    assert y[x.index(5)] == pytest.approx(90)
+    assert y[x.index(12)] == pytest.approx(100 * (0.2 + 0.15) / 2, abs=0.01)
+    assert y[x.index(30)] == pytest.approx(100 * (0.9 + 0.3 + 0.5) / 3, abs=0.01)
+
+
+def test_scatter_shows_every_seed_and_the_mean():
+    figure = scatter_figure({"er": ([80, 90], [20, 40]), "naive": ([10], [5])})
+    dots = [line.get_xydata().tolist() for line in figure.axes[0].get_lines()]
+    assert dots[:4] == [[[80, 20], [90, 40]], [[85, 30]], [[10, 5]], [[10, 5]]]
+
+
+def test_figures_take_a_width_and_a_style_of_ones_own(tmp_path):
+    style = tmp_path / "mine.mplstyle"
+    style.write_text("axes.facecolor: FF0000\n")
+    make_run(tmp_path / "one", 0.7)
+    write_report([tmp_path / "one"], tmp_path / "plain")
+    write_report([tmp_path / "one"], tmp_path / "red", style=style, width=ONE_COLUMN)
+    pixels = {name: matplotlib.image.imread(tmp_path / name / "stability_gap.png") for name in ("plain", "red")}
+    assert pixels["red"].shape[1] == pytest.approx(3.4 * 200, abs=2)
+    assert pixels["plain"].shape[1] == pytest.approx(7.1 * 200, abs=2)
+    red = {name: ((image[..., 0] > 0.99) & (image[..., 1] < 0.01)).mean() for name, image in pixels.items()}
+    assert red["plain"] < 0.001
+    assert red["red"] > 0.2
+    with pytest.raises(ConfigurationError, match="no style file"):
+        write_report([tmp_path / "one"], style=tmp_path / "none.mplstyle")
+
+
+def test_training_time_against_accuracy(tmp_path):
+    seeds_of(tmp_path, "fast", [0.5, 0.6])
+    seeds_of(tmp_path, "slow", [0.8, 0.9])
+    for folder in tmp_path.glob("*_*"):
+        seconds = 10.0 if folder.name.startswith("fast") else 70.0
+        (folder / "timing.json").write_text(json.dumps({"training_seconds": seconds, "evaluation_seconds": 1.0}))
+    report = write_report([tmp_path])
+    assert {"time.png", "time.svg"} <= {path.name for path in report.files}
+    assert [run.seconds for group in report.groups for run in group.runs] == [10, 10, 70, 70]
+
+
+CHECK = """
+<script>
+  window.problems = [];
+  window.onerror = message => window.problems.push(message);
+  window.onload = () => {
+    const table = document.querySelector("table"), header = table.tHead.rows[0].cells[2];
+    const column = () => [...table.tBodies[0].rows].map(row => parseFloat(row.cells[2].textContent));
+    header.click();
+    const up = column();
+    header.click();
+    const down = column();
+    const figure = document.querySelector("figure[data-panels]");
+    figure.scrollIntoView();
+    const area = figure.querySelector("svg").getBoundingClientRect();
+    const panels = JSON.parse(figure.dataset.panels), [left, top, right, bottom] = panels[0].box;
+    const where = {
+      clientX: area.left + area.width * (left + 0.75 * (right - left)),
+      clientY: area.top + area.height * (top + 0.5 * (bottom - top)), bubbles: true,
+    };
+    figure.dispatchEvent(new PointerEvent("pointerenter", where));
+    figure.dispatchEvent(new PointerEvent("pointermove", where));
+    const tip = figure.querySelector(".tip")?.innerText;
+    figure.dispatchEvent(new PointerEvent("pointerleave", where));
+    const gone = figure.querySelector(".tip") === null;
+    const result = document.createElement("pre");
+    result.id = "result";
+    result.textContent = JSON.stringify({ up, down, tip, gone, problems: window.problems });
+    document.body.append(result);
+  };
+</script>
+"""
+
+
+def in_chromium(page):
+    """Open a page, try sorting and hovering, and return what was seen."""
+    page.write_text(page.read_text().replace("<head>", f"<head>{CHECK}", 1))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={page.parent / 'profile'}"]
+    command = ["chromium", *options, "--virtual-time-budget=5000", "--dump-dom", page.as_uri()]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = re.search(r'<pre id="result">(.*?)</pre>', run.stdout, re.DOTALL)
+    assert found, run.stderr[-2000:]
+    return json.loads(unescape(found[1]))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+def test_the_page_sorts_and_shows_values_in_chromium(tmp_path):
+    write_report([sweep(tmp_path)])
+    seen = in_chromium(tmp_path / "report.html")
+    assert seen["problems"] == []
+    assert seen["up"] == sorted(seen["up"])
+    assert seen["down"] == sorted(seen["up"], reverse=True)
+    assert seen["gone"]
+    # three quarters along four steps
+    assert seen["tip"].splitlines()[0] == "step 3"
+    assert "cats: 25.0" in seen["tip"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+def test_a_page_of_two_hundred_runs_stays_usable(tmp_path):
+    for setting in range(40):
+        seeds_of(tmp_path, f"method{setting}", [0.5 + 0.01 * seed + 0.005 * setting for seed in range(5)])
+    report = write_report([tmp_path])
+    assert len(report.groups) == 40
+    page = tmp_path / "report.html"
+    assert page.stat().st_size < 20 * 2**20
+    seen = in_chromium(page)
+    assert seen["problems"] == []
+    assert len(seen["up"]) == 40
+    assert seen["up"] == sorted(seen["up"])

@@ -43,7 +43,7 @@ class StabilityGap(Callback):
     are, bit for bit. Put it after the strategies in the trainer's callbacks.
 
     Writes ``history.csv`` while training (one row an evaluation, ``pandas.read_csv`` reads it), and at the end
-    ``metrics.json`` and ``stability_gap.png``. Every logger of the trainer gets the curves.
+    ``metrics.json``, ``timing.json`` and ``stability_gap.png``. Every logger of the trainer gets the curves.
 
     Args:
         every: Optimizer steps between evaluations, counted from the start of each experience, or a
@@ -124,6 +124,7 @@ class StabilityGap(Callback):
         self._evaluator: Evaluator | None = None
         self._pending: list[_Row] = []
         self._start_step = self._last_step = self._evaluated_step = self._n_undefined = 0
+        self._seconds = self._evaluating = self._started = 0.0
         self._offset = 0
         self._module_mask = False
 
@@ -151,6 +152,8 @@ class StabilityGap(Callback):
         self._pending, self.latest = [], []
         if self._resume_from is None:
             self._start_step = self._last_step = self._evaluated_step = self._n_undefined = 0
+            self._seconds = self._evaluating = 0.0
+        self._started = time.monotonic()
         if trainer.is_global_zero:
             self._open(len(stream_data(trainer).stream))
         self._resume_from = None
@@ -231,16 +234,18 @@ class StabilityGap(Callback):
         self._evaluated_step = step
         if len(self._pending) >= self.flush_every:
             self._flush()
+        if self.schedule.timed and module.device.type != "cpu":
+            torch.accelerator.synchronize()
+        self._evaluating += time.monotonic() - start
         if self.schedule.timed:
-            if module.device.type != "cpu":
-                torch.accelerator.synchronize()
             self.schedule.spent(time.monotonic() - start)
 
     def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
-        seen = range(experience.index + 1)
+        start, seen = time.monotonic(), range(experience.index + 1)
         sums = self._full_sums(trainer, module, seen)
         self._note(trainer.global_step, experience.index, "end", seen, lambda: sums)
         self._flush()
+        self._evaluating += time.monotonic() - start
 
     def _full_sums(self, trainer: Trainer, module: LightningModule, seen: range) -> Tensor:
         total = self._subsets.counts.new_zeros(2, len(self._full_counts))
@@ -303,6 +308,8 @@ class StabilityGap(Callback):
         history = self.history
         self.metrics = self._summary(history, stream)
         _write_atomically(self.dir / "metrics.json", json.dumps(self.metrics, indent=2, allow_nan=False))
+        timing = {"training_seconds": self._training_seconds(), "evaluation_seconds": self._evaluating}
+        _write_atomically(self.dir / "timing.json", json.dumps(timing, indent=2))
         if self.plot:
             self._draw(history, [experience.name for experience in stream])
 
@@ -319,6 +326,10 @@ class StabilityGap(Callback):
             windows=self.windows,
             n_undefined=self._n_undefined,
         )
+
+    def _training_seconds(self) -> float:
+        """Wall-clock time of the fit without evaluation, over all its parts."""
+        return self._seconds + time.monotonic() - self._started - self._evaluating
 
     def _draw(self, history: History, names: list[str]) -> None:
         from clkit.report.figures import save, stability_gap_figure
@@ -354,6 +365,8 @@ class StabilityGap(Callback):
             "evaluated_step": self._evaluated_step,
             "n_undefined": self._n_undefined,
             "schedule": self.schedule.state_dict(),
+            "seconds": self._seconds + time.monotonic() - self._started,
+            "evaluating": self._evaluating,
             "settings": self._settings(),
         }
 
@@ -380,6 +393,7 @@ class StabilityGap(Callback):
         self._resume_from = state_dict
         self._start_step, self._last_step = state_dict["start_step"], state_dict["last_step"]
         self._evaluated_step, self._n_undefined = state_dict["evaluated_step"], state_dict["n_undefined"]
+        self._seconds, self._evaluating = state_dict["seconds"], state_dict["evaluating"]
         self.schedule.load_state_dict(state_dict["schedule"])
 
 

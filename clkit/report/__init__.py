@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +16,22 @@ from matplotlib.figure import Figure
 from rich.text import Text
 
 from clkit.report import html, tables
-from clkit.report.figures import accuracy_matrix_figure, comparison_figure, save, stability_gap_figure
-from clkit.report.runs import Group, find_runs, group_runs
+from clkit.report.figures import (
+    TWO_COLUMNS,
+    accuracy_matrix_figure,
+    comparison_figure,
+    overlay_figure,
+    save,
+    scatter_figure,
+    stability_gap_figure,
+    user_style,
+    zoom_figure,
+)
+from clkit.report.runs import Group, Run, find_runs, group_runs
 
 __all__ = ["Report", "write_report"]
 
-_MAX_PANELS = 8
+_MAX_PANELS, _MAX_SHOWN = 8, 24
 
 
 @dataclass(frozen=True)
@@ -48,16 +58,25 @@ class Report:
         return rich.console.Group(*parts, *(Text(str(file), style="dim") for file in self.files))
 
 
-def write_report(directories: Sequence[Path], output: Path | None = None) -> Report:
+def write_report(
+    directories: Sequence[Path],
+    output: Path | None = None,
+    *,
+    style: Path | None = None,
+    width: float = TWO_COLUMNS,
+) -> Report:
     """Report on every run at or below the directories.
 
-    Writes ``report.md``, ``report.tex`` (needs booktabs), ``report.csv``, ``report.html`` (one self-contained page),
-    ``stability_gap.png`` and ``stability_gap.svg``. Runs that differ in their seed alone are averaged; unfinished runs
+    Writes ``report.md``, ``report.tex`` (needs booktabs), ``report.csv``, ``report.html`` (one self-contained page) and
+    figures as PNG and SVG: ``stability_gap``, and ``zoom`` (the boundaries of one setting) or ``overlay``,
+    ``worst_case`` and ``time`` (several settings). Runs that differ in their seed alone are averaged; unfinished runs
     are reported as such.
 
     Args:
         directories: Run folders, or folders of runs.
         output: Folder to write to; by default the run's own folder for one run, the first directory for several.
+        style: A matplotlib style file, on top of clkit's own.
+        width: Width of the figures in inches.
 
     Returns:
         The groups, notes and files.
@@ -71,13 +90,27 @@ def write_report(directories: Sequence[Path], output: Path | None = None) -> Rep
     folder = output or (runs[0].directory if len(runs) == 1 else Path(directories[0]))
     folder.mkdir(parents=True, exist_ok=True)
     if len(groups) > _MAX_PANELS:
-        notes.append(f"stability_gap.png and .svg show the first {_MAX_PANELS} of {len(groups)} settings")
+        notes.append(f"stability_gap and overlay show the first {_MAX_PANELS} of {len(groups)} settings")
+    if len(groups) > _MAX_SHOWN:
+        notes.append(f"report.html has figures and configurations of the first {_MAX_SHOWN} of {len(groups)} settings")
 
     title = groups[0].label if len(groups) == 1 else f"{len(groups)} settings, {len(runs)} runs"
-    main, overview = _main_tables(groups), _overview(groups[:_MAX_PANELS])
+    main = _main_tables(groups)
     full = tables.results_table(groups, tables.metric_names(groups))
-    details = [tables.differences_table(groups), tables.settings_table(groups), tables.definitions_table(groups)]
+    details = [
+        tables.comparison_table(groups),
+        tables.differences_table(groups),
+        tables.settings_table(groups),
+        tables.definitions_table(groups),
+    ]
     each = [tables.runs_table(groups), *map(tables.experiences_table, groups)]
+    with user_style(style):
+        figures = _figures(groups, width)
+        inline = {**figures, **_each(groups[:_MAX_SHOWN], width)} if len(groups) > 1 else _each(groups, width)
+        page = html.page(title, notes, [full, *each], inline, groups[:_MAX_SHOWN], details)
+        drawn = [folder / f"{name}.{kind}" for name in figures for kind in ("png", "svg")]
+        for path in drawn:
+            save(figures[path.stem], path)
     texts = {
         "report.md": "\n".join(
             [f"# {title}\n", *(f"- {note}\n" for note in notes), "![Stability gap](stability_gap.png)\n"]
@@ -85,41 +118,70 @@ def write_report(directories: Sequence[Path], output: Path | None = None) -> Rep
         ),
         "report.tex": "\n".join(table.latex() for table in main),
         "report.csv": tables.results_csv(groups),
-        "report.html": html.page(title, notes, [full, *each], _figures(groups), groups, details),
+        "report.html": page,
     }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
-    for name in ("stability_gap.png", "stability_gap.svg"):
-        save(overview, folder / name)
-    files = (*texts, "stability_gap.png", "stability_gap.svg")
-    return Report(tuple(groups), tuple(notes), tuple(folder / name for name in files))
+    return Report(tuple(groups), tuple(notes), (*(folder / name for name in texts), *drawn))
 
 
 def _main_tables(groups: Sequence[Group]) -> list[tables.Table]:
     return [tables.results_table(groups), *([tables.experiences_table(groups[0])] if len(groups) == 1 else [])]
 
 
-def _overview(groups: Sequence[Group]) -> Figure:
+def _figures(groups: Sequence[Group], width: float) -> dict[str, Figure]:
+    """The figures that are files, by file name."""
+    score, shown = groups[0].runs[0].summary["score"], groups[:_MAX_PANELS]
     if len(groups) == 1:
-        return _gap_figure(groups[0])
-    panels = {group.label: [run.history for run in group.counted] for group in groups}
-    return comparison_figure(panels, groups[0].runs[0].experiences, score=groups[0].runs[0].summary["score"])
+        return {"stability_gap": _gap(groups[0], width), "zoom": _zoom(groups[0], width)}
+    histories = {group.label: [run.history for run in group.counted] for group in shown}
+    found = {
+        "stability_gap": comparison_figure(histories, groups[0].runs[0].experiences, score=score, width=width),
+        "overlay": overlay_figure(histories, score=score, width=width),
+    }
+    worst = _points(groups, lambda run: (100 * run.metric("ACC"), 100 * run.metric("WC-ACC")))
+    timed = _points(groups, lambda run: (run.seconds, 100 * run.metric("ACC")))
+    if worst:
+        found["worst_case"] = scatter_figure(worst, title="Worst case", width=width)
+    if timed:
+        labels = ("training time (s)", "ACC (%)")
+        found["time"] = scatter_figure(timed, labels, title="Training time", diagonal=False, width=width)
+    return found
 
 
-def _figures(groups: Sequence[Group]) -> dict[str, Figure]:
+def _points(
+    groups: Sequence[Group], value: Callable[[Run], tuple[float, float]]
+) -> dict[str, tuple[list[float], list[float]]]:
+    points = {}
+    for group in groups:
+        defined = [pair for pair in map(value, group.counted) if np.isfinite(pair).all()]
+        if defined:
+            points[group.label] = ([x for x, _ in defined], [y for _, y in defined])
+    return points
+
+
+def _each(groups: Sequence[Group], width: float) -> dict[str, Figure]:
     figures = {}
     for group in groups:
         run = group.counted[0]
         matrices = [np.array(run.summary["accuracy_matrix"], dtype=np.float64) for run in group.counted]
-        figures[f"{group.label}: stability gap"] = _gap_figure(group)
+        figures[f"{group.label}: stability gap"] = _gap(group, width)
+        figures[f"{group.label}: boundaries"] = _zoom(group, width)
         figures[f"{group.label}: accuracy matrix"] = accuracy_matrix_figure(
             np.mean(matrices, axis=0), run.experiences, title=group.label, score=run.summary["score"]
         )
     return figures
 
 
-def _gap_figure(group: Group) -> Figure:
+def _gap(group: Group, width: float) -> Figure:
     run, n = group.counted[0], len(group.counted)
     title = group.label if n == 1 else f"{group.label} · mean of {n} seeds, 95% interval"
     histories = [run.history for run in group.counted]
-    return stability_gap_figure(histories, run.experiences, title=title, score=run.summary["score"])
+    score, schedule = run.summary["score"], run.summary["schedule"]
+    return stability_gap_figure(histories, run.experiences, title=title, score=score, schedule=schedule, width=width)
+
+
+def _zoom(group: Group, width: float) -> Figure:
+    run = group.counted[0]
+    title = group.label if len(group.counted) == 1 else f"{group.label} · seed {run.seed}"
+    return zoom_figure(run.history, run.experiences, title=title, score=run.summary["score"], width=width)

@@ -37,6 +37,12 @@ def title(metric: str) -> str:
     return f"{metric} {'↑' if _DEFINITIONS[name][0] else '↓'}" if name in _DEFINITIONS else metric
 
 
+def higher_is_better(metric: str) -> bool:
+    """Tell which direction is better; up for an unknown metric."""
+    name, _ = _parts(metric)
+    return _DEFINITIONS[name][0] if name in _DEFINITIONS else True
+
+
 def scale(metric: str) -> float:
     """Return the factor from a metric's value to what tables show: percent, or the number itself."""
     return 1.0 if metric.endswith("_steps") else 100.0

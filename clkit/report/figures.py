@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import IO, Any
@@ -17,11 +18,17 @@ from matplotlib.patheffects import withStroke
 from matplotlib.transforms import blended_transform_factory
 from numpy.typing import NDArray
 
+from clkit.errors import ConfigurationError
+from clkit.evaluation.functional import Statistics
 from clkit.evaluation.history import History
 from clkit.report.estimate import mean_interval
 
 STYLE = Path(__file__).with_name("clkit.mplstyle")
+ONE_COLUMN, TWO_COLUMNS = 3.4, 7.1
+"""Widths in inches of a figure in one column and across both columns of a paper."""
 _BINS = 500
+_CURVE = "curve:"
+_user_style: Path | None = None
 _HALO = [withStroke(linewidth=2.5, foreground="white")]
 
 
@@ -32,6 +39,8 @@ def stability_gap_figure(
     *,
     title: str = "",
     score: str = "accuracy",
+    schedule: str = "every step",
+    width: float = TWO_COLUMNS,
 ) -> Figure:
     """Draw the score of every experience over the optimizer steps.
 
@@ -45,25 +54,31 @@ def stability_gap_figure(
         boundaries: Last step of each experience; by default read off the first history.
         title: Title of the figure.
         score: Name of the score, for the axis.
+        schedule: When evaluations took place; named at the axis unless it is ``every step``.
+        width: Width in inches, :data:`ONE_COLUMN` or :data:`TWO_COLUMNS` for instance.
 
     Returns:
         A figure for ``savefig``, in PNG, SVG or PDF.
     """
     with _style():
-        figure = _figure(7.4, 3.5)
+        figure = _figure(width, 3.5)
         axes = figure.subplots()
         _draw(axes, [histories] if isinstance(histories, History) else histories, names, boundaries, score)
-        axes.set_xlabel("optimizer steps")
+        axes.set_xlabel(_steps_label(schedule))
         axes.set_title(title, pad=20)
     return figure
 
 
 def comparison_figure(
-    panels: Mapping[str, Sequence[History]], names: Sequence[str] | None = None, *, score: str = "accuracy"
+    panels: Mapping[str, Sequence[History]],
+    names: Sequence[str] | None = None,
+    *,
+    score: str = "accuracy",
+    width: float = TWO_COLUMNS,
 ) -> Figure:
     """Draw one :func:`stability_gap_figure` for each title, one below the other on the same axes."""
     with _style():
-        figure = _figure(7.4, 2.9 * len(panels))
+        figure = _figure(width, 2.9 * len(panels))
         grid = figure.subplots(len(panels), sharex=True, sharey=True, squeeze=False)[:, 0]
         for axes, (title, histories) in zip(grid, panels.items(), strict=True):
             _draw(axes, histories, names, None, score)
@@ -103,6 +118,196 @@ def accuracy_matrix_figure(
                     color = "white" if value > 60 else "black"
                     axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color)
     return figure
+
+
+def zoom_figure(
+    history: History,
+    names: Sequence[str] | None = None,
+    *,
+    before: int = 10,
+    after: int = 60,
+    title: str = "",
+    score: str = "accuracy",
+    width: float = TWO_COLUMNS,
+) -> Figure:
+    """Draw a panel around every boundary: the old experiences just before and after it.
+
+    The experience that falls deepest is drawn in bold, its score before the boundary as a dotted line, its lowest point
+    as a dot with the depth in points, and, where it comes back within two points of the score before, a triangle with
+    the steps that this took.
+
+    Args:
+        history: One run.
+        names: K names; ``E0``, ``E1``, ... by default.
+        before: Optimizer steps shown before each boundary.
+        after: Optimizer steps shown after it; more where the recovery comes later.
+        title: Title of the figure.
+        score: Name of the score, for the axis.
+        width: Width in inches.
+    """
+    rows, gaps = history.select("step"), Statistics.of(history).gaps
+    names = names or [f"E{k}" for k in range(history.n_experiences)]
+    learned = [k for k in range(1, history.started) if not np.isnan(gaps["depth"][k]).all()]
+    columns = min(len(learned), max(1, int(width // 1.7))) or 1
+    with _style():
+        n_rows = max(-(-len(learned) // columns), 1)
+        figure = _figure(width, 0.4 + 2.1 * n_rows)
+        grid = figure.subplots(n_rows, columns, sharey=True, squeeze=False)
+        figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=10)
+        for axes in grid.flat[len(learned) :]:
+            axes.set_visible(False)
+        for axes, k in zip(grid.flat, learned, strict=False):
+            _zoom(axes, rows, {name: matrix[k] for name, matrix in gaps.items()}, k, names, (before, after))
+            axes.set_title(f"learning {names[k]}", fontsize=9)
+        for axes in grid[:, 0]:
+            axes.set_ylabel(f"{score} (%)")
+        for axes in grid[-1]:
+            axes.set_xlabel("steps from the boundary")
+    return figure
+
+
+def _zoom(
+    axes: Axes, rows: History, gap: Mapping[str, Any], k: int, names: Sequence[str], span: tuple[int, int]
+) -> None:
+    boundary = int(rows.steps[rows.experience < k].max())
+    worst = int(np.nanargmax(gap["depth"]))
+    recovery = gap["recovery"][worst]
+    right = max(span[1], int(1.1 * recovery) if np.isfinite(recovery) else 0)
+    right = min(right, int(rows.steps[rows.experience == k].max()) - boundary)
+    shown = (rows.steps >= boundary - span[0]) & (rows.steps <= boundary + right) & (rows.experience <= k)
+    steps, styles = rows.steps[shown] - boundary, _line_styles(rows.n_experiences)
+    for i in range(k):
+        weight = {"linewidth": 1.6 if i == worst else 0.7, "alpha": 1.0 if i == worst else 0.5}
+        axes.plot(steps, 100 * rows.scores[shown, i], **styles[i] | weight, clip_on=False, gid=f"{_CURVE}{names[i]}")
+    color, now = styles[worst]["color"], rows.experience == k
+    series, at = 100 * rows.scores[now, worst], rows.steps[now] - boundary
+    reference = 100 * _last_defined(rows.scores[rows.experience < k, worst])
+    lowest = int(np.nanargmin(series))
+    axes.axvline(0, color="#9AA5B1", linewidth=0.8, zorder=1)
+    axes.axhline(reference, color=color, linewidth=0.8, linestyle=":", zorder=1)
+    axes.plot(at[lowest], series[lowest], "o", markersize=4.5, color=color, mec="white", mew=0.8, zorder=6)
+    look: dict[str, Any] = {"fontsize": 8, "fontweight": "bold", "color": color, "path_effects": _HALO, "zorder": 7}
+    depth = f"−{100 * gap['depth'][worst]:.0f}"
+    axes.annotate(depth, (at[lowest], series[lowest]), (6, 0), textcoords="offset points", va="center", **look)
+    if recovery > 0:
+        back = float(series[np.searchsorted(at, recovery)])
+        axes.plot(recovery, back, "^", markersize=5, color=color, mec="white", mew=0.8, zorder=6)
+        text = f"{recovery:.0f} steps"
+        axes.annotate(text, (recovery, back), (-4, -8), textcoords="offset points", va="top", **look)
+    axes.set(xlim=(-span[0], right), ylim=(0, 102))
+
+
+def overlay_figure(
+    groups: Mapping[str, Sequence[History]], *, title: str = "", score: str = "accuracy", width: float = TWO_COLUMNS
+) -> Figure:
+    """Draw the mean score over the experiences seen, one line with its 95% t-band for each name.
+
+    Args:
+        groups: The histories of each setting's seeds, by name.
+        title: Title of the figure.
+        score: Name of the score, for the axis.
+        width: Width in inches.
+    """
+    with _style():
+        figure = _figure(width, 3.2)
+        axes = figure.subplots()
+        styles, last, end = _line_styles(len(groups)), [], 1
+        for look, (name, histories) in zip(styles, groups.items(), strict=True):
+            steps, _, mean, half = _merge([_averaged(history) for history in histories])
+            if not len(steps):
+                continue
+            y, spread = mean[:, 0], np.nan_to_num(half[:, 0])
+            kept = np.unique(np.concatenate([envelope(curve) for curve in (y, y - spread, y + spread)]))
+            axes.plot(steps[kept], y[kept], **look, gid=f"{_CURVE}{name}")
+            if len(histories) > 1:
+                low, high = (y - spread).clip(0, 100)[kept], (y + spread).clip(0, 100)[kept]
+                axes.fill_between(steps[kept], low, high, color=look["color"], alpha=0.12, linewidth=0)
+            last.append((float(y[-1]), name, look["color"]))
+            end = max(end, int(steps[-1]))
+        axes.set(ylim=(0, 102), xlim=(0, end), ylabel=f"mean {score} over experiences seen (%)")
+        axes.set_xlabel("optimizer steps")
+        axes.set_title(title)
+        for boundary in next(iter(groups.values()))[0].boundaries()[:-1]:
+            axes.axvline(boundary, color="#9AA5B1", linewidth=0.8, zorder=1)
+        _label_lines(axes, last)
+    return figure
+
+
+def scatter_figure(
+    points: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    labels: tuple[str, str] = ("ACC (%)", "WC-ACC (%)"),
+    *,
+    title: str = "",
+    diagonal: bool = True,
+    width: float = ONE_COLUMN,
+) -> Figure:
+    """Draw one dot for each seed and a larger one for their mean, by name.
+
+    Args:
+        points: ``x`` and ``y`` values of each setting's seeds, by name.
+        labels: Names of both axes.
+        title: Title of the figure.
+        diagonal: Draw the line of equal values.
+        width: Width in inches.
+    """
+    with _style():
+        figure = _figure(width, 0.9 * width)
+        axes = figure.subplots()
+        for number, (look, (name, (x, y))) in enumerate(zip(_line_styles(len(points)), points.items(), strict=True)):
+            marker = "osD^vP*"[number % 7]
+            dots: dict[str, Any] = {"color": look["color"], "linestyle": "none", "mec": "white", "mew": 0.6}
+            axes.plot(x, y, marker, markersize=3.5, alpha=0.5, **dots)
+            axes.plot(np.mean(x), np.mean(y), marker, markersize=7.5, label=name, **dots)
+        if diagonal:
+            axes.axline((0, 0), slope=1, color="#9AA5B1", linewidth=0.8, zorder=1)
+            axes.set(xlim=(0, 100), ylim=(0, 100))
+        axes.grid(True, axis="both")
+        axes.set(xlabel=labels[0], ylabel=labels[1])
+        axes.set_title(title)
+        figure.legend(loc="outside lower center", ncols=2 if width > 4 else 1, frameon=False, fontsize=8)
+    return figure
+
+
+def curves(figure: Figure) -> list[dict[str, Any]]:
+    """Return where each panel with curves lies and what it shows, as plain data.
+
+    One entry a panel: ``box``, its left, top, right and bottom as fractions of the figure; ``x`` and ``y``, the limits
+    of its axes; ``curves``, each with ``name``, ``color``, ``x`` and ``y``.
+    """
+    with _style():
+        figure.draw_without_rendering()
+    panels = []
+    for axes in figure.axes:
+        lines = [line for line in axes.get_lines() if str(line.get_gid() or "").startswith(_CURVE)]
+        if not lines:
+            continue
+        box = axes.get_window_extent().transformed(figure.transFigure.inverted())
+        found = []
+        for line in lines:
+            x, y = np.round(np.asarray(line.get_xydata(), dtype=np.float64), 2).T.tolist()
+            values = [None if np.isnan(value) else value for value in y]
+            name = str(line.get_gid()).removeprefix(_CURVE)
+            found.append({"name": name, "color": line.get_color(), "x": x, "y": values})
+        edges = [round(edge, 5) for edge in (box.x0, 1 - box.y1, box.x1, 1 - box.y0)]
+        panels.append({"box": edges, "x": [*axes.get_xlim()], "y": [*axes.get_ylim()], "curves": found})
+    return panels
+
+
+@contextmanager
+def user_style(path: str | Path | None) -> Iterator[None]:
+    """Draw in a matplotlib style file of one's own, on top of clkit's, inside the block.
+
+    Raises:
+        ConfigurationError: If the file cannot be read.
+    """
+    global _user_style
+    if path is not None and not Path(path).is_file():
+        raise ConfigurationError(f"There is no style file at {path}; give a matplotlib .mplstyle file.")
+    before, _user_style = _user_style, None if path is None else Path(path)
+    try:
+        yield
+    finally:
+        _user_style = before
 
 
 def save(figure: Figure, file: str | Path | IO[Any], format: str | None = None) -> None:
@@ -151,7 +356,8 @@ def _draw(
         low, high = (y - spread).clip(0, 100), (y + spread).clip(0, 100)
         kept = np.unique(np.concatenate([envelope(curve) for curve in (y, low, high)]))
         dense = {"linewidth": 0.7, "linestyle": "-"} if len(kept) < len(y) else {}
-        axes.plot(x[kept], y[kept], **styles[k] | dense, clip_on=False, zorder=3 + (n_experiences - k) / n_experiences)
+        look = styles[k] | dense | {"zorder": 3 + (n_experiences - k) / n_experiences}
+        axes.plot(x[kept], y[kept], **look, clip_on=False, gid=f"{_CURVE}{names[k]}")
         if len(histories) > 1:
             axes.fill_between(x[kept], low[kept], high[kept], color=styles[k]["color"], alpha=0.12, linewidth=0)
         last.append((float(y[-1]), names[k], styles[k]["color"]))
@@ -232,6 +438,22 @@ def _line_styles(n: int) -> list[dict[str, Any]]:
     return styles
 
 
+def _averaged(history: History) -> History:
+    """The mean over the experiences seen, as a history of one experience."""
+    seen = history.seen()
+    mean = np.array([np.nanmean(row) if not np.isnan(row).all() else np.nan for row in seen.scores])
+    return replace(seen, scores=mean[:, None])
+
+
+def _last_defined(series: NDArray[np.float64]) -> float:
+    defined = series[~np.isnan(series)]
+    return float(defined[-1]) if defined.size else np.nan
+
+
+def _steps_label(schedule: str) -> str:
+    return "optimizer steps" if schedule == "every step" else f"optimizer steps (evaluated {schedule})"
+
+
 def _figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
@@ -241,4 +463,6 @@ def _figure(width: float, height: float) -> Figure:
 @contextmanager
 def _style() -> Iterator[None]:
     with matplotlib.rc_context(matplotlib.rc_params_from_file(STYLE, use_default_template=False)):
+        if _user_style is not None:
+            matplotlib.rcParams.update(matplotlib.rc_params_from_file(_user_style, use_default_template=False))
         yield

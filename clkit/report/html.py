@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from io import StringIO
@@ -11,7 +12,7 @@ from string import Template
 import yaml  # type: ignore[import-untyped]
 from matplotlib.figure import Figure
 
-from clkit.report.figures import save
+from clkit.report.figures import curves, save
 from clkit.report.runs import Group
 from clkit.report.tables import Table
 
@@ -31,13 +32,15 @@ def page(
         title=escape(title),
         notes="".join(f"<li>{escape(note)}</li>\n" for note in notes),
         tables="".join(table.html() for table in tables if table.rows),
-        figures="".join(
-            f'<figure role="img" aria-label="{escape(name)}">{_inline(figure)}</figure>\n'
-            for name, figure in figures.items()
-        ),
+        figures="".join(_figure(name, figure) for name, figure in figures.items()),
         details="".join(table.html() for table in details if table.rows),
         configs="".join(_config(group) for group in groups if group.runs[0].config),
     )
+
+
+def _figure(name: str, figure: Figure) -> str:
+    data = escape(json.dumps(curves(figure), separators=(",", ":")))
+    return f'<figure role="img" aria-label="{escape(name)}" data-panels="{data}">{_inline(figure)}</figure>\n'
 
 
 def _inline(figure: Figure) -> str:

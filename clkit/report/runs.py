@@ -33,6 +33,7 @@ class Run:
         config: Its ``.hydra/config.yaml``, unresolved; empty without one.
         overrides: Its ``.hydra/overrides.yaml``, name to value; empty without one.
         scenario: Name of its scenario's config; empty if unknown.
+        seconds: Training time without evaluation, from its ``timing.json``; NaN if unknown.
         notes: What is missing.
     """
 
@@ -42,6 +43,7 @@ class Run:
     config: Mapping[str, Any] = field(default_factory=dict)
     overrides: Mapping[str, str] = field(default_factory=dict)
     scenario: str = ""
+    seconds: float = np.nan
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -73,7 +75,8 @@ class Run:
             notes = ("unfinished: no metrics.json of format 1, numbers computed from history.csv",)
         if not len(history):
             notes += ("no evaluation yet",)
-        return cls(directory, history, metrics, config, overrides, scenario, notes)
+        seconds = (_json(directory / "timing.json") or {}).get("training_seconds", np.nan)
+        return cls(directory, history, metrics, config, overrides, scenario, seconds, notes)
 
     @property
     def complete(self) -> bool:
@@ -190,11 +193,16 @@ def _run_folders(root: Path) -> Iterator[Path]:
 
 
 def _metrics(path: Path) -> dict[str, Any] | None:
+    content = _json(path)
+    return content if content and content.get("format") == 1 else None
+
+
+def _json(path: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return content if isinstance(content, dict) and content.get("format") == 1 else None
+    return content if isinstance(content, dict) else None
 
 
 def _yaml(path: Path, default: Any) -> Any:

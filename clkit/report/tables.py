@@ -15,6 +15,7 @@ import rich.table
 from clkit.report.definitions import define, scale, title
 from clkit.report.estimate import Estimate
 from clkit.report.runs import Group, config_differences
+from clkit.report.significance import LEVEL, against_best
 
 _HEADLINES = ("ACC", "FORG", "min-ACC", "WC-ACC", "WF10", "AAA")
 _LATEX = {
@@ -99,14 +100,35 @@ def results_table(groups: Sequence[Group], metrics: Sequence[str] | None = None)
     """One row for each group: mean and 95% t-interval over its seeds, in percent; by default the main metrics."""
     if metrics is None:
         metrics = [m for m in metric_names(groups) if m in _HEADLINES]
+    tests = {metric: against_best(groups, metric) for metric in metrics}
+
+    def cell(position: int, group: Group, metric: str) -> str:
+        worse = tests[metric].get(position, 1.0) < LEVEL
+        return group.estimate(metric).text(scale(metric)) + ("*" if worse else "")
+
     rows = tuple(
-        (_mark(group), str(len(group.counted)), *(group.estimate(metric).text(scale(metric)) for metric in metrics))
-        for group in groups
+        (_mark(group), str(len(group.counted)), *(cell(position, group, metric) for metric in metrics))
+        for position, group in enumerate(groups)
     )
+    marked = any(p < LEVEL for test in tests.values() for p in test.values())
     over = "mean ± 95% t-interval over seeds" if any(len(group.counted) > 1 for group in groups) else "one seed"
     biased = {name for group in groups for name in group.counted[0].summary["biased"]}
     header = (f"{title(metric)} †" if metric in biased else title(metric) for metric in metrics)
-    return Table(f"Results in percent ({over}){_schedule_note(groups)}", ("run", "seeds", *header), rows)
+    note = f"; * worse than the best, paired t-test over seeds, Holm-corrected, p < {LEVEL}" if marked else ""
+    return Table(f"Results in percent ({over}{note}){_schedule_note(groups)}", ("run", "seeds", *header), rows)
+
+
+def comparison_table(groups: Sequence[Group]) -> Table:
+    """Corrected p-values of the paired comparison of each group with the best, for the main metrics."""
+    metrics = [m for m in metric_names(groups) if m in _HEADLINES]
+    tests = {metric: against_best(groups, metric) for metric in metrics}
+    rows = tuple(
+        (group.label, *(f"{tests[m][position]:.3f}" if position in tests[m] else "–" for m in metrics))
+        for position, group in enumerate(groups)
+        if any(position in test for test in tests.values())
+    )
+    caption = "p-values against the best of each column (paired t-test over common seeds, Holm-corrected)"
+    return Table(caption, ("run", *map(title, metrics)), rows)
 
 
 def runs_table(groups: Sequence[Group]) -> Table:

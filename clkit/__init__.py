@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from clkit.datamodule import StreamDataModule as StreamDataModule
     from clkit.datasets import InMemoryDataset as InMemoryDataset
     from clkit.errors import ConfigurationError as ConfigurationError
+    from clkit.evaluation.gradients import GradientNorms as GradientNorms
     from clkit.evaluation.stability_gap import StabilityGap as StabilityGap
     from clkit.optimizer import ResetOptimizer as ResetOptimizer
     from clkit.progress import StreamProgress as StreamProgress
@@ -28,6 +29,7 @@ _PUBLIC = {
     "Classifier": "clkit.classifier",
     "ConfigurationError": "clkit.errors",
     "Experience": "clkit.stream",
+    "GradientNorms": "clkit.evaluation.gradients",
     "InMemoryDataset": "clkit.datasets",
     "ResetOptimizer": "clkit.optimizer",
     "StabilityGap": "clkit.evaluation.stability_gap",

@@ -47,7 +47,7 @@ def outputs(module: LightningModule, x: Any) -> Any:
     last = _recorded.get(module)
     if last is not None and last[0] is x:
         return last[1]
-    with _frozen_statistics(module):
+    with frozen_statistics(module):
         return module(x)
 
 
@@ -94,7 +94,8 @@ def _silent(module: LightningModule) -> Iterator[None]:
 
 
 @contextmanager
-def _frozen_statistics(module: LightningModule) -> Iterator[None]:
+def frozen_statistics(module: LightningModule) -> Iterator[None]:
+    """Leave BatchNorm's running statistics as they are, in training mode too."""
     norms = [(norm, norm.momentum) for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.training]
     for norm, _ in norms:
         norm.momentum = 0.0

@@ -24,7 +24,7 @@ from clkit.report import write_report
 
 RESULTS = (
     *("run.json", "history*.csv", "metrics.json", "checkpoints", "tensorboard", "csv"),
-    *("report.md", "report.tex", "report.csv", "report.html", "timing.json"),
+    *("report.md", "report.tex", "report.csv", "report.html", "timing.json", "gradients.csv"),
     *("stability_gap.png", "stability_gap.svg", "zoom.png", "zoom.svg"),
 )
 NOT_IN_RESULT = ("resume", "folder", "data_root")

@@ -157,12 +157,16 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
     for run in runs:
         apart = frozenset(item for item in run.overrides.items() if item[0] not in _NOT_IN_RESULT)
         members.setdefault((run.label, run.history.n_experiences, apart), []).append(run)
-    shared = set.intersection(*(set(run.overrides.items()) for run in runs))
+    shared = {
+        label: set.intersection(*(set(run.overrides.items()) for run in runs if run.label == label))
+        for label in {run.label for run in runs}
+    }
     unsaid = _NOT_IN_RESULT | {"strategy", "scenario"}
     groups, notes = [], []
     for same in members.values():
         same.sort(key=lambda run: (len(run.seed), run.seed))
-        extra = [f"{k}={v}" for k, v in same[0].overrides.items() if k not in unsaid and (k, v) not in shared]
+        said = shared[same[0].label]
+        extra = [f"{k}={v}" for k, v in same[0].overrides.items() if k not in unsaid and (k, v) not in said]
         group = Group(" · ".join([same[0].label, *extra]), tuple(same))
         groups.append(group)
         repeated = [seed for seed, count in Counter(run.seed for run in same).items() if count > 1]

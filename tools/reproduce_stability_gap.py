@@ -37,7 +37,7 @@ METHODS = {
     "er": ["strategy=er", "strategy.er.capacity=2000", "strategy.er.buffer=class_balanced", "strategy.er.alpha=0.3"],
     "agem": ["strategy=agem", "strategy.agem.samples_per_experience=400"],
     "lwf": ["strategy=lwf"],
-    "ewc": ["strategy=ewc", "strategy.ewc.strength=1000", "strategy.ewc.samples=2000"],
+    "ewc": ["strategy=ewc", "strategy.ewc.strength=100", "strategy.ewc.samples=2000"],
 }
 ANGLES = (10, 30, 60, 80)
 METRICS = ("ACC", "min-ACC", "WC-ACC", "FORG", "WF10", "gap_depth", "recovery_steps")

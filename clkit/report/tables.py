@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -17,6 +18,7 @@ from clkit.report.estimate import Estimate
 from clkit.report.runs import Group, config_differences
 from clkit.report.significance import LEVEL, against_best
 
+_LABEL_WIDTH = 21
 _HEADLINES = ("ACC", "FORG", "min-ACC", "WC-ACC", "WF10", "AAA")
 _LATEX = {
     **{char: f"\\{char}" for char in "%&#_${}"},
@@ -53,9 +55,9 @@ class Table:
         table = rich.table.Table(title=self.caption, box=rich.box.SIMPLE_HEAD, title_justify="left")
         for position, name in enumerate(self.header):
             number = bool(position) and self.numeric
-            table.add_column(name, justify="right" if number else "left", no_wrap=number, overflow="fold")
-        for row in self.rows:
-            table.add_row(*row)
+            table.add_column(name, justify="right" if number else "left", no_wrap=not position, overflow="fold")
+        for label, *cells in self.rows:
+            table.add_row("\n".join(textwrap.wrap(label, _LABEL_WIDTH)), *cells)
         return table
 
     def markdown(self) -> str:

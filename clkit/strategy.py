@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +19,10 @@ if TYPE_CHECKING:
     from clkit.datamodule import StreamDataModule
 
 
+View = Callable[[LightningModule], AbstractContextManager[None]]
+"""Puts other weights into a module inside its context, and the live ones back, bit for bit, after it."""
+
+
 class Strategy(Callback):
     """Base class of all strategies.
 
@@ -27,7 +34,13 @@ class Strategy(Callback):
     Whatever a strategy must remember goes into ``state_dict`` / ``load_state_dict`` as tensors, numbers and strings, so
     that a checkpoint loads with ``weights_only=True``. An object belongs to one run: a second fit goes on with what it
     remembers.
+
+    Attributes:
+        views: Other weights than the live ones that the strategy offers for evaluation, by name; see
+            ``StabilityGap(view=...)``.
     """
+
+    views: Mapping[str, View] = MappingProxyType({})
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what the strategy cannot work with; overriding methods call ``super().setup(...)`` first.

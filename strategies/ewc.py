@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from clkit.errors import ConfigurationError
 from clkit.evaluation.mode import evaluation_mode
 from clkit.forward import task_loss, to_device
 from clkit.loader import read_samples
+from clkit.parameters import trainable
 from clkit.rng import private_rng
 from clkit.strategy import Strategy, check_pairs, stream_data
 from clkit.stream import Experience
@@ -132,7 +133,7 @@ class EWC(Strategy):
         n_terms = -(-len(chosen) // size) if self.fisher == "batch" else len(chosen)
         return sum_over_processes(trainer, total) / n_terms
 
-    def _squared_gradients(self, module: LightningModule, params: dict[str, Tensor], batch: Any) -> Iterator[Tensor]:
+    def _squared_gradients(self, module: LightningModule, params: Mapping[str, Tensor], batch: Any) -> Iterator[Tensor]:
         if self.fisher == "batch":
             with torch.enable_grad():
                 grads = torch.autograd.grad(task_loss(module, batch), list(params.values()), materialize_grads=True)
@@ -175,13 +176,8 @@ class Quadratic(NamedTuple):
         return Quadratic(total, self.anchor + share * apart, self.offset + other.offset + between)
 
 
-def trainable(module: LightningModule) -> dict[str, Tensor]:
-    """Return the parameters that require gradients, by name."""
-    return {name: param for name, param in module.named_parameters() if param.requires_grad}
-
-
 def _weighted_squares(
-    module: LightningModule, params: dict[str, Tensor], inputs: tuple[Tensor, ...], labels: Tensor, weights: Tensor
+    module: LightningModule, params: Mapping[str, Tensor], inputs: tuple[Tensor, ...], labels: Tensor, weights: Tensor
 ) -> Tensor:
     def log_probability(params: dict[str, Tensor], label: Tensor, *sample: Tensor) -> Tensor:
         logits = functional_call(module, params, tuple(part.unsqueeze(0) for part in sample))
@@ -194,6 +190,6 @@ def _weighted_squares(
     return torch.cat([torch.einsum("b...,b->...", g.square(), weights.to(g)).flatten() for g in grads.values()])
 
 
-def _chunk_size(params: dict[str, Tensor]) -> int:
+def _chunk_size(params: Mapping[str, Tensor]) -> int:
     floats = 2**25
     return min(max(floats // sum(p.numel() for p in params.values()), 1), 256)

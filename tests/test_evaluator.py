@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import timm
@@ -13,7 +14,15 @@ import torch
 from plain import QUIET, UserModule, make_module, make_stream
 from torch import nn
 
-from clkit import Classifier, ConfigurationError, InMemoryDataset, StabilityGap, Stream, StreamDataModule
+from clkit import (
+    Classifier,
+    ConfigurationError,
+    InMemoryDataset,
+    StabilityGap,
+    Stream,
+    StreamCheckpoint,
+    StreamDataModule,
+)
 from clkit.evaluation import evaluator
 from clkit.evaluation.prefix import FrozenPrefix
 
@@ -354,3 +363,84 @@ def test_scores_that_are_nan_count_as_zero_and_are_counted(tmp_path):
 def make_module_of(kind):
     torch.manual_seed(0)
     return kind()
+
+
+def test_lazy_evaluation_is_near_the_exact_one_and_says_how_near(tmp_path):
+    stream = make_stream(per_class=100)
+    gaps = {lazy: StabilityGap(dir=tmp_path / str(lazy), plot=False, lazy=lazy) for lazy in (False, True)}
+    scores = {}
+    for lazy, gap in gaps.items():
+        fit(gap, make_module(lr=0.005), stream=stream, epochs=4)
+        scores[lazy] = gap.history.select("step").scores
+    errors = np.abs(scores[True] - scores[False])
+    about = gaps[True].metrics["approximation"]
+    assert about["evaluated_share"] < 0.6
+    assert 0 <= about["audited_error"] < 0.02
+    assert np.nanmean(errors) < 0.01
+    first = [0, 100, 200]  # everything is evaluated at the first step of an experience
+    np.testing.assert_array_equal(errors[first], np.where(np.isnan(errors[first]), np.nan, 0))
+    assert gaps[True].metrics["schedule"] == "every step, approximately"
+    assert {"min-ACC", "ACC_subset", "AAA"} <= set(gaps[True].metrics["biased"])
+    assert "ACC" not in gaps[True].metrics["biased"]
+    assert gaps[False].metrics["approximation"] == {}
+
+
+def test_lazy_evaluation_is_exact_and_cheap_where_nothing_moves(tmp_path):
+    gap = StabilityGap(dir=tmp_path, plot=False, lazy=True)
+    fit(gap, make_module(lr=0.0, momentum=0.0))
+    history = gap.history.select("step")
+    for k in range(3):
+        rows = history.scores[history.experience == k]
+        assert (rows[:, : k + 1] == rows[0, : k + 1]).all()
+    # ten evaluations of 40, 80 and 120 samples: one in full, and a twentieth nine times
+    expected = (40 + 9 * 2 + 80 + 9 * 4 + 120 + 9 * 6) / (10 * (40 + 80 + 120))
+    assert gap.metrics["approximation"] == {"evaluated_share": pytest.approx(expected), "audited_error": 0.0}
+
+
+def test_lazy_evaluation_resumes_with_the_same_history(tmp_path):
+    def run(folder, ckpt_path=None):
+        data = StreamDataModule(make_stream(), batch_size=8, epochs=2)
+        gap = StabilityGap(dir=folder, plot=False, lazy=True)
+        checkpoint = StreamCheckpoint(folder / "checkpoints", every_n_steps=4, keep=9)
+        settings = {**QUIET, "enable_checkpointing": True}
+        trainer = pl.Trainer(max_epochs=6, callbacks=[gap, checkpoint], **settings)
+        trainer.fit(make_module(), datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+        return (folder / "history.csv").read_bytes(), gap.metrics["approximation"]
+
+    whole = run(tmp_path / "whole")
+    for step in (4, 16, 20):
+        assert run(tmp_path / str(step), tmp_path / "whole" / "checkpoints" / f"step={step:09d}.ckpt") == whole
+
+
+def test_lazy_evaluation_bears_masks_and_nan(tmp_path):
+    class Sick(UserModule):
+        def forward(self, x):
+            return self.net(x).masked_fill(x[:, :1] > 2, torch.nan if not self.training else 0.0)
+
+    texts = []
+    for lazy in (False, True):
+        gap = StabilityGap(dir=tmp_path / str(lazy), plot=False, lazy=lazy, mask="seen", every=100)
+        with pytest.warns(UserWarning, match="n_undefined"):
+            fit(gap, seeded(Sick))
+        texts.append((tmp_path / str(lazy) / "history.csv").read_text())
+    assert texts[0] == texts[1]
+
+
+def test_lazy_evaluation_needs_accuracy(tmp_path):
+    gap = StabilityGap(dir=tmp_path, lazy=True, score=lambda module, batch: module(batch[0])[:, 0])
+    with pytest.raises(ConfigurationError, match="lazy=True compares logits"):
+        fit(gap, make_module())
+
+
+def test_modes_exclude_each_other():
+    with pytest.raises(ConfigurationError, match="exclude each other"):
+        StabilityGap(lazy=True, snapshots=4)
+
+
+def test_several_evaluations_side_by_side(tmp_path):
+    gaps = [StabilityGap(every=every, name=f"every {every}", plot=False) for every in (1, 5)]
+    data = StreamDataModule(make_stream(), batch_size=8, epochs=2)
+    trainer = pl.Trainer(max_epochs=6, callbacks=gaps, default_root_dir=tmp_path, **QUIET)
+    trainer.fit(make_module(), datamodule=data)
+    assert [len(gap.history.select("step")) for gap in gaps] == [30, 6]
+    assert gaps[0].dir == tmp_path / "every 1"

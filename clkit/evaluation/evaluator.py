@@ -26,6 +26,7 @@ from clkit.evaluation.mode import untouched
 from clkit.evaluation.prefix import FrozenPrefix
 from clkit.evaluation.scores import Scorer
 from clkit.evaluation.subsets import Subsets
+from clkit.parameters import trainable
 
 Result = Callable[[], Tensor]
 """Gives the sums ``[2, K]`` of an evaluation, see :meth:`Subsets.sums`; waits for it if need be."""
@@ -75,6 +76,17 @@ class Evaluator:
 
     def close(self) -> None:
         """Free what is held."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the next results depend on, beside the weights."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+
+    def report(self) -> dict[str, float]:
+        """Return what there is to know of approximate results."""
+        return {}
 
 
 class SnapshotEvaluator(Evaluator):
@@ -314,8 +326,7 @@ def _evaluate(path: Path, slot: int, index: int, chunks: list[slice]) -> Any:
 
 def live_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return what changes in training, by name: parameters that require gradients, and all buffers."""
-    trainable = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    return {**trainable, **dict(module.named_buffers())}
+    return {**trainable(module), **dict(module.named_buffers())}
 
 
 def _sums(

@@ -17,6 +17,25 @@ Score = Callable[[LightningModule, Any], Tensor]
 Mask = Literal["none", "seen", "experience"]
 
 
+def logits_of(module: LightningModule, batch: Any, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return logits ``[B, C]`` and labels ``[B]`` of a batch for :func:`accuracy`, which see."""
+    if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
+        raise ConfigurationError(
+            f"The accuracy score needs (x, y) or (x, y, task) batches and got {type(batch).__name__}; "
+            "pass StabilityGap(score=...) a function of (module, batch) with one value a sample."
+        )
+    x, y, *task = batch
+    logits = module(x, *task)
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        raise ConfigurationError(
+            f"The accuracy score needs {type(module).__name__}.forward to return logits of shape [B, C]; "
+            "pass StabilityGap(score=...) a function of (module, batch) with one value a sample."
+        )
+    if allowed is not None:
+        logits = logits.masked_fill(~(allowed if allowed.dim() == 1 else allowed[y]) & ~logits.isnan(), -torch.inf)
+    return logits, y
+
+
 def accuracy(module: LightningModule, batch: Any, allowed: Tensor | None = None) -> Tensor:
     """Return 1 where the largest logit is the label, else 0, ``float32``, shape ``[B]``; NaN where a logit is NaN.
 
@@ -31,23 +50,9 @@ def accuracy(module: LightningModule, batch: Any, allowed: Tensor | None = None)
     Raises:
         ConfigurationError: If the batch or the output has another form.
     """
-    if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
-        raise ConfigurationError(
-            f"The accuracy score needs (x, y) or (x, y, task) batches and got {type(batch).__name__}; "
-            "pass StabilityGap(score=...) a function of (module, batch) with one value a sample."
-        )
-    x, y, *task = batch
-    logits = module(x, *task)
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        raise ConfigurationError(
-            f"The accuracy score needs {type(module).__name__}.forward to return logits of shape [B, C]; "
-            "pass StabilityGap(score=...) a function of (module, batch) with one value a sample."
-        )
-    spoilt = logits.isnan().any(dim=1)
-    if allowed is not None:
-        logits = logits.masked_fill(~(allowed if allowed.dim() == 1 else allowed[y]), -torch.inf)
+    logits, y = logits_of(module, batch, allowed)
     hit: Tensor = (logits.argmax(dim=1) == y).float()
-    return hit.masked_fill(spoilt, torch.nan)
+    return hit.masked_fill(logits.isnan().any(dim=1), torch.nan)
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,11 @@ class Scorer:
         """Return the scores of a batch, ``[B]``, while ``experience`` is learned."""
         if self.allowed is None:
             return self.score(module, batch)
-        return accuracy(module, batch, self.allowed[experience])
+        return accuracy(module, batch, self.mask(experience))
+
+    def mask(self, experience: int) -> Tensor | None:
+        """Return the ``allowed`` of :func:`accuracy` while ``experience`` is learned."""
+        return None if self.allowed is None else self.allowed[experience]
 
     @property
     def name(self) -> str:

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,6 +22,7 @@ from clkit.distributed import sum_over_processes
 from clkit.errors import ConfigurationError
 from clkit.evaluation.evaluator import Evaluator, ProcessEvaluator, Result, SnapshotEvaluator
 from clkit.evaluation.history import History, HistoryWriter, Phase
+from clkit.evaluation.lazy import LazyEvaluator
 from clkit.evaluation.mode import untouched
 from clkit.evaluation.prefix import FrozenPrefix
 from clkit.evaluation.schedule import Every, Schedule
@@ -31,7 +32,7 @@ from clkit.evaluation.summary import summary
 from clkit.forward import to_device
 from clkit.loader import StreamLoader, read_samples
 from clkit.rng import private_rng
-from clkit.strategy import stream_data
+from clkit.strategy import Strategy, View, stream_data
 from clkit.stream import Experience, Stream
 
 
@@ -63,7 +64,11 @@ class StabilityGap(Callback):
         snapshots: Copies of the trainable weights that are evaluated in one vectorised call, for very small networks.
         asynchronous: Evaluate copies of the trainable weights in another process, on the CPU; results are the same.
         queue: Copies that may wait for it.
-        dir: Folder of the files; the trainer's log or root folder when ``None``.
+        lazy: Evaluate only samples whose result can have changed (:class:`~clkit.evaluation.lazy.LazyEvaluator`):
+            approximate, marked as such, with the audited error in ``metrics.json``.
+        view: Evaluate the weights that a strategy offers under this name (in its ``views``) in place of the live ones.
+        name: Tells several of them in one trainer apart, in checkpoints and loggers; ``view`` when ``None``.
+        dir: Folder of the files; the trainer's log or root folder, and the name below it, when ``None``.
         seed: Seed of the choice of the subsets.
         flush_every: Evaluations whose results may wait on the device before they are written.
         plot: Draw the figure at the end.
@@ -91,30 +96,33 @@ class StabilityGap(Callback):
         snapshots: int = 1,
         asynchronous: bool = False,
         queue: int = 8,
+        lazy: bool = False,
+        view: str | None = None,
+        name: str | None = None,
         dir: str | Path | None = None,
         seed: int = 0,
         flush_every: int = 32,
         plot: bool = True,
     ) -> None:
         least = {"subset": subset, "batch_size": batch_size, "flush_every": flush_every, "snapshots": snapshots}
-        for name, value in {**least, "queue": queue}.items():
+        for setting, value in {**least, "queue": queue}.items():
             if value is not None and value < 1:
-                raise ConfigurationError(f"{name}={value} is not possible; use a whole number of at least 1.")
-        for name, chosen, known in (("split", split, ("test", "val")), ("mask", mask, get_args(Mask))):
+                raise ConfigurationError(f"{setting}={value} is not possible; use a whole number of at least 1.")
+        for setting, chosen, known in (("split", split, ("test", "val")), ("mask", mask, get_args(Mask))):
             if chosen not in known:
-                raise ConfigurationError(f"{name}={chosen!r} is unknown; use {', '.join(known)}.")
+                raise ConfigurationError(f"{setting}={chosen!r} is unknown; use {', '.join(known)}.")
         if isinstance(score, str) and score != "accuracy":
             raise ConfigurationError(f"score={score!r} is unknown; use 'accuracy' or a function of (module, batch).")
-        if asynchronous and snapshots > 1:
-            raise ConfigurationError("asynchronous=True and snapshots above 1 exclude each other; use one of them.")
+        if asynchronous + (snapshots > 1) + lazy > 1:
+            raise ConfigurationError("asynchronous, snapshots above 1 and lazy exclude each other; use one of them.")
         self.schedule = Every(every) if isinstance(every, int) else every
         self.subset, self.split, self.windows, self.zero_shot = subset, split, tuple(windows), zero_shot
         self.score: Score = accuracy if isinstance(score, str) else score
         self.mask: Mask = mask
         self.batch_size, self.seed, self.flush_every = batch_size, seed, flush_every
         self.prefix_cache, self.prefix_cache_limit = prefix_cache, prefix_cache_limit
-        self.snapshots, self.asynchronous, self.queue = snapshots, asynchronous, queue
-        self.plot = plot
+        self.snapshots, self.asynchronous, self.queue, self.lazy = snapshots, asynchronous, queue, lazy
+        self.plot, self.view, self.name = plot, view, view if name is None else name
         self._own_dir = None if dir is None else Path(dir)
         self.dir: Path | None = None
         self.metrics: dict[str, Any] = {}
@@ -126,6 +134,8 @@ class StabilityGap(Callback):
         self._start_step = self._last_step = self._evaluated_step = self._n_undefined = 0
         self._seconds = self._evaluating = self._started = 0.0
         self._offset = 0
+        self._evaluator_state: dict[str, Any] = {}
+        self._approximation: dict[str, float] = {}
         self._module_mask = False
 
     @property
@@ -144,15 +154,33 @@ class StabilityGap(Callback):
                 "use split='test' or build the scenario with val_fraction above 0."
             )
         log_dir = trainer.log_dir if self._own_dir is None else None
-        self.dir = self._own_dir or Path(log_dir or trainer.default_root_dir)
+        self.dir = self._own_dir or Path(log_dir or trainer.default_root_dir, self.name or "")
+        self._shown = self._find_view(trainer)
         self._trainer = trainer
         self._module_mask = bool(getattr(pl_module, "mask_unseen", False))
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(name=self.name)
+
+    def _find_view(self, trainer: Trainer) -> View:
+        if self.view is None:
+            return lambda module: nullcontext()
+        strategies = [callback for callback in trainer.callbacks if isinstance(callback, Strategy)]  # type: ignore[attr-defined]
+        views = {name: view for strategy in strategies for name, view in strategy.views.items()}
+        if self.view not in views:
+            raise ConfigurationError(
+                f"No strategy offers the view {self.view!r}; known: {', '.join(views) or 'none'}. Add the strategy, or "
+                "leave view out."
+            )
+        return views[self.view]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._pending, self.latest = [], []
         if self._resume_from is None:
             self._start_step = self._last_step = self._evaluated_step = self._n_undefined = 0
             self._seconds = self._evaluating = 0.0
+            self._evaluator_state = {}
         self._started = time.monotonic()
         if trainer.is_global_zero:
             self._open(len(stream_data(trainer).stream))
@@ -182,7 +210,10 @@ class StabilityGap(Callback):
         self._evaluator = self._build(trainer, pl_module)
         if trainer.global_step == 0:
             first = range(len(stream) if self.zero_shot else 1)
-            self._note(0, 0, "init", first, self._evaluator.now(0, first))
+            with self._shown(pl_module):
+                self._note(0, 0, "init", first, self._evaluator.now(0, first))
+        elif self._evaluator_state:
+            self._evaluator.load_state_dict(self._evaluator_state)
         else:
             self._evaluator.start()
 
@@ -191,6 +222,8 @@ class StabilityGap(Callback):
         if self.asynchronous:
             limit = self.prefix_cache_limit
             return ProcessEvaluator(*parts, use_prefix=self.prefix_cache, limit=limit, queue=self.queue)
+        if self.lazy:
+            return LazyEvaluator(*parts, seed=self.seed)
         if self.snapshots > 1:
             return SnapshotEvaluator(*parts, self.snapshots)
         return Evaluator(*parts, FrozenPrefix(module, self.prefix_cache_limit) if self.prefix_cache else None)
@@ -207,7 +240,8 @@ class StabilityGap(Callback):
         self._start_step, index = trainer.global_step, experience.index
         if self.zero_shot and index > 0:
             this = range(index, index + 1)
-            self._note(trainer.global_step, index - 1, "before", this, self._evaluator.now(index, this))
+            with self._shown(module):
+                self._note(trainer.global_step, index - 1, "before", this, self._evaluator.now(index, this))
         self._evaluator.start()
 
     def on_train_batch_end(
@@ -230,7 +264,8 @@ class StabilityGap(Callback):
     def _evaluate(self, module: LightningModule, step: int, index: int) -> None:
         assert self._evaluator is not None
         start = time.monotonic()
-        self._note(step, index, "step", range(index + 1), self._evaluator.submit(index))
+        with self._shown(module):
+            self._note(step, index, "step", range(index + 1), self._evaluator.submit(index))
         self._evaluated_step = step
         if len(self._pending) >= self.flush_every:
             self._flush()
@@ -249,7 +284,7 @@ class StabilityGap(Callback):
 
     def _full_sums(self, trainer: Trainer, module: LightningModule, seen: range) -> Tensor:
         total = self._subsets.counts.new_zeros(2, len(self._full_counts))
-        with untouched(trainer, module):
+        with self._shown(module), untouched(trainer, module):
             for k in seen:
                 dataset = self._held_out(stream_data(trainer).stream[k])
                 order = torch.arange(_size(dataset))[trainer.global_rank :: trainer.world_size]
@@ -282,7 +317,8 @@ class StabilityGap(Callback):
             if self._writer is not None:
                 self._writer.append(row.step, row.index, row.phase, scores)
             if row.phase != "end":
-                curves = {f"{Scorer(self.score).name}/E{k}": scores[k] for k in row.experiences}
+                curve = Scorer(self.score).name + (f"-{self.name}" if self.name else "")
+                curves = {f"{curve}/E{k}": scores[k] for k in row.experiences}
                 for logger in self._trainer.loggers:
                     logger.log_metrics(curves, step=row.step)
         if self._writer is not None:
@@ -320,7 +356,8 @@ class StabilityGap(Callback):
             stream={"name": stream.name, "kind": stream.kind, "experiences": names},
             complete=len(stream) - 1 in history.select("end").experience,
             score=Scorer(self.score).name,
-            schedule=str(self.schedule),
+            schedule=f"{self.schedule}, approximately" if self.lazy else str(self.schedule),
+            approximation=self._approximation,
             subset=self.subset,
             mask="seen" if self.mask == "none" and self._module_mask else self.mask,
             windows=self.windows,
@@ -349,6 +386,7 @@ class StabilityGap(Callback):
 
     def _close_evaluator(self) -> None:
         if self._evaluator is not None:
+            self._approximation = self._evaluator.report()
             self._evaluator.close()
             self._evaluator = None
 
@@ -365,6 +403,7 @@ class StabilityGap(Callback):
             "evaluated_step": self._evaluated_step,
             "n_undefined": self._n_undefined,
             "schedule": self.schedule.state_dict(),
+            "evaluator": {} if self._evaluator is None else self._evaluator.state_dict(),
             "seconds": self._seconds + time.monotonic() - self._started,
             "evaluating": self._evaluating,
             "settings": self._settings(),
@@ -377,6 +416,8 @@ class StabilityGap(Callback):
             "split": self.split,
             "mask": self.mask,
             "zero_shot": self.zero_shot,
+            "lazy": self.lazy,
+            "view": self.view,
             "seed": self.seed,
         }
 
@@ -395,6 +436,7 @@ class StabilityGap(Callback):
         self._evaluated_step, self._n_undefined = state_dict["evaluated_step"], state_dict["n_undefined"]
         self._seconds, self._evaluating = state_dict["seconds"], state_dict["evaluating"]
         self.schedule.load_state_dict(state_dict["schedule"])
+        self._evaluator_state = state_dict["evaluator"]
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,8 @@ class Subsets:
         start, end = self.ends[experiences.start] - self.sizes[experiences.start], self.ends[experiences.stop - 1]
         return [slice(at, min(at + self.batch_size, end)) for at in range(start, end, self.batch_size)]
 
-    def batch(self, chunk: slice) -> Any:
-        """Return the samples of a slice."""
+    def batch(self, chunk: slice | Tensor) -> Any:
+        """Return the samples of a slice or of rows."""
         return tree_map(lambda part: part[chunk], self.samples)
 
     def sums(self, chunks: Iterable[slice], scores: Callable[[slice], Tensor]) -> Tensor:

@@ -28,6 +28,7 @@ def summary(
     mask: str = "none",
     windows: Sequence[int] = (10, 100),
     n_undefined: int = 0,
+    approximation: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Build the content of ``metrics.json``: a function of the history, the settings and the installed versions.
 
@@ -42,6 +43,7 @@ def summary(
         mask: Which outputs compete in an evaluation; ``none`` for all.
         windows: Window lengths in evaluations.
         n_undefined: Evaluated samples whose score was NaN.
+        approximation: What is known of the error of approximate evaluations.
 
     Returns:
         Data for :func:`json.dump`; ``None`` where a metric is undefined.
@@ -53,9 +55,7 @@ def summary(
         "complete": complete,
         "score": score,
         "schedule": schedule,
-        "biased": []
-        if schedule == "every step"
-        else [name for name in metrics if name not in _UNBIASED and name[:2] != "n_"],
+        "biased": [] if schedule == "every step" else _biased(metrics, bool(approximation)),
         "subset": subset,
         "mask": mask,
         "stream": {**stream, "steps": history.boundaries()},
@@ -63,9 +63,15 @@ def summary(
         "per_experience": {name: each[name] for name in ("forgetting", "minimum", "final")},
         "accuracy_matrix": statistics.matrix(),
         "gaps": statistics.gaps,
+        "approximation": dict(approximation or {}),
         "versions": versions(),
     }
     return {key: to_json(value) for key, value in content.items()}
+
+
+def _biased(metrics: Mapping[str, float], approximate: bool) -> list[str]:
+    exact = _UNBIASED - {"ACC_subset", "FWT"} if approximate else _UNBIASED
+    return [name for name in metrics if name not in exact and not name.startswith("n_")]
 
 
 def versions() -> dict[str, str]:

@@ -72,14 +72,19 @@ class StreamDriver(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restore_random_state()
-        current = self.data.experience
-        self._catch_up(trainer, pl_module, current.index)
-        if current.index > self.started:
-            self.started = current.index
-            self._run("on_experience_start", trainer, pl_module, current.index)
+        self._enter(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._restore_random_state()
+        # after a resume from an epoch's last batch Lightning skips on_train_epoch_start too
+        self._enter(trainer, pl_module)
+
+    def _enter(self, trainer: Trainer, module: LightningModule) -> None:
+        current = self.data.experience.index
+        self._catch_up(trainer, module, current)
+        if current > self.started:
+            self.started = current
+            self._run("on_experience_start", trainer, module, current)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restore_random_state()

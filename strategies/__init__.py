@@ -18,6 +18,7 @@ _PUBLIC = {
     "AGEM": ".agem",
     "Cumulative": ".cumulative",
     "EWC": ".ewc",
+    "EMABalance": ".ema_balance",
     "ExperienceReplay": ".er",
     "LwF": ".lwf",
     "Naive": ".naive",

@@ -15,7 +15,7 @@ from plain import QUIET, UserModule, make_module, make_stream, weights
 
 from clkit import ConfigurationError, StabilityGap, StreamCheckpoint, StreamDataModule
 from clkit.checkpoint import checkpoints, latest_checkpoint, verify_checkpoint
-from clkit.strategies import ExperienceReplay
+from clkit.strategies import EWC, ExperienceReplay
 
 STRATEGIES = ["naive", "cumulative", "er", "er_balanced", "agem", "ewc", "ewc_online", "lwf", "er+ewc"]
 
@@ -168,6 +168,32 @@ def test_checkpoints_by_the_clock(tmp_path, monkeypatch):
     trainer.fit(make_module(), datamodule=data)
     # the clock is read before each step's end and once after each save: every third reading is past 150 minutes
     assert [int(path.stem.removeprefix("step=")) for path in reversed(checkpoints(tmp_path))] == [3, 6, 9, 10]
+
+
+@pytest.mark.parametrize("step", [10, 20])
+def test_lightnings_own_checkpoint_of_an_experiences_last_batch_ends_the_experience_first(tmp_path, step):
+    def run(ckpt_path=None):
+        hooks = []
+
+        class Hooks(pl.Callback):
+            def on_experience_end(self, trainer, module, experience):
+                hooks.append(("end", experience.index, trainer.global_step))
+
+            def on_experience_start(self, trainer, module, experience):
+                hooks.append(("start", experience.index, trainer.global_step))
+
+        module = make_module()
+        data = StreamDataModule(make_stream(), batch_size=8, epochs=2)
+        checkpoint = pl.callbacks.ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=10, save_top_k=-1)
+        callbacks = [EWC(50.0), Hooks(), checkpoint]
+        trainer = pl.Trainer(max_epochs=6, callbacks=callbacks, **{**QUIET, "enable_checkpointing": True})
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+        return weights(module), hooks
+
+    whole, hooks = run()
+    resumed, later = run(tmp_path / f"step={step}.ckpt")
+    assert torch.equal(resumed, whole)
+    assert later == [hook for hook in hooks if hook[2] >= step]
 
 
 def test_a_history_continues_in_another_folder(tmp_path):

@@ -1,0 +1,221 @@
+"""EMA balance: an average of the weights whose rate follows gradients and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from clkit.errors import ConfigurationError, check_whole
+from clkit.parameters import trainable
+from clkit.strategy import Strategy
+from clkit.stream import Experience
+
+PRESETS = ("reference", "paper", "fixed")
+
+
+class EMABalance(Strategy):
+    r"""Average the trainable weights over an experience, and go on from the average.
+
+    After every optimizer step, for each trainable tensor by itself:
+
+    .. math:: \theta^* \leftarrow \beta\,\theta^* + (1 - \beta)\,\theta
+
+    With the L1 norms :math:`a = |\theta_t - \theta^*_{t-1}|`, :math:`b = |g_t|`, :math:`c = |g_t - g_{t-1}|` and
+    :math:`d = |\theta_t - \theta_{t-1}|`:
+
+    - ``"reference"``, the code that was published and run: :math:`1 - \beta = 2 (1 + b) / (a c)`;
+    - ``"paper"``, the formula as reconstructed from the text: :math:`\beta = (1 + b) d / (a c)`;
+    - ``"fixed"``: :math:`\beta` = ``decay``.
+
+    Where the value is not in (0, 1), not finite, or there is no earlier gradient, :math:`\beta` = ``decay``. The value
+    depends on a tensor's size and on the scale of the loss. Gradients are those of the optimizer step, clipped if it
+    clips them: :math:`g_t` was taken at :math:`\theta_{t-1}`. A tensor without a gradient, or with one that is not
+    finite, is left out of the step.
+
+    The average starts at the weights of the experience's start (``init="task_start"``) or, as the published code does,
+    after its first step (``"after_first_step"``). At the experience's end it replaces the weights. Training runs on the
+    live weights all along; ``StabilityGap(view="averaged")`` evaluates the average.
+
+    Logged at the trainer's pace: ``ema_balance/fallback`` (share of tensors that fell back) and
+    ``ema_balance/live/GROUP`` (mean of :math:`1 - \beta` over the tensors of a block or layer).
+
+    Args:
+        preset: ``"reference"``, ``"paper"`` or ``"fixed"``.
+        decay: :math:`\beta` of the fallback and of ``"fixed"``, in (0, 1).
+        every: Optimizer steps between two updates; above 1 changes the result.
+        init: ``"task_start"`` or ``"after_first_step"``.
+
+    Raises:
+        ConfigurationError: If a value is out of range.
+
+    Reference: Qiao et al., *Large Continual Instruction Assistant*, arXiv 2410.10868.
+    """
+
+    def __init__(
+        self,
+        preset: Literal["reference", "paper", "fixed"] = "reference",
+        *,
+        decay: float = 0.99,
+        every: int = 1,
+        init: Literal["task_start", "after_first_step"] = "task_start",
+    ) -> None:
+        if preset not in PRESETS:
+            raise ConfigurationError(f"preset={preset!r} is unknown; use one of {', '.join(PRESETS)}.")
+        if not 0 < decay < 1:
+            raise ConfigurationError(f"decay={decay} is not possible; use a number between 0 and 1, such as 0.99.")
+        if init not in ("task_start", "after_first_step"):
+            raise ConfigurationError(f"init={init!r} is unknown; use task_start or after_first_step.")
+        check_whole("every", every, 1)
+        self.preset, self.decay, self.every, self.init = preset, decay, every, init
+        self.average: dict[str, Tensor] = {}
+        self.gradient: dict[str, Tensor] = {}
+        self.weights: dict[str, Tensor] = {}
+        self.views = {"averaged": self.averaged}
+        self._last_step = -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for name in ("average", "gradient", "weights"):
+            state = tree_map_only(Tensor, lambda tensor: tensor.to(pl_module.device), getattr(self, name))
+            setattr(self, name, state)
+
+    def on_experience_start(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
+        self._forget()
+        self._last_step = trainer.global_step
+        if self.init == "task_start":
+            self._begin(trainable(module))
+
+    def _begin(self, parameters: dict[str, Any]) -> None:
+        for name, parameter in parameters.items():
+            self.average[name] = parameter.detach().float().clone()
+            if self.preset == "paper":
+                self.weights[name] = parameter.detach().clone()
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step == self._last_step or step % self.every:
+            return
+        self._last_step = step
+        parameters = trainable(pl_module)
+        self._begin({name: p for name, p in parameters.items() if name not in self.average})
+        moved = {name: p for name, p in parameters.items() if p.grad is not None}
+        if not moved:
+            return
+        live, fell_back = self.update(moved, {name: p.grad for name, p in moved.items() if p.grad is not None})
+        if step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self._log(pl_module, list(moved), live, fell_back)
+
+    def update(self, weights: dict[str, Any], gradients: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Move the average by one step.
+
+        Args:
+            weights: Live tensors by name, after the step.
+            gradients: Their gradients, with the same names.
+
+        Returns:
+            The weight of the live values and whether it is the fallback, ``[n]`` each.
+        """
+        names = list(weights)
+        gradient = [gradients[name].detach().float() for name in names]
+        delta = torch._foreach_sub([weights[n].detach().float() for n in names], [self.average[n] for n in names])
+        b = _norms(gradient)
+        value = self._value(names, weights, gradient, delta, b)
+        valid = value.isfinite() & (value > 0) & (value < 1)
+        live = torch.where(valid, value if self.preset == "reference" else 1 - value, 1 - self.decay)
+        usable = b.isfinite()
+        live = torch.where(usable, live, 0.0)
+        torch._foreach_mul_(delta, list(live.unbind()))
+        torch._foreach_add_([self.average[name] for name in names], delta)
+        if self.preset != "fixed":
+            self._remember(names, weights, gradients, usable)
+        return live, ~valid
+
+    def _value(
+        self, names: list[str], weights: dict[str, Any], gradient: list[Tensor], delta: Sequence[Tensor], b: Tensor
+    ) -> Tensor:
+        if self.preset == "fixed":
+            return torch.full_like(b, torch.nan)
+        earlier = [
+            self.gradient[name].float() if name in self.gradient else torch.full_like(new, torch.nan)
+            for name, new in zip(names, gradient, strict=True)
+        ]
+        a, c = _norms(delta), _norms(torch._foreach_sub(gradient, earlier))
+        if self.preset == "reference":
+            return 2 * (1 + b) / (a * c)
+        steps = torch._foreach_sub(
+            [weights[n].detach().float() for n in names], [self.weights[n].float() for n in names]
+        )
+        return (1 + b) * _norms(steps) / (a * c)
+
+    def _remember(
+        self, names: list[str], weights: dict[str, Any], gradients: dict[str, Tensor], usable: Tensor
+    ) -> None:
+        for name, ok in zip(names, usable.unbind(), strict=True):
+            new = gradients[name].detach()
+            self.gradient[name] = torch.where(ok, new, self.gradient.get(name, torch.full_like(new, torch.nan)))
+            if self.preset == "paper":
+                self.weights[name].copy_(weights[name].detach())
+
+    def _log(self, module: LightningModule, names: list[str], live: Tensor, fell_back: Tensor) -> None:
+        groups: dict[str, list[int]] = {}
+        for position, name in enumerate(names):
+            groups.setdefault(_group(name), []).append(position)
+        values = {f"ema_balance/live/{group}": live[rows].mean() for group, rows in groups.items()}
+        module.log_dict({"ema_balance/fallback": fell_back.float().mean(), **values}, batch_size=1)
+
+    @contextmanager
+    def averaged(self, module: LightningModule) -> Iterator[None]:
+        """Put the average into the module inside the context, and the live weights back after it."""
+        parameters = trainable(module)
+        held = {name: parameters[name] for name in self.average if name in parameters}
+        live = {name: parameter.detach().clone() for name, parameter in held.items()}
+        with torch.no_grad():
+            for name, parameter in held.items():
+                parameter.copy_(self.average[name])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in held.items():
+                    parameter.copy_(live[name])
+
+    @torch.no_grad()
+    def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
+        for name, parameter in trainable(module).items():
+            if name in self.average:
+                parameter.copy_(self.average[name])
+        self._forget()
+
+    def _forget(self) -> None:
+        self.average, self.gradient, self.weights = {}, {}, {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "average": self.average,
+            "gradient": self.gradient,
+            "weights": self.weights,
+            "last_step": self._last_step,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.average, self.gradient = dict(state_dict["average"]), dict(state_dict["gradient"])
+        self.weights, self._last_step = dict(state_dict["weights"]), state_dict["last_step"]
+
+
+def _norms(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(torch._foreach_norm(list(tensors), 1))
+
+
+def _group(name: str) -> str:
+    """Return the block that a parameter belongs to: its path up to the last number, or its module."""
+    parts = name.split(".")[:-1] or [name]
+    numbers = [position for position, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbers[-1] + 1] if numbers else parts)

@@ -22,10 +22,11 @@ from clkit.mistakes import check
 from clkit.progress import StreamProgress
 from clkit.report import write_report
 
+FIGURES = ("stability_gap", "zoom", "overlay", "worst_case", "time")
 RESULTS = (
     *("run.json", "history*.csv", "metrics.json", "checkpoints", "tensorboard", "csv"),
     *("report.md", "report.tex", "report.csv", "report.html", "timing.json", "gradients.csv"),
-    *("stability_gap.png", "stability_gap.svg", "zoom.png", "zoom.svg"),
+    *(f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")),
 )
 NOT_IN_RESULT = ("resume", "folder", "data_root")
 
@@ -147,7 +148,8 @@ def _claim(folder: Path, config: str, resume: bool) -> None:
 
 
 def _remove_results(folder: Path) -> None:
-    for path in (path for pattern in RESULTS for path in folder.glob(pattern)):
+    second = [path.parent for path in folder.glob("*/history.csv")]
+    for path in (*second, *(path for pattern in RESULTS for path in folder.glob(pattern))):
         if path.is_dir():
             shutil.rmtree(path)
         else:

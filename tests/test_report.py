@@ -489,3 +489,13 @@ def test_a_page_of_two_hundred_runs_stays_usable(tmp_path):
     assert seen["problems"] == []
     assert len(seen["up"]) == 40
     assert seen["up"] == sorted(seen["up"])
+
+
+def test_a_second_evaluation_of_a_run_is_a_line_of_its_own(tmp_path):
+    config = {"seed": 0, "strategy": {"ema_balance": {}}}
+    make_run(tmp_path / "run", 0.6, overrides=["strategy=ema_balance"], config=config)
+    make_run(tmp_path / "run" / "averaged", 0.7)
+    report = write_report([tmp_path / "run"])
+    labels = {group.label: group.estimate("ACC").mean for group in report.groups}
+    assert labels == pytest.approx({"ema_balance · split_toy": 0.7, "ema_balance · averaged · split_toy": 0.75})
+    assert tmp_path / "run" / "overlay.png" in report.files

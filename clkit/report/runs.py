@@ -35,6 +35,7 @@ class Run:
         scenario: Name of its scenario's config; empty if unknown.
         seconds: Training time without evaluation, from its ``timing.json``; NaN if unknown.
         notes: What is missing.
+        view: Name of a second evaluation's folder below the run's; empty for the run's own.
     """
 
     directory: Path
@@ -45,6 +46,7 @@ class Run:
     scenario: str = ""
     seconds: float = np.nan
     notes: tuple[str, ...] = ()
+    view: str = ""
 
     @classmethod
     def read(cls, directory: Path) -> Run:
@@ -54,9 +56,12 @@ class Run:
             ConfigurationError: If its ``history.csv`` or its configuration cannot be read.
         """
         history = History.read(directory / "history.csv")
-        config = _yaml(directory / ".hydra" / "config.yaml", {})
-        overrides = dict(_split(item) for item in _yaml(directory / ".hydra" / "overrides.yaml", []))
-        runtime = _yaml(directory / ".hydra" / "hydra.yaml", {}).get("hydra", {}).get("runtime", {})
+        # a second evaluation of a run lies in a folder below it
+        second = not (directory / ".hydra").is_dir() and (directory.parent / ".hydra").is_dir()
+        hydra = (directory.parent if second else directory) / ".hydra"
+        config = _yaml(hydra / "config.yaml", {})
+        overrides = dict(_split(item) for item in _yaml(hydra / "overrides.yaml", []))
+        runtime = _yaml(hydra / "hydra.yaml", {}).get("hydra", {}).get("runtime", {})
         scenario = overrides.get("scenario") or runtime.get("choices", {}).get("scenario") or _scenario(config)
         metrics = _metrics(directory / "metrics.json")
         notes: tuple[str, ...] = () if metrics and metrics["complete"] else ("unfinished",)
@@ -76,7 +81,8 @@ class Run:
         if not len(history):
             notes += ("no evaluation yet",)
         seconds = (_json(directory / "timing.json") or {}).get("training_seconds", np.nan)
-        return cls(directory, history, metrics, config, overrides, scenario, seconds, notes)
+        view = directory.name if second else ""
+        return cls(directory, history, metrics, config, overrides, scenario, seconds, notes, view)
 
     @property
     def complete(self) -> bool:
@@ -99,7 +105,7 @@ class Run:
         if not self.config:
             return self.directory.resolve().name
         strategies = " + ".join(self.config.get("strategy") or ["no strategy"])
-        return f"{strategies} · {self.scenario}" if self.scenario else strategies
+        return " · ".join(filter(None, (strategies, self.view, self.scenario)))
 
     def metric(self, name: str) -> float:
         """A metric by name; NaN if undefined."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -444,3 +447,38 @@ def test_several_evaluations_side_by_side(tmp_path):
     trainer.fit(make_module(), datamodule=data)
     assert [len(gap.history.select("step")) for gap in gaps] == [30, 6]
     assert gaps[0].dir == tmp_path / "every 1"
+
+
+KILLED = """
+import os, signal, sys
+import pytorch_lightning as pl
+from plain import QUIET, make_module, make_stream
+from clkit import StabilityGap, StreamDataModule
+
+class Kill(pl.Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 12:
+            print(*gap._evaluator._executor._processes, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+gap = StabilityGap(plot=False, asynchronous=True, queue=2)
+data = StreamDataModule(make_stream(), batch_size=8, epochs=2)
+pl.Trainer(max_epochs=6, callbacks=[gap, Kill()], **QUIET).fit(make_module(), datamodule=data)
+"""
+
+
+def test_the_process_ends_with_a_killed_training(tmp_path):
+    path = os.pathsep.join([os.path.dirname(__file__), *filter(None, [os.environ.get("PYTHONPATH")])])
+    run = subprocess.run(
+        [sys.executable, "-c", KILLED],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    (worker,) = map(int, run.stdout.split())
+    deadline = time.monotonic() + 20
+    while os.path.exists(f"/proc/{worker}") and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not os.path.exists(f"/proc/{worker}")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import tempfile
+import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -203,7 +206,7 @@ class ProcessEvaluator(Evaluator):
             )
         self._limit, self._queue = limit, queue
         self._folder = tempfile.TemporaryDirectory(prefix="clkit-")
-        self._executor = ProcessPoolExecutor(max_workers=1)
+        self._executor = ProcessPoolExecutor(max_workers=1, initializer=_end_with, initargs=(os.getpid(),))
         self._waiting: deque[_Job] = deque()
         self._n_sites = 0
         self._broken = False
@@ -310,6 +313,17 @@ class _Site:
             if self.prefix is not None:
                 self.prefix.begin()
             return _sums(self.module, self.subsets, self.scorer, chunks, index, self.prefix)
+
+
+def _end_with(parent: int) -> None:
+    """End this process soon after its parent, which may have been killed without a chance to say so."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 _sites: dict[Path, _Site] = {}

@@ -37,6 +37,11 @@ class ReservoirBuffer:
             raise ConfigurationError(
                 f"capacity={capacity!r} is not possible; use the number of samples to keep, 0 or more."
             )
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigurationError(f"device={device!r} is not possible here ({reason}); use null or cpu.") from error
         self.capacity, self.device = capacity, device
         self.rng = private_rng(seed, 2)
         self.n_seen = 0

@@ -117,7 +117,7 @@ def latest_checkpoint(dir: str | Path) -> Path | None:
         try:
             verify_checkpoint(path)
         except ConfigurationError as error:
-            rank_zero_warn(f"{error} The one before it is tried.")
+            rank_zero_warn(f"{error.args[0].removesuffix('; use another one.')}. The one before it is tried.")
         else:
             return path
     return None

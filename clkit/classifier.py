@@ -152,8 +152,11 @@ class Classifier(pl.LightningModule):
                 f"No parameter of {type(self.net).__name__} has requires_grad=True, so there is nothing to train; "
                 "unfreeze some of them before the fit."
             )
-        optimizer = self.optimizer(parameters)
-        return optimizer if self.scheduler is None else ([optimizer], [self.scheduler(optimizer)])
+        try:
+            optimizer = self.optimizer(parameters)
+            return optimizer if self.scheduler is None else ([optimizer], [self.scheduler(optimizer)])
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(f"The optimizer or its schedule refuses its settings: {error}.") from error
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in ("seen", "task_classes"):

@@ -15,6 +15,8 @@ GROUPS = {
     "strategies": "strategy",
     "scenarios": "scenario",
     "models": "model",
+    "schedules": "schedule",
+    "callbacks": "callbacks",
     "experiments": "experiment",
     "trainers": "trainer",
     "loggers": "logger",
@@ -33,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("clkit: interrupted.", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -72,6 +72,8 @@ def _quieten_libraries() -> None:
 
     for name in ("pytorch_lightning", "lightning_fabric", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.formatwarning = lambda message, *args, **kwargs: f"clkit: warning: {message}\n"
+    warnings.filterwarnings("ignore", message="no QP solver found")
     warnings.simplefilter("ignore", PossibleUserWarning)
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import sys
 import traceback
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from clkit.errors import ConfigurationError
+from clkit.evaluation.schedule import Schedule
 
+_REFUSALS = (ValueError, TypeError, RuntimeError, LookupError, OSError, ImportError, AssertionError)
 _SCALARS = {int: (int,), float: (int, float), str: (str,), bool: (bool,), type(None): (type(None),)}
 
 
@@ -52,6 +55,10 @@ def explain(error: BaseException) -> str | None:
     unknown_key = (omegaconf.ConfigKeyError, omegaconf.ConfigAttributeError)
     causes = list(_causes(error))
     for cause in causes:
+        if isinstance(cause, ValueError) and str(cause).startswith("Config group override"):
+            return "A group such as strategy needs a name or a list of names (strategy=[] for none); see clkit list."
+        if isinstance(cause, OSError) and cause.filename is not None and cause.strerror:
+            return f"{cause.filename}: {cause.strerror}; choose another path."
         if isinstance(cause, ConfigurationError) or type(cause).__name__ == "MisconfigurationException":
             return _one_line(cause)
         if isinstance(cause, MissingConfigException) and "/" in (cause.missing_cfg_file or ""):
@@ -63,12 +70,23 @@ def explain(error: BaseException) -> str | None:
             return f"There is no setting {cause.full_key}; {suggest(str(cause.key), siblings)}"
     if isinstance(error, OverrideParseException):
         return f"Cannot read {error.override!r}: {error.message.splitlines()[0]}."
+    if isinstance(error, InstantiationException) and isinstance(causes[-1], _REFUSALS):
+        return _refusal(error, causes[-1])
     if isinstance(error, InstantiationException):
-        return _one_line(error) if str(error).startswith("Error locating target") else None
+        return None
     user_errors = (HydraException, omegaconf.MissingMandatoryValue, omegaconf.InterpolationResolutionError)
     if isinstance(error, user_errors):
         return " ".join(_one_line(cause) for cause in causes if str(cause))
     return None
+
+
+def _refusal(error: BaseException, cause: BaseException) -> str:
+    """Say which part of the config was refused, and how."""
+    if str(error).startswith("Error locating target"):
+        return _one_line(error)
+    key = re.search(r"full_key: (\S+)", str(error))
+    part = f"{key[1]} cannot be built: " if key else ""
+    return f"{part}{_one_line(cause).split(' full_key:')[0].rstrip('.')}; change its settings."
 
 
 def check(config: Any, path: str = "") -> None:
@@ -93,7 +111,10 @@ def check(config: Any, path: str = "") -> None:
 def _check_call(config: Any, path: str) -> None:
     from hydra.utils import get_object
 
-    target = get_object(config["_target_"])
+    try:
+        target = get_object(config["_target_"])
+    except (ImportError, ValueError) as error:
+        raise ConfigurationError(f"{path}._target_={config['_target_']} cannot be found: {_one_line(error)}") from error
     parameters = inspect.signature(target).parameters
     hints = _hints(target)
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
@@ -104,8 +125,7 @@ def _check_call(config: Any, path: str) -> None:
             raise ConfigurationError(f"There is no setting {path}.{key}; {suggest(key, parameters)}")
         value = config[key]
         if key in hints and not _fits(value, hints[key]):
-            wanted = inspect.formatannotation(hints[key])
-            raise ConfigurationError(f"{path}.{key}={value!r} is of the wrong type; it takes {wanted}.")
+            raise ConfigurationError(f"{path}.{key}={value!r} is not possible; it takes {_wanted(hints[key])}.")
 
 
 def _hints(target: Any) -> dict[str, Any]:
@@ -123,7 +143,26 @@ def _fits(value: Any, hint: Any) -> bool:
         return value in get_args(hint)
     if hint in _SCALARS:
         return type(value) in _SCALARS[hint]
+    if type(value) in (bool, int, float, type(None)):
+        return hint in (Any, object) or isinstance(hint, TypeVar)
+    if type(value).__name__ == "ListConfig" and inspect.isclass(origin) and issubclass(list, origin):
+        return all(_fits(item, get_args(hint)[0]) for item in value) if get_args(hint) else True
+    if isinstance(value, str) and inspect.isclass(origin or hint):
+        return not issubclass(origin or hint, (Sequence, Mapping, Schedule))
     return True
+
+
+def _wanted(hint: Any) -> str:
+    """Say in words what a parameter takes."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_wanted(part) for part in get_args(hint)))
+    if origin is Literal:
+        return ", ".join(map(str, get_args(hint)))
+    if inspect.isclass(origin) and issubclass(list, origin):
+        return "a list"
+    words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+    return words.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def _wants_traceback() -> bool:

@@ -14,6 +14,8 @@ from clkit.evaluation.stability_gap import StabilityGap
 from clkit.strategy import stream_data
 from clkit.stream import Experience
 
+_SCORES_SHOWN = 3
+
 
 class StreamProgress(ProgressBar):
     """Shows where in the stream a run is: experience, epoch, steps, speed, time left, loss and latest scores.
@@ -129,7 +131,8 @@ class StreamProgress(ProgressBar):
     def _scores(self, trainer: Trainer) -> str:
         loss = "" if self._loss is None else f"loss {float(self._loss):.3f}"
         latest = next((c.latest for c in trainer.callbacks if isinstance(c, StabilityGap)), [])  # type: ignore[attr-defined]
-        scores = "".join(f" {score:.2f}" for score in latest)
+        first = max(len(latest) - _SCORES_SHOWN, 0)
+        scores = (" …" if first else "") + "".join(f" {score:.2f}" for score in latest[first:])
         return "  ".join(filter(None, (loss, f"scores{scores}" if scores else "")))
 
 

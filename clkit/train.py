@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any, cast
@@ -51,6 +52,10 @@ def run(config: DictConfig, folder: Path) -> None:
     else:
         trainer, module, data = build(config, folder)
         checkpoint = latest_checkpoint(folder / "checkpoints") if config.resume else None
+        if config.resume and checkpoint is None and checkpoints(folder / "checkpoints"):
+            raise ConfigurationError(
+                f"No checkpoint in {folder / 'checkpoints'} can be read; start over with resume=false, or put one back."
+            )
         if checkpoint is not None:
             console.print(f"Going on from {checkpoint}")
         fit(trainer, module, data, checkpoint)
@@ -114,6 +119,25 @@ def fingerprint(config: DictConfig) -> str:
 def _check_own(config: DictConfig) -> None:
     if type(config.seed) is not int or not 0 <= config.seed < 2**32:
         raise ConfigurationError(f"seed={config.seed!r} is not possible; use a whole number from 0 to 2**32 - 1.")
+    for group in ("data", "scenario", "model", "trainer", "evaluation", "checkpoint"):
+        if not isinstance(config.get(group), DictConfig):
+            raise ConfigurationError(
+                f"{group}={config.get(group)!r} is not possible; change single settings such as {group}.KEY=VALUE."
+            )
+    for name, strategy in (config.get("strategy") or {}).items():
+        if not isinstance(strategy, DictConfig):
+            raise ConfigurationError(f"strategy.{name}={strategy!r} is not possible; set strategy.{name}.KEY=VALUE.")
+    if not OmegaConf.is_missing(config, "folder"):
+        raise ConfigurationError(f"folder={config.folder} is not possible; choose the folder with hydra.run.dir=DIR.")
+    trainer = config.trainer
+    for key, least in (("accumulate_grad_batches", 1), ("gradient_clip_val", 0)):
+        value = trainer.get(key)
+        if isinstance(value, (int, float)) and value < least:
+            raise ConfigurationError(f"trainer.{key}={value} is not possible; use {least} or more.")
+    cores = os.cpu_count() or 1
+    devices = trainer.get("devices")
+    if trainer.get("accelerator") == "cpu" and isinstance(devices, int) and devices > cores:
+        raise ConfigurationError(f"trainer.devices={devices} is not possible; this machine has {cores} CPU cores.")
     if type(config.resume) is not bool:
         raise ConfigurationError(f"resume={config.resume!r} is not possible; use true or false.")
 

@@ -60,7 +60,7 @@ class EWC(Strategy):
 
     def __init__(
         self,
-        strength: float = 100.0,
+        strength: float = 10.0,
         *,
         mode: Literal["offline", "online"] = "offline",
         decay: float = 1.0,

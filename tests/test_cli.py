@@ -63,8 +63,8 @@ def test_train_help_is_hydras(tmp_path: Path) -> None:
         ("sed=1", "did you mean seed"),
         ("data.batchsize=1", "did you mean batch_size"),
         ("+strategy.er.capcity=5", "did you mean capacity"),
-        ("strategy.er.capacity=abc", "strategy.er.capacity='abc' is of the wrong type; it takes int."),
-        ("trainer.max_epochs=many", "trainer.max_epochs='many' is of the wrong type"),
+        ("strategy.er.capacity=abc", "strategy.er.capacity='abc' is not possible; it takes a whole number."),
+        ("trainer.max_epochs=many", "trainer.max_epochs='many' is not possible"),
         ("strategy.er.capacity=-5", "-5"),
         ("data.batch_size=0", "batch_size=0 is not possible"),
         ("trainer.accelerator=abacus", "abacus"),
@@ -81,6 +81,38 @@ def test_a_mistake_is_answered_in_one_line_with_exit_code_2(train, override: str
     assert hint in said
     assert said.startswith("clkit: ")
     assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.epochs=1.5", "data.epochs=1.5 is not possible; it takes a whole number or a list"),
+        ("data.epochs=null", "data.epochs=None is not possible"),
+        ("evaluation.every=abc", "evaluation.every='abc' is not possible"),
+        ("evaluation.windows=[0]", "windows=0"),
+        ("evaluation=null", "evaluation=None is not possible"),
+        ("trainer.accumulate_grad_batches=0", "use 1 or more"),
+        ("trainer.gradient_clip_val=-1", "use 0 or more"),
+        ("trainer.devices=9999", "CPU cores"),
+        ("model.optimizer.lr=-1", "Invalid learning rate"),
+        ("model.optimizer._target_=torch.optim.SDG", "cannot be found"),
+        ("model.net.hidden=[-5]", "model cannot be built"),
+        ("model.net.hidden=40", "it takes a list"),
+        ("strategy.er.buffer=foo", "reservoir, class_balanced"),
+        ("strategy.er.device=nowhere", "device='nowhere' is not possible"),
+        ("data=5", "data=5 is not possible"),
+        ("strategy.er=5", "strategy.er=5 is not possible"),
+        ("strategy=null", "needs a name or a list of names"),
+        ("hydra.run.dir=/proc/none", "/proc/none"),
+        ("folder=here", "hydra.run.dir"),
+    ],
+)
+def test_a_value_that_cannot_work_is_answered_in_one_sentence(train, override: str, said: str) -> None:
+    code, answer = train("trainer=cpu", "trainer.enable_progress_bar=false", override)
+    assert code == 2, answer
+    assert said in answer
+    assert len(answer.strip().splitlines()) == 1
+    assert "Traceback" not in answer
 
 
 def test_the_traceback_of_a_mistake_is_shown_on_demand(train, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +151,7 @@ def test_list_names_every_config_with_its_description(capsys: pytest.CaptureFixt
 
     assert main(["list"]) == 0
     shown = capsys.readouterr().out
-    for group in ("strategy", "scenario", "model", "experiment", "trainer", "logger"):
+    for group in ("strategy", "scenario", "model", "experiment", "trainer", "logger", "callbacks", "schedule"):
         for choice in choices(group):
             assert choice.name in shown
             assert choice.description, f"{group}/{choice.name}.yaml has no description"

@@ -116,6 +116,17 @@ def test_an_interrupted_run_goes_on_to_the_same_history(
     assert (tmp_path / "stopped" / "history.csv").read_text() == (tmp_path / "whole" / "history.csv").read_text()
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over_unasked(tmp_path: Path) -> None:
+    run(configure("checkpoint.every_n_steps=4"), tmp_path)
+    (tmp_path / "metrics.json").unlink()
+    for path in (tmp_path / "checkpoints").iterdir():
+        path.write_bytes(b"garbage")
+    history = (tmp_path / "history.csv").read_bytes()
+    with pytest.raises(ConfigurationError, match="resume=false"), pytest.warns(UserWarning, match="is tried"):
+        run(configure("checkpoint.every_n_steps=4"), tmp_path)
+    assert (tmp_path / "history.csv").read_bytes() == history
+
+
 def test_a_run_stopped_before_its_first_checkpoint_starts_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         stop_at(patch, 2, RuntimeError("killed"))

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from clkit.distributed import sum_over_processes
-from clkit.errors import ConfigurationError
+from clkit.errors import ConfigurationError, check_whole
 from clkit.evaluation.evaluator import Evaluator, ProcessEvaluator, Result, SnapshotEvaluator
 from clkit.evaluation.history import History, HistoryWriter, Phase
 from clkit.evaluation.lazy import LazyEvaluator
@@ -113,9 +113,11 @@ class StabilityGap(Callback):
                 raise ConfigurationError(f"{setting}={chosen!r} is unknown; use {', '.join(known)}.")
         if isinstance(score, str) and score != "accuracy":
             raise ConfigurationError(f"score={score!r} is unknown; use 'accuracy' or a function of (module, batch).")
+        for window in windows:
+            check_whole("windows", window, 2)
         if asynchronous + (snapshots > 1) + lazy > 1:
             raise ConfigurationError("asynchronous, snapshots above 1 and lazy exclude each other; use one of them.")
-        self.schedule = Every(every) if isinstance(every, int) else every
+        self.schedule = every if isinstance(every, Schedule) else Every(every)
         self.subset, self.split, self.windows, self.zero_shot = subset, split, tuple(windows), zero_shot
         self.score: Score = accuracy if isinstance(score, str) else score
         self.mask: Mask = mask

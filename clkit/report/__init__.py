@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import rich.console
+import rich.table
 from matplotlib.figure import Figure
 from rich.text import Text
 
@@ -52,10 +53,24 @@ class Report:
         """Print the report's tables, notes and files."""
         console.print(self)
 
-    def __rich__(self) -> rich.console.Group:
-        parts: list[rich.console.RenderableType] = [table.rich() for table in _main_tables(self.groups)]
-        parts += [Text(f"! {note}", style="yellow") for note in self.notes]
-        return rich.console.Group(*parts, *(Text(str(file), style="dim") for file in self.files))
+    def __rich_console__(
+        self, console: rich.console.Console, options: rich.console.ConsoleOptions
+    ) -> rich.console.RenderResult:
+        yield self._fitting(console, options.max_width)
+        if len(self.groups) == 1:
+            yield tables.experiences_table(self.groups[0]).rich()
+        yield from (Text(f"! {note}", style="yellow") for note in self.notes)
+        yield from (Text(str(file), style="dim") for file in self.files)
+
+    def _fitting(self, console: rich.console.Console, width: int) -> rich.table.Table:
+        """The main table with as many of its metrics as fit, at least one."""
+        metrics = [name for name in tables.HEADLINES if name in tables.metric_names(self.groups)]
+        wide = console.options.update(max_width=1000)
+        for count in range(len(metrics), 1, -1):
+            table = tables.results_table(self.groups, metrics[:count]).rich()
+            if console.measure(table, options=wide).maximum <= width:
+                return table
+        return tables.results_table(self.groups, metrics[:1]).rich()
 
 
 def write_report(
@@ -135,8 +150,9 @@ def _figures(groups: Sequence[Group], width: float) -> dict[str, Figure]:
     if len(groups) == 1:
         return {"stability_gap": _gap(groups[0], width), "zoom": _zoom(groups[0], width)}
     histories = {group.label: [run.history for run in group.counted] for group in shown}
+    names = {group.label: group.runs[0].experiences for group in shown}
     found = {
-        "stability_gap": comparison_figure(histories, groups[0].runs[0].experiences, score=score, width=width),
+        "stability_gap": comparison_figure(histories, names, score=score, width=width),
         "overlay": overlay_figure(histories, score=score, width=width),
     }
     worst = _points(groups, lambda run: (100 * run.metric("ACC"), 100 * run.metric("WC-ACC")))
@@ -177,7 +193,7 @@ def _gap(group: Group, width: float) -> Figure:
     run, n = group.counted[0], len(group.counted)
     title = group.label if n == 1 else f"{group.label} · mean of {n} seeds, 95% interval"
     histories = [run.history for run in group.counted]
-    score, schedule = run.summary["score"], run.summary["schedule"]
+    score, schedule = run.summary["score"], run.summary.get("schedule", "every step")
     return stability_gap_figure(histories, run.experiences, title=title, score=score, schedule=schedule, width=width)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import reduce
@@ -28,6 +29,7 @@ ONE_COLUMN, TWO_COLUMNS = 3.4, 7.1
 """Widths in inches of a figure in one column and across both columns of a paper."""
 _BINS = 500
 _CURVE = "curve:"
+_SHORT = 24
 _user_style: Path | None = None
 _HALO = [withStroke(linewidth=2.5, foreground="white")]
 
@@ -65,24 +67,24 @@ def stability_gap_figure(
         axes = figure.subplots()
         _draw(axes, [histories] if isinstance(histories, History) else histories, names, boundaries, score)
         axes.set_xlabel(_steps_label(schedule))
-        axes.set_title(title, pad=20)
+        axes.set_title(_wrapped(title, width), pad=20)
     return figure
 
 
 def comparison_figure(
     panels: Mapping[str, Sequence[History]],
-    names: Sequence[str] | None = None,
+    names: Mapping[str, Sequence[str]] | None = None,
     *,
     score: str = "accuracy",
     width: float = TWO_COLUMNS,
 ) -> Figure:
-    """Draw one :func:`stability_gap_figure` for each title, one below the other on the same axes."""
+    """Draw one :func:`stability_gap_figure` for each title, one below the other; ``names`` has those of each title."""
     with _style():
         figure = _figure(width, 2.9 * len(panels))
-        grid = figure.subplots(len(panels), sharex=True, sharey=True, squeeze=False)[:, 0]
+        grid = figure.subplots(len(panels), sharey=True, squeeze=False)[:, 0]
         for axes, (title, histories) in zip(grid, panels.items(), strict=True):
-            _draw(axes, histories, names, None, score)
-            axes.set_title(title, pad=20)
+            _draw(axes, histories, None if names is None else names[title], None, score)
+            axes.set_title(_wrapped(title, width), pad=20)
         grid[-1].set_xlabel("optimizer steps")
     return figure
 
@@ -111,7 +113,7 @@ def accuracy_matrix_figure(
         axes.set_yticks(range(len(names)), names)
         axes.tick_params(length=0)
         axes.set(xlabel="evaluated on", ylabel="after learning")
-        axes.set_title(title)
+        axes.set_title(_wrapped(title, 0.8 * side))
         if len(matrix) <= 12:
             for (row, column), value in np.ndenumerate(100 * matrix):
                 if np.isfinite(value):
@@ -153,16 +155,15 @@ def zoom_figure(
         n_rows = max(-(-len(learned) // columns), 1)
         figure = _figure(width, 0.4 + 2.1 * n_rows)
         grid = figure.subplots(n_rows, columns, sharey=True, squeeze=False)
-        figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=10)
+        figure.suptitle(_wrapped(title, width), x=0.01, ha="left", fontweight="bold", fontsize=10)
         for axes in grid.flat[len(learned) :]:
-            axes.set_visible(False)
+            axes.axis("off")
         for axes, k in zip(grid.flat, learned, strict=False):
             _zoom(axes, rows, {name: matrix[k] for name, matrix in gaps.items()}, k, names, (before, after))
             axes.set_title(f"learning {names[k]}", fontsize=9)
         for axes in grid[:, 0]:
             axes.set_ylabel(f"{score} (%)")
-        for axes in grid[-1]:
-            axes.set_xlabel("steps from the boundary")
+        figure.supxlabel("optimizer steps from the boundary", fontsize=9)
     return figure
 
 
@@ -188,7 +189,8 @@ def _zoom(
     axes.plot(at[lowest], series[lowest], "o", markersize=4.5, color=color, mec="white", mew=0.8, zorder=6)
     look: dict[str, Any] = {"fontsize": 8, "fontweight": "bold", "color": color, "path_effects": _HALO, "zorder": 7}
     depth = f"−{100 * gap['depth'][worst]:.0f}"
-    axes.annotate(depth, (at[lowest], series[lowest]), (6, 0), textcoords="offset points", va="center", **look)
+    place: dict[str, Any] = {"va": "center" if series[lowest] > 6 else "bottom", "textcoords": "offset points"}
+    axes.annotate(depth, (at[lowest], series[lowest]), (6, 0), **place, **look)
     if recovery > 0:
         back = float(series[np.searchsorted(at, recovery)])
         axes.plot(recovery, back, "^", markersize=5, color=color, mec="white", mew=0.8, zorder=6)
@@ -209,7 +211,8 @@ def overlay_figure(
         width: Width in inches.
     """
     with _style():
-        figure = _figure(width, 3.2)
+        labelled = max(map(len, groups)) <= _SHORT
+        figure = _figure(width, 3.2 + (0.0 if labelled else _legend_height(groups, width)))
         axes = figure.subplots()
         styles, last, end = _line_styles(len(groups)), [], 1
         for look, (name, histories) in zip(styles, groups.items(), strict=True):
@@ -218,7 +221,7 @@ def overlay_figure(
                 continue
             y, spread = mean[:, 0], np.nan_to_num(half[:, 0])
             kept = np.unique(np.concatenate([envelope(curve) for curve in (y, y - spread, y + spread)]))
-            axes.plot(steps[kept], y[kept], **look, gid=f"{_CURVE}{name}")
+            axes.plot(steps[kept], y[kept], **look, gid=f"{_CURVE}{name}", label=name)
             if len(histories) > 1:
                 low, high = (y - spread).clip(0, 100)[kept], (y + spread).clip(0, 100)[kept]
                 axes.fill_between(steps[kept], low, high, color=look["color"], alpha=0.12, linewidth=0)
@@ -229,7 +232,10 @@ def overlay_figure(
         axes.set_title(title)
         for boundary in next(iter(groups.values()))[0].boundaries()[:-1]:
             axes.axvline(boundary, color="#9AA5B1", linewidth=0.8, zorder=1)
-        _label_lines(axes, last)
+        if labelled:
+            _label_lines(axes, last)
+        else:
+            _legend(figure, width)
     return figure
 
 
@@ -251,7 +257,7 @@ def scatter_figure(
         width: Width in inches.
     """
     with _style():
-        figure = _figure(width, 0.9 * width)
+        figure = _figure(width, min(0.8 * width, 3.5) + _legend_height(points, width))
         axes = figure.subplots()
         for number, (look, (name, (x, y))) in enumerate(zip(_line_styles(len(points)), points.items(), strict=True)):
             marker = "osD^vP*"[number % 7]
@@ -264,7 +270,7 @@ def scatter_figure(
         axes.grid(True, axis="both")
         axes.set(xlabel=labels[0], ylabel=labels[1])
         axes.set_title(title)
-        figure.legend(loc="outside lower center", ncols=2 if width > 4 else 1, frameon=False, fontsize=8)
+        _legend(figure, width)
     return figure
 
 
@@ -436,6 +442,27 @@ def _line_styles(n: int) -> list[dict[str, Any]]:
         shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, n))
         styles = [style | {"color": matplotlib.colors.to_hex(s)} for style, s in zip(styles, shades, strict=True)]
     return styles
+
+
+def _legend(figure: Figure, width: float) -> None:
+    """Put the legend below the axes, in as many columns as its names leave room for."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    wrapped = [_wrapped(label, width) for label in labels]
+    columns = _legend_columns(labels, width)
+    figure.legend(handles, wrapped, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+
+
+def _legend_columns(names: Iterable[str], width: float) -> int:
+    return max(1, min(4, int(12 * width) // (max(map(len, names), default=1) + 6)))
+
+
+def _legend_height(names: Collection[str], width: float) -> float:
+    lines = sum(_wrapped(name, width).count("\n") + 1 for name in names)
+    return 0.2 * -(-lines // _legend_columns(names, width))
+
+
+def _wrapped(text: str, width: float) -> str:
+    return textwrap.fill(text, int(12 * width))
 
 
 def _averaged(history: History) -> History:

@@ -19,7 +19,7 @@ from clkit.report.runs import Group, config_differences
 from clkit.report.significance import LEVEL, against_best
 
 _LABEL_WIDTH = 21
-_HEADLINES = ("ACC", "FORG", "min-ACC", "WC-ACC", "WF10", "AAA")
+HEADLINES = ("ACC", "min-ACC", "WC-ACC", "FORG", "WF10", "AAA")
 _LATEX = {
     **{char: f"\\{char}" for char in "%&#_${}"},
     "\\": r"\textbackslash{}",
@@ -55,7 +55,9 @@ class Table:
         table = rich.table.Table(title=self.caption, box=rich.box.SIMPLE_HEAD, title_justify="left")
         for position, name in enumerate(self.header):
             number = bool(position) and self.numeric
-            table.add_column(name, justify="right" if number else "left", no_wrap=not position, overflow="fold")
+            table.add_column(
+                name, justify="right" if number else "left", no_wrap=number or not position, overflow="fold"
+            )
         for label, *cells in self.rows:
             table.add_row("\n".join(textwrap.wrap(label, _LABEL_WIDTH)), *cells)
         return table
@@ -101,7 +103,7 @@ def metric_names(groups: Sequence[Group]) -> list[str]:
 def results_table(groups: Sequence[Group], metrics: Sequence[str] | None = None) -> Table:
     """One row for each group: mean and 95% t-interval over its seeds, in percent; by default the main metrics."""
     if metrics is None:
-        metrics = [m for m in metric_names(groups) if m in _HEADLINES]
+        metrics = [m for m in metric_names(groups) if m in HEADLINES]
     tests = {metric: against_best(groups, metric) for metric in metrics}
 
     def cell(position: int, group: Group, metric: str) -> str:
@@ -114,7 +116,7 @@ def results_table(groups: Sequence[Group], metrics: Sequence[str] | None = None)
     )
     marked = any(p < LEVEL for test in tests.values() for p in test.values())
     over = "mean ± 95% t-interval over seeds" if any(len(group.counted) > 1 for group in groups) else "one seed"
-    biased = {name for group in groups for name in group.counted[0].summary["biased"]}
+    biased = {name for group in groups for name in group.counted[0].summary.get("biased", ())}
     header = (f"{title(metric)} †" if metric in biased else title(metric) for metric in metrics)
     note = f"; * worse than the best, paired t-test over seeds, Holm-corrected, p < {LEVEL}" if marked else ""
     return Table(f"Results in percent ({over}{note}){_schedule_note(groups)}", ("run", "seeds", *header), rows)
@@ -122,7 +124,7 @@ def results_table(groups: Sequence[Group], metrics: Sequence[str] | None = None)
 
 def comparison_table(groups: Sequence[Group]) -> Table:
     """Corrected p-values of the paired comparison of each group with the best, for the main metrics."""
-    metrics = [m for m in metric_names(groups) if m in _HEADLINES]
+    metrics = [m for m in metric_names(groups) if m in HEADLINES]
     tests = {metric: against_best(groups, metric) for metric in metrics}
     rows = tuple(
         (group.label, *(f"{tests[m][position]:.3f}" if position in tests[m] else "–" for m in metrics))
@@ -200,7 +202,7 @@ def results_csv(groups: Sequence[Group]) -> str:
 
 
 def _schedule_note(groups: Sequence[Group]) -> str:
-    schedules = sorted({group.counted[0].summary["schedule"] for group in groups} - {"every step"})
+    schedules = sorted({group.counted[0].summary.get("schedule", "every step") for group in groups} - {"every step"})
     return f"; † evaluated {' or '.join(schedules)}: compare only with the same schedule" if schedules else ""
 
 

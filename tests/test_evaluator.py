@@ -482,3 +482,14 @@ def test_the_process_ends_with_a_killed_training(tmp_path):
     while os.path.exists(f"/proc/{worker}") and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not os.path.exists(f"/proc/{worker}")
+
+
+@pytest.mark.parametrize("part", ["all", "body"])
+def test_compiled_modules_are_evaluated_as_they_are(part, tmp_path):
+    module = seeded(Frozen)
+    if part == "body":
+        module.body = torch.compile(module.body, backend="eager")
+    else:
+        module = torch.compile(module, backend="eager")
+    compiled = fit(StabilityGap(dir=tmp_path / "compiled", plot=False), module)
+    assert compiled == fit(StabilityGap(dir=tmp_path / "plain", plot=False), seeded(Frozen))

@@ -44,8 +44,8 @@ class FrozenPrefix:
     The prefix is every call of a module without trainable parameter that is made before the first operation on one.
     Which of their outputs the rest needs is found by trying, and each chunk's replay is compared with the full forward
     before it is used; where it differs, the cache gives up with a warning. Modules whose buffers change (BatchNorm in
-    training mode) end the prefix. What saves less than a fifth of the floating-point operations is not kept. The cache
-    starts anew when ``requires_grad`` or a frozen tensor changes.
+    training mode) end the prefix, and a module with compiled parts has none. What saves less than a fifth of the
+    floating-point operations is not kept. The cache starts anew when ``requires_grad`` or a frozen tensor changes.
 
     Args:
         module: The module, called by the functions given to :meth:`run`.
@@ -58,7 +58,7 @@ class FrozenPrefix:
 
     def reset(self) -> None:
         """Forget everything."""
-        self._given_up = False
+        self._given_up = _is_compiled(self.module)
         self._moving: set[int] = set()
         self._flags = [parameter.requires_grad for parameter in self.module.parameters()]
         self._forget()
@@ -271,6 +271,12 @@ def _replay(calls: Sequence[Call]) -> Iterator[None]:
             del module.__dict__["forward"]
             if module in own:
                 module.__dict__["forward"] = own[module]
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Tell whether torch.compile has a part in the module: what it compiled cannot be replayed in parts."""
+    marks = ("_compiler_ctx", "_orig_mod")  # Lightning's for a compiled LightningModule, and PyTorch's
+    return any(part.__dict__.get(marks[0]) or marks[1] in part._modules for part in module.modules())
 
 
 def _hollow(tensor: Tensor) -> Tensor:

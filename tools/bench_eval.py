@@ -176,7 +176,7 @@ def asynchronous(build: Callable[[], nn.Module], parts: Parts, rounds: int) -> t
     evaluation, _ = seconds(build, parts, lambda module: None, 9)
     step = fit(build(), parts, [], 40) / 39
     period = math.ceil(1.5 * evaluation / step)
-    steps = 12 * period + 1
+    steps = 40 * period + 1
     with_evaluation, without = [], []
     for _ in range(rounds):
         without.append(fit(build(), parts, [], steps))

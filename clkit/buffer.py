@@ -77,6 +77,10 @@ class ReservoirBuffer:
         n = min(n, len(occupied))
         return self._read(self.rng.choice(occupied, n, replace=False)) if n > 0 else None
 
+    def contents(self) -> Any:
+        """Return all samples held, as a batch; ``None`` when there are none."""
+        return None if self.storage is None or not len(self) else self._read(self.occupied())
+
     def to(self, device: torch.device) -> None:
         """Move the samples to ``device``, unless the buffer was made with a device of its own."""
         if self.device is None:

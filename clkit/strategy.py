@@ -38,9 +38,12 @@ class Strategy(Callback):
     Attributes:
         views: Other weights than the live ones that the strategy offers for evaluation, by name; see
             ``StabilityGap(view=...)``.
+        prediction: Name of the view that the method predicts with, ``None`` for the live weights. ``StabilityGap``
+            evaluates it unless told otherwise; the strategy itself puts it into the module in ``on_fit_end``.
     """
 
     views: Mapping[str, View] = MappingProxyType({})
+    prediction: str | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what the strategy cannot work with; overriding methods call ``super().setup(...)`` first.
@@ -76,6 +79,13 @@ class Strategy(Callback):
             batch: The batch that ``training_step`` saw (after all :meth:`transform_batch`).
             loss: The loss that ``training_step`` returned, a scalar with its graph. It makes weighted sums possible:
                 :math:`\\alpha L + (1-\\alpha) L_m` is the term :math:`(1-\\alpha)(L_m - L)`.
+        """
+        return None
+
+    def remembered(self) -> Any:
+        """Return all past samples that the strategy remembers, as one batch like those of the stream, or ``None``.
+
+        Other strategies may train on them.
         """
         return None
 

@@ -87,6 +87,9 @@ class AGEM(Strategy):
         for param, correction in zip(params, corrections, strict=True):
             param.grad.sub_(correction.view_as(param))  # type: ignore[union-attr]
 
+    def remembered(self) -> Any:
+        return None if self.memory is None else self.memory.contents()
+
     def state_dict(self) -> dict[str, Any]:
         return {} if self.memory is None else self.memory.state_dict()
 

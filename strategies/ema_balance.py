@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from clkit.errors import ConfigurationError, check_whole
-from clkit.parameters import trainable
+from clkit.parameters import assign, swapped, trainable
 from clkit.strategy import Strategy
 from clkit.stream import Experience
 
@@ -171,27 +171,12 @@ class EMABalance(Strategy):
         values = {f"ema_balance/live/{group}": live[rows].mean() for group, rows in groups.items()}
         module.log_dict({"ema_balance/fallback": fell_back.float().mean(), **values}, batch_size=1)
 
-    @contextmanager
-    def averaged(self, module: LightningModule) -> Iterator[None]:
+    def averaged(self, module: LightningModule) -> AbstractContextManager[None]:
         """Put the average into the module inside the context, and the live weights back after it."""
-        parameters = trainable(module)
-        held = {name: parameters[name] for name in self.average if name in parameters}
-        live = {name: parameter.detach().clone() for name, parameter in held.items()}
-        with torch.no_grad():
-            for name, parameter in held.items():
-                parameter.copy_(self.average[name])
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for name, parameter in held.items():
-                    parameter.copy_(live[name])
+        return swapped(module, self.average)
 
-    @torch.no_grad()
     def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
-        for name, parameter in trainable(module).items():
-            if name in self.average:
-                parameter.copy_(self.average[name])
+        assign(module, self.average)
         self._forget()
 
     def _forget(self) -> None:

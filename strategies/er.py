@@ -90,6 +90,9 @@ class ExperienceReplay(Strategy):
     ) -> None:
         self.buffer.insert(gather_batch(trainer, batch))
 
+    def remembered(self) -> Any:
+        return self.buffer.contents()
+
     def state_dict(self) -> dict[str, Any]:
         return self.buffer.state_dict()
 

@@ -66,7 +66,8 @@ class StabilityGap(Callback):
         queue: Copies that may wait for it.
         lazy: Evaluate only samples whose result can have changed (:class:`~clkit.evaluation.lazy.LazyEvaluator`):
             approximate, marked as such, with the audited error in ``metrics.json``.
-        view: Evaluate the weights that a strategy offers under this name (in its ``views``) in place of the live ones.
+        view: Evaluate the weights that a strategy offers under this name (in its ``views``), or ``"live"`` for those
+            in training. When ``None``, what the last strategy with a ``prediction`` predicts with, else the live ones.
         name: Tells several of them in one trainer apart, in checkpoints and loggers; ``view`` when ``None``.
         dir: Folder of the files; the trainer's log or root folder, and the name below it, when ``None``.
         seed: Seed of the choice of the subsets.
@@ -157,7 +158,7 @@ class StabilityGap(Callback):
             )
         log_dir = trainer.log_dir if self._own_dir is None else None
         self.dir = self._own_dir or Path(log_dir or trainer.default_root_dir, self.name or "")
-        self._shown = self._find_view(trainer)
+        self._evaluated, self._shown = self._find_view(trainer)
         self._trainer = trainer
         self._module_mask = bool(getattr(pl_module, "mask_unseen", False))
 
@@ -165,17 +166,16 @@ class StabilityGap(Callback):
     def state_key(self) -> str:
         return self._generate_state_key(name=self.name)
 
-    def _find_view(self, trainer: Trainer) -> View:
-        if self.view is None:
-            return lambda module: nullcontext()
+    def _find_view(self, trainer: Trainer) -> tuple[str, View]:
         strategies = [callback for callback in trainer.callbacks if isinstance(callback, Strategy)]  # type: ignore[attr-defined]
         views = {name: view for strategy in strategies for name, view in strategy.views.items()}
-        if self.view not in views:
+        views["live"] = lambda module: nullcontext()
+        name = self.view or ["live", *filter(None, (strategy.prediction for strategy in strategies))][-1]
+        if name not in views:
             raise ConfigurationError(
-                f"No strategy offers the view {self.view!r}; known: {', '.join(views) or 'none'}. Add the strategy, or "
-                "leave view out."
+                f"No strategy offers the view {name!r}; known: {', '.join(views)}. Add the strategy, or leave view out."
             )
-        return views[self.view]
+        return name, views[name]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._pending, self.latest = [], []
@@ -419,7 +419,7 @@ class StabilityGap(Callback):
             "mask": self.mask,
             "zero_shot": self.zero_shot,
             "lazy": self.lazy,
-            "view": self.view,
+            "view": self._evaluated,
             "seed": self.seed,
         }
 

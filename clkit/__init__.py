@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from clkit.datamodule import StreamDataModule as StreamDataModule
     from clkit.datasets import InMemoryDataset as InMemoryDataset
     from clkit.errors import ConfigurationError as ConfigurationError
+    from clkit.evaluation.drift import ModuleDrift as ModuleDrift
+    from clkit.evaluation.flops import Flops as Flops
     from clkit.evaluation.gradients import GradientNorms as GradientNorms
     from clkit.evaluation.stability_gap import StabilityGap as StabilityGap
     from clkit.optimizer import ResetOptimizer as ResetOptimizer
@@ -29,8 +31,10 @@ _PUBLIC = {
     "Classifier": "clkit.classifier",
     "ConfigurationError": "clkit.errors",
     "Experience": "clkit.stream",
+    "Flops": "clkit.evaluation.flops",
     "GradientNorms": "clkit.evaluation.gradients",
     "InMemoryDataset": "clkit.datasets",
+    "ModuleDrift": "clkit.evaluation.drift",
     "ResetOptimizer": "clkit.optimizer",
     "StabilityGap": "clkit.evaluation.stability_gap",
     "Strategy": "clkit.strategy",

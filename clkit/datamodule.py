@@ -90,13 +90,18 @@ class StreamDataModule(pl.LightningDataModule):
 
         Lightning's ``trainer.estimated_stepping_batches`` takes every epoch to be as long as the first.
         """
+        return sum(self.experience_steps)
+
+    @property
+    def experience_steps(self) -> list[int]:
+        """Optimizer steps of each experience."""
         accumulated = self.trainer.accumulate_grad_batches if self.trainer is not None else 1
         if self.steps is not None:
-            return sum(self.steps)
+            return self.steps
         size = self.batch_size * self._world_size
         lengths = (len(cast(Sequence[Any], dataset)) for dataset in self.train_sets)
         batches = (n // size if self.drop_last else -(-n // size) for n in lengths)
-        return sum(epochs * -(-n // accumulated) for epochs, n in zip(self.epochs, batches, strict=True))
+        return [epochs * -(-n // accumulated) for epochs, n in zip(self.epochs, batches, strict=True)]
 
     @property
     def experience(self) -> Experience:

@@ -23,10 +23,19 @@ from clkit.mistakes import check
 from clkit.progress import StreamProgress
 from clkit.report import write_report
 
-FIGURES = ("stability_gap", "zoom", "overlay", "worst_case", "time")
+FIGURES = ("stability_gap", "zoom", "overlay", "worst_case", "time", "drift")
 RESULTS = (
     *("run.json", "history*.csv", "metrics.json", "checkpoints", "tensorboard", "csv"),
-    *("report.md", "report.tex", "report.csv", "report.html", "timing.json", "gradients.csv"),
+    *(
+        "report.md",
+        "report.tex",
+        "report.csv",
+        "report.html",
+        "timing.json",
+        "gradients.csv",
+        "drift.csv",
+        "flops.json",
+    ),
     *(f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")),
 )
 NOT_IN_RESULT = ("resume", "folder", "data_root")

@@ -9,17 +9,22 @@ from clkit.lazy import lazy_exports
 if TYPE_CHECKING:
     from .agem import AGEM as AGEM
     from .cumulative import Cumulative as Cumulative
+    from .ema_balance import EMABalance as EMABalance
     from .er import ExperienceReplay as ExperienceReplay
     from .ewc import EWC as EWC
+    from .fpf import FPF as FPF
+    from .fpf import KFPF as KFPF
     from .lwf import LwF as LwF
     from .naive import Naive as Naive
 
 _PUBLIC = {
     "AGEM": ".agem",
     "Cumulative": ".cumulative",
-    "EWC": ".ewc",
     "EMABalance": ".ema_balance",
+    "EWC": ".ewc",
     "ExperienceReplay": ".er",
+    "FPF": ".fpf",
+    "KFPF": ".fpf",
     "LwF": ".lwf",
     "Naive": ".naive",
 }

@@ -17,7 +17,7 @@ from plain import QUIET, UserModule, make_module, make_stream, weights
 from torch.nn.functional import cross_entropy
 
 from clkit import ConfigurationError, StabilityGap, Strategy, StreamDataModule
-from clkit.strategies import AGEM, EWC, Cumulative, ExperienceReplay, LwF, Naive
+from clkit.strategies import AGEM, EWC, KFPF, Cumulative, ExperienceReplay, LwF, Naive
 
 SETTINGS = {
     "plain": {},
@@ -51,7 +51,9 @@ class PlainLoop:
         self.accumulate, self.clip, self.bf16 = accumulate, clip, bf16
         self.module = make_module()
         self.optimizer = torch.optim.SGD(self.module.parameters(), lr=0.1, momentum=0.9)
-        self.k = 0
+        self.k = self.steps = 0
+        batches = [-(-len(experience.train.x) // batch_size) for experience in stream]
+        self.total = sum(epochs * -(-n // accumulate) for n in batches)
 
     def data(self, k):
         return self.stream[k].train.x, self.stream[k].train.y
@@ -67,6 +69,9 @@ class PlainLoop:
         pass
 
     def after_batch(self, x, y):
+        pass
+
+    def after_step(self):
         pass
 
     def end(self):
@@ -89,6 +94,9 @@ class PlainLoop:
                         self.optimizer.step()
                         self.optimizer.zero_grad()
                     self.after_batch(x, y)
+                    if b % self.accumulate == 0 or b == len(parts):
+                        self.steps += 1
+                        self.after_step()
             self.end()
         return self.module
 
@@ -138,6 +146,44 @@ class PlainWeightedER(PlainER):
         replayed = self.replay(len(x))
         new = PlainLoop.loss(self, x, y)
         return self.alpha * new if replayed is None else self.alpha * new + 0.7 * PlainLoop.loss(self, *replayed)
+
+
+class PlainKFPF(PlainER):
+    """Four phases of three steps on the head; the logits come from the training forward."""
+
+    def loss(self, x, y):
+        with self.autocast():
+            self.logits = self.module(x)
+            return cross_entropy(self.logits, y)
+
+    def after_batch(self, x, y):
+        samples = zip(x, y, self.logits.detach(), strict=True)
+        for sample, u in zip(samples, self.rng.random(len(x)), strict=True):
+            j = self.n if self.n < self.capacity else int(u * (self.n + 1))
+            if self.n < self.capacity:
+                self.held.append(sample)
+            elif j < self.capacity:
+                self.held[j] = sample
+            self.n += 1
+
+    def after_step(self):
+        if self.steps not in [j * self.total // 4 for j in (1, 2, 3, 4)]:
+            return
+        rng = np.random.default_rng((3, 0, 20, [j * self.total // 4 for j in (1, 2, 3, 4)].index(self.steps)))
+        head = list(self.module.net[-1].parameters())
+        x, y, z = (torch.stack(column) for column in zip(*self.held, strict=True))
+        for step in range(3):
+            rows = torch.from_numpy(rng.choice(len(x), 10, replace=False))
+            with self.autocast():
+                logits = self.module(x[rows])
+                loss = cross_entropy(logits, y[rows])
+            loss = loss + 0.5 * ((logits.float() - z[rows].float()) ** 2).sum() / 10
+            grads = torch.autograd.grad(loss, head)
+            with torch.no_grad():
+                for p, g in zip(head, grads, strict=True):
+                    p -= 0.05 * (3 - step) / 3 * g
+        for p in head:
+            self.optimizer.state.pop(p)
 
 
 class PlainAGEM(PlainLoop):
@@ -218,6 +264,7 @@ METHODS = {
     "agem": (PlainAGEM, lambda: [AGEM(10, batch_size=8)]),
     "ewc": (PlainEWC, lambda: [EWC(10.0)]),
     "lwf": (PlainLwF, lambda: [LwF()]),
+    "kfpf": (PlainKFPF, lambda: [KFPF(4, capacity=20, steps=3, batch_size=10, distillation=0.5)]),
 }
 
 

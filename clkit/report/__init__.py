@@ -16,11 +16,13 @@ import rich.table
 from matplotlib.figure import Figure
 from rich.text import Text
 
+from clkit.evaluation.drift import Drift
 from clkit.report import html, tables
 from clkit.report.figures import (
     TWO_COLUMNS,
     accuracy_matrix_figure,
     comparison_figure,
+    drift_figure,
     overlay_figure,
     save,
     scatter_figure,
@@ -83,9 +85,9 @@ def write_report(
     """Report on every run at or below the directories.
 
     Writes ``report.md``, ``report.tex`` (needs booktabs), ``report.csv``, ``report.html`` (one self-contained page) and
-    figures as PNG and SVG: ``stability_gap``, and ``zoom`` (the boundaries of one setting) or ``overlay``,
-    ``worst_case`` and ``time`` (several settings). Runs that differ in their seed alone are averaged; unfinished runs
-    are reported as such.
+    figures as PNG and SVG: ``stability_gap``, and ``zoom`` (the boundaries of one setting) and ``drift`` (where
+    ``ModuleDrift`` measured), or ``overlay``, ``worst_case`` and ``time`` (several settings). Runs that differ in their
+    seed alone are averaged; unfinished runs are reported as such.
 
     Args:
         directories: Run folders, or folders of runs.
@@ -148,7 +150,9 @@ def _figures(groups: Sequence[Group], width: float) -> dict[str, Figure]:
     """The figures that are files, by file name."""
     score, shown = groups[0].runs[0].summary["score"], groups[:_MAX_PANELS]
     if len(groups) == 1:
-        return {"stability_gap": _gap(groups[0], width), "zoom": _zoom(groups[0], width)}
+        drift = _drift(groups[0], width)
+        own = {"stability_gap": _gap(groups[0], width), "zoom": _zoom(groups[0], width)}
+        return own if drift is None else {**own, "drift": drift}
     histories = {group.label: [run.history for run in group.counted] for group in shown}
     names = {group.label: group.runs[0].experiences for group in shown}
     found = {
@@ -183,6 +187,8 @@ def _each(groups: Sequence[Group], width: float) -> dict[str, Figure]:
         matrices = [np.array(run.summary["accuracy_matrix"], dtype=np.float64) for run in group.counted]
         figures[f"{group.label}: stability gap"] = _gap(group, width)
         figures[f"{group.label}: boundaries"] = _zoom(group, width)
+        if (drift := _drift(group, width)) is not None:
+            figures[f"{group.label}: module drift"] = drift
         figures[f"{group.label}: accuracy matrix"] = accuracy_matrix_figure(
             np.mean(matrices, axis=0), run.experiences, title=group.label, score=run.summary["score"]
         )
@@ -195,6 +201,14 @@ def _gap(group: Group, width: float) -> Figure:
     histories = [run.history for run in group.counted]
     score, schedule = run.summary["score"], run.summary.get("schedule", "every step")
     return stability_gap_figure(histories, run.experiences, title=title, score=score, schedule=schedule, width=width)
+
+
+def _drift(group: Group, width: float) -> Figure | None:
+    paths = [run.directory / "drift.csv" for run in group.counted]
+    found = [Drift.read(path) for path in paths if path.is_file()]
+    if not found:
+        return None
+    return drift_figure(Drift.mean(found), title=f"{group.label} · module drift, {len(found)} run(s)", width=width)
 
 
 def _zoom(group: Group, width: float) -> Figure:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import reduce
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +21,7 @@ from matplotlib.transforms import blended_transform_factory
 from numpy.typing import NDArray
 
 from clkit.errors import ConfigurationError
+from clkit.evaluation.drift import Drift
 from clkit.evaluation.functional import Statistics
 from clkit.evaluation.history import History
 from clkit.report.estimate import mean_interval
@@ -119,6 +121,37 @@ def accuracy_matrix_figure(
                 if np.isfinite(value):
                     color = "white" if value > 60 else "black"
                     axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color)
+    return figure
+
+
+def drift_figure(drift: Drift, *, title: str = "", width: float = TWO_COLUMNS) -> Figure:
+    """Draw how far each layer moved: a heat map within experiences, and the mean across them as bars.
+
+    Running statistics are left out, as their unit is another.
+    """
+    rows = [i for i, name in enumerate(drift.modules) if not name.endswith(".stats")]
+    within = drift.within[:, rows].T
+    across = np.nan_to_num(drift.across[:, rows]).sum(0) / max(int(np.isfinite(drift.across).all(1).sum()), 1)
+    names = [f"{drift.modules[i]}  [{drift.kinds[i]}]" if drift.kinds[i] != "other" else drift.modules[i] for i in rows]
+    with _style():
+        figure = _figure(width, 1.3 + 0.16 * len(rows))
+        left, right = figure.subplots(1, 2, sharey=True, gridspec_kw={"width_ratios": [3, 1]})
+        shown = np.where(within > 0, within, np.nan)
+        image = left.imshow(shown, norm="log", aspect="auto", interpolation="nearest")
+        figure.colorbar(image, label="mean |change| of a weight", location="bottom", shrink=0.6, pad=0.02)
+        left.set_yticks(range(len(names)), names, fontsize=7)
+        steps = [step for step, _ in drift.points]
+        ticks = range(0, len(steps), max(len(steps) // 6, 1))
+        left.set_xticks(ticks, [str(steps[t]) for t in ticks])
+        for column, (here, following) in enumerate(pairwise(k for _, k in drift.points)):
+            if here != following:
+                left.axvline(column + 0.5, color="white", linewidth=1.5)
+        left.grid(False)
+        left.set(title="within experiences", xlabel="optimizer steps")
+        right.barh(range(len(names)), across, color="#0072B2")
+        right.set(title="across", xlabel="mean |change|")
+        right.tick_params(axis="y", length=0, labelleft=False)
+        figure.suptitle(_wrapped(title, width))
     return figure
 
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 from pytorch_lightning import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics import Metric
 
@@ -94,7 +94,7 @@ def _silent(module: LightningModule) -> Iterator[None]:
 
 
 @contextmanager
-def frozen_statistics(module: LightningModule) -> Iterator[None]:
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
     """Leave BatchNorm's running statistics as they are, in training mode too."""
     norms = [(norm, norm.momentum) for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.training]
     for norm, _ in norms:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from clkit.datasets import labels_of
 from clkit.distributed import gather_batch, local_share, sum_over_processes
 from clkit.errors import ConfigurationError, check_whole
 from clkit.evaluation.drift import ModuleDrift
+from clkit.evaluation.prefix import PrefixTable
 from clkit.forward import forget_forward, outputs, record_forward, task_loss
 from clkit.modules import Part, only, select
 from clkit.rng import private_rng
@@ -81,12 +82,14 @@ class _Finetuning(Strategy):
         before = [tensor.detach().clone() for part in chosen for tensor in part.tensors.values()]
         with only(module, chosen) as params, _own_gradients(params):
             optimizer = torch.optim.SGD(params, lr=base, momentum=self.momentum)
+            replayed = self._prefix(module, memory, size)
             for step in range(self.steps):
                 rows = torch.from_numpy(rng.choice(size, self.batch_size, replace=size < self.batch_size))
+                rows = local_share(trainer, rows)
                 batch = tree_map(lambda held, rows=rows: held[rows.to(held.device)], memory)
-                batch = move_data_to_device(local_share(trainer, batch), module.device)
-                with torch.enable_grad():
-                    grads = torch.autograd.grad(self.phase_loss(module, batch), params, materialize_grads=True)
+                with torch.enable_grad(), replayed(rows):
+                    loss = self.phase_loss(module, move_data_to_device(batch, module.device))
+                    grads = torch.autograd.grad(loss, params, materialize_grads=True)
                 for param, grad in zip(params, grads, strict=True):
                     param.grad = sum_over_processes(trainer, grad) / trainer.world_size
                 if self.clip is not None:
@@ -103,6 +106,16 @@ class _Finetuning(Strategy):
                 for param in params:
                     main.state.pop(param, None)
 
+    def _prefix(self, module: LightningModule, memory: Any, size: int) -> Callable[[Tensor], Any]:
+        """What a phase's forward on some rows runs in: frozen first modules are computed once for all rows."""
+        table = None
+        if self.batch_size <= size < self.steps * self.batch_size:
+            held = move_data_to_device(memory, module.device)
+            table = PrefixTable.build(
+                module, held, lambda batch: self.phase_loss(module, batch), max(self.batch_size, 256)
+            )
+        return (lambda rows: nullcontext()) if table is None else table.rows
+
     def phase_loss(self, module: LightningModule, batch: Any) -> Tensor:
         """Return the loss of a phase's step on a batch of memory."""
         return task_loss(module, batch)
@@ -118,8 +131,9 @@ class FPF(_Finetuning):
     r"""Finetune the modules that forget most on the memory of another strategy, after it has trained.
 
     A phase takes ``steps`` steps of SGD with a fresh optimizer, learning rate falling linearly to 0, on batches of the
-    memory, over the chosen modules alone; everything else is frozen, BatchNorm's running statistics included. The
-    memory is that of the strategy before it in the trainer's callbacks: ``strategy=[er,fpf]``.
+    memory, over the chosen modules alone; everything else is frozen, BatchNorm's running statistics included. Where the
+    first modules are all frozen, their outputs on the memory are computed once in a phase. The memory is that of the
+    strategy before it in the trainer's callbacks: ``strategy=[er,fpf]``.
 
     Which modules: ``"preset"`` takes normalisation layers and the head in class- and task-incremental streams, and
     normalisation, first layer and, without BatchNorm, head in domain-incremental ones (without normalisation layers the
@@ -267,6 +281,16 @@ class KFPF(_Finetuning):
         if trainer.global_step != self._last_step and trainer.global_step in self._triggers:
             self.finetune(trainer, pl_module, self.buffer.contents())
         self._last_step = trainer.global_step
+
+    def _prefix(self, module: LightningModule, memory: Any, size: int) -> Callable[[Tensor], Any]:
+        """What a phase's forward on some rows runs in: frozen first modules are computed once for all rows."""
+        table = None
+        if self.batch_size <= size < self.steps * self.batch_size:
+            held = move_data_to_device(memory, module.device)
+            table = PrefixTable.build(
+                module, held, lambda batch: self.phase_loss(module, batch), max(self.batch_size, 256)
+            )
+        return (lambda rows: nullcontext()) if table is None else table.rows
 
     def phase_loss(self, module: LightningModule, batch: Any) -> Tensor:
         if self.distillation == 0:

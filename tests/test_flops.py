@@ -35,13 +35,20 @@ def test_replay_counts_the_replayed_samples(tmp_path):
     assert count(tmp_path, ExperienceReplay(100))["total"] == expected
 
 
-def test_phases_of_k_fpf_stop_at_the_head(tmp_path):
-    phases = 4 * 10 * 16 * (FORWARD + HEAD_ONLY)
-    strategy = KFPF(4, steps=10, batch_size=16, select="head", distillation=0.5)
+def test_phases_of_k_fpf_on_all_modules(tmp_path):
+    phases = 4 * 10 * 16 * (FORWARD + BACKWARD)
+    strategy = KFPF(4, steps=10, batch_size=16, select="all", distillation=0.5)
     assert count(tmp_path, strategy)["total"] == 3 * 2 * 40 * (FORWARD + BACKWARD) + phases
 
 
-def test_a_phase_at_the_end_counts_for_the_last_experience(tmp_path):
+def test_a_phase_that_stops_at_the_head_and_is_too_short_to_cache_the_rest(tmp_path):
     replay = count(tmp_path / "er", ExperienceReplay(100))["experiences"]
-    fpf = count(tmp_path / "fpf", ExperienceReplay(100), FPF(steps=10, batch_size=16))["experiences"]
-    assert fpf == [*replay[:2], replay[2] + 10 * 16 * (FORWARD + HEAD_ONLY)]
+    fpf = count(tmp_path / "fpf", ExperienceReplay(100), FPF(steps=10, batch_size=10))["experiences"]
+    assert fpf == [*replay[:2], replay[2] + 10 * 10 * (FORWARD + HEAD_ONLY)]
+
+
+def test_a_long_phase_computes_the_frozen_part_of_the_memory_once(tmp_path):
+    replay = count(tmp_path / "er", ExperienceReplay(100))["total"]
+    fpf = count(tmp_path / "fpf", ExperienceReplay(100), FPF(steps=1000, batch_size=10))["total"]
+    steps = 1000 * 10 * 2 * HEAD_ONLY  # the head's forward and its gradient
+    assert steps < fpf - replay < steps + 10 * 100 * FORWARD

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from torchvision.models import vgg11
 
 from clkit import ConfigurationError, ModuleDrift, Stream, StreamDataModule
+from clkit.evaluation.prefix import PrefixTable
 from clkit.modules import only, parts, select
 from clkit.networks import MLP, slim_resnet18, tiny_vit
 from clkit.rng import private_rng
@@ -138,6 +139,33 @@ def test_fpf_on_all_modules_is_plain_finetuning_on_the_memory():
         torch.nn.utils.clip_grad_norm_(expected.parameters(), 0.5)
         optimizer.step()
     torch.testing.assert_close(weights(actual), weights(expected))
+
+
+@pytest.mark.parametrize(
+    ("network", "chosen"),
+    [
+        (lambda: MLP((6,), 6, (16, 16)), "head"),
+        (lambda: nn.Sequential(nn.Unflatten(1, (6, 1, 1)), slim_resnet18((6, 1, 1), 6, 4)), ["*layer4*", "*fc*"]),
+        (lambda: nn.Sequential(nn.Unflatten(1, (6, 1, 1)), nn.Upsample(4), tiny_vit((6, 4, 4), 6)), ["*head*"]),
+        (lambda: nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.5), nn.Linear(16, 6)), "head"),
+    ],
+)
+def test_cached_prefix_activations_give_the_same_phase(network, chosen, monkeypatch):
+    def run():
+        torch.manual_seed(0)
+        module = UserModule()
+        module.net = network()
+        return fit([KFPF(2, capacity=40, select=chosen, steps=12, lr=0.1)], module)
+
+    built = []
+    build = PrefixTable.build.__func__
+    monkeypatch.setattr(PrefixTable, "build", classmethod(lambda *args: built.append(build(*args)) or built[-1]))
+    cached = run()
+    monkeypatch.setattr(PrefixTable, "build", classmethod(lambda *args: None))
+    plain = run()
+    torch.testing.assert_close(weights(cached), weights(plain), rtol=1e-4, atol=1e-5)
+    has_dropout = any(isinstance(layer, nn.Dropout) and layer.p for layer in cached.modules())
+    assert [table is None for table in built] == [has_dropout] * 2
 
 
 @pytest.mark.parametrize("when", ["end", "experience"])

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from clkit.errors import ConfigurationError
+from clkit.evaluation.mode import evaluation_mode
+from clkit.forward import frozen_statistics
 
 _WORTH = 0.8
 _READ_A_VALUE = {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__"}
@@ -195,6 +198,78 @@ class FrozenPrefix:
                     hooks.callback(module.register_forward_hook(keep).remove)
             found.append(_condense(forward()))
         return found
+
+
+class PrefixTable:
+    """The outputs of the frozen prefix on samples that are drawn again and again, row by row.
+
+    Args:
+        calls: The prefix's calls on the first chunk of samples.
+        outputs: For the calls whose output the rest needs, that output on all samples.
+    """
+
+    def __init__(self, calls: list[Call], outputs: dict[int, Any]) -> None:
+        self._calls, self._outputs = calls, outputs
+
+    @classmethod
+    def build(cls, module: nn.Module, samples: Any, forward: Callable[[Any], Tensor], chunk: int) -> PrefixTable | None:
+        """Compute the table, or return ``None`` where no frozen prefix is worth it or replaying it would be wrong.
+
+        Args:
+            module: The module; its random numbers and modes are left as they are.
+            samples: A batch of all samples.
+            forward: Calls the module on a batch of them and returns a scalar or scores.
+            chunk: Samples that show what the prefix is, and the largest number of rows of :meth:`rows`.
+        """
+        if all(parameter.requires_grad for parameter in module.parameters()):
+            return None
+        size = len(tree_leaves(samples)[0])
+        first = _rows(samples, slice(chunk))
+        others = [_rows(samples, slice(at, at + 256)) for at in range(chunk, size, 256)]
+        prefix = FrozenPrefix(module)
+        with isolate_rng(), torch.no_grad():
+            with evaluation_mode(module):
+                prefix.run(0, lambda: forward(first))
+                if not prefix.modules:
+                    return None
+                tables = [prefix._chunks[0]]
+                for batch in others:
+                    tables.append([])
+                    with _Recorder(module, prefix._is_live, tables[-1]):
+                        forward(batch)
+            needed = {index: [table[index].output for table in tables] for index in prefix._needed}
+            lengths = [len(tree_leaves(batch)[0]) for batch in (first, *others)]
+            if any(
+                leaf.dim() == 0 or len(leaf) != length
+                for outputs in needed.values()
+                for output, length in zip(outputs, lengths, strict=True)
+                for leaf in tree_leaves(output)
+            ):
+                return None
+            joined = {index: tree_map(lambda *parts: torch.cat(parts), *outputs) for index, outputs in needed.items()}
+            found = cls(tables[0], joined)
+            some = torch.arange(min(size, chunk)).flip(0)
+            with frozen_statistics(module):
+                whole = forward(_rows(samples, some))
+                with found.rows(some):
+                    replayed = forward(_rows(samples, some))
+        return found if torch.allclose(whole, replayed, rtol=1e-3, atol=1e-5) else None
+
+    def rows(self, index: Tensor) -> AbstractContextManager[None]:
+        """Replay the prefix inside the context, for one forward on these rows, ``int64`` ``[n]``."""
+        n = len(index)
+        calls = [
+            Call(call.module, _rows(self._outputs[i], index) if i in self._outputs else _rows(call.output, slice(n)))
+            for i, call in enumerate(self._calls)
+        ]
+        return _replay(calls)
+
+
+def _rows(batch: Any, index: Tensor | slice) -> Any:
+    def pick(tensor: Tensor) -> Tensor:
+        return tensor[index.to(tensor.device) if isinstance(index, Tensor) else index]
+
+    return tree_map_only(Tensor, pick, batch)
 
 
 class _Recorder(TorchFunctionMode):

@@ -1,0 +1,330 @@
+"""What every strategy must do: a conformance suite for clkit's strategies and anyone else's.
+
+In a test of your package::
+
+    from clkit.testing import CHECKS, check_strategy
+
+    @pytest.mark.parametrize("check", CHECKS)
+    def test_my_strategy(check):
+        check_strategy(lambda: MyStrategy(), only=[check])
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
+
+from clkit.checkpoint import StreamCheckpoint, checkpoints
+from clkit.datamodule import StreamDataModule
+from clkit.datasets import InMemoryDataset
+from clkit.errors import ConfigurationError
+from clkit.evaluation.stability_gap import StabilityGap
+from clkit.strategy import Strategy, stream_data
+from clkit.stream import Experience, Stream
+
+__all__ = ["CHECKS", "SmallModule", "check_strategy", "small_stream"]
+
+Build = Callable[[], Strategy | Sequence[pl.Callback]]
+
+_QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": True,
+}
+
+
+class SmallModule(pl.LightningModule):
+    """A classifier of vectors that knows nothing of clkit: 6 inputs, 16 hidden units, 6 classes, SGD with momentum.
+
+    Args:
+        noisy: With BatchNorm and dropout.
+        manual: Optimizes by hand.
+    """
+
+    def __init__(self, noisy: bool = False, manual: bool = False) -> None:
+        super().__init__()
+        middle = [nn.BatchNorm1d(16), nn.Dropout(0.3)] if noisy else []
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(6, 16), *middle, nn.ReLU(), nn.Linear(16, 6))
+        self.automatic_optimization = not manual
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(x)
+        return logits
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = (batch["x"], batch["labels"]) if isinstance(batch, dict) else batch[:2]
+        loss = cross_entropy(self(x), y)
+        if not self.automatic_optimization:
+            optimizer: Any = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD((p for p in self.parameters() if p.requires_grad), lr=0.05, momentum=0.9)
+
+
+def small_stream(n_experiences: int = 3, per_class: int = 24, mapping: bool = False) -> Stream:
+    """Build a stream of Gaussian clusters in 6 dimensions, two classes an experience.
+
+    Args:
+        n_experiences: Number of experiences, at most 3.
+        per_class: Training and test samples of each class.
+        mapping: Samples are mappings of ``x`` and ``labels``, not pairs.
+    """
+    generator = torch.Generator().manual_seed(0)
+    sets: list[list[Any]] = [[], []]
+    for k in range(n_experiences):
+        for part in sets:
+            y = torch.tensor([2 * k, 2 * k + 1]).repeat_interleave(per_class)
+            x = torch.randn(len(y), 6, generator=generator)
+            x[torch.arange(len(y)), y] += 2
+            pairs = InMemoryDataset(x, y)
+            part.append([{"x": a, "labels": b} for a, b in zip(x, y, strict=True)] if mapping else pairs)
+    if not mapping:
+        return Stream.from_datasets(*sets, n_classes=6)
+    experiences = [
+        Experience(k, f"E{k}", train, test, classes=(2 * k, 2 * k + 1))
+        for k, (train, test) in enumerate(zip(*sets, strict=True))
+    ]
+    return Stream(experiences, name="mappings", kind="class-incremental", n_classes=6)
+
+
+class _Suite:
+    def __init__(
+        self, build: Build, module: Callable[[], pl.LightningModule] | None, batch_size: int, state_limit: int | None
+    ) -> None:
+        self._build, self._module = build, module
+        self.batch_size, self.state_limit = batch_size, state_limit
+
+    def strategies(self) -> list[Any]:
+        built = self._build()
+        return list(built) if isinstance(built, Sequence) else [built]
+
+    def module(self, **settings: Any) -> pl.LightningModule:
+        torch.manual_seed(0)
+        return SmallModule(**settings) if self._module is None else self._module()
+
+    def fit(
+        self,
+        *,
+        strategies: Sequence[pl.Callback] | None = None,
+        module: pl.LightningModule | None = None,
+        callbacks: Sequence[pl.Callback] = (),
+        stream: Stream | None = None,
+        batch_size: int | None = None,
+        checkpoint: Path | None = None,
+        **settings: Any,
+    ) -> pl.LightningModule:
+        module = self.module() if module is None else module
+        data = StreamDataModule(stream or small_stream(), batch_size=batch_size or self.batch_size, epochs=2)
+        chosen = self.strategies() if strategies is None else strategies
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pl.seed_everything(0, verbose=False)
+            trainer = pl.Trainer(
+                max_epochs=data.total_epochs,
+                default_root_dir=folder,
+                callbacks=[*chosen, *callbacks],
+                **{**_QUIET, **settings},
+            )
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        return module
+
+    def resume(self) -> None:
+        """Resumed from any checkpoint, with fresh objects, the run ends in the same bits."""
+        noisy = {} if self._module is not None else {"noisy": True}
+        with tempfile.TemporaryDirectory() as folder:
+            saves = StreamCheckpoint(Path(folder), every_n_steps=4, keep=99)
+            first = self.strategies()
+            whole = self.fit(strategies=first, module=self.module(**noisy), callbacks=[saves])
+            for path in checkpoints(Path(folder)):
+                again = self.strategies()
+                module = self.fit(strategies=again, module=self.module(**noisy), checkpoint=path)
+                _same(whole.state_dict(), module.state_dict(), f"weights after a resume from {path.name}")
+                own, resumed = ([s.state_dict() for s in strategies] for strategies in (first, again))
+                _same(own, resumed, f"the strategy's state after a resume from {path.name}")
+
+    def evaluation(self) -> None:
+        """Training with per-iteration evaluation ends in the same bits as without."""
+        noisy = {} if self._module is not None else {"noisy": True}
+        with tempfile.TemporaryDirectory() as folder:
+            gap = StabilityGap(every=1, subset=10, dir=folder, plot=False)
+            evaluated = self.fit(module=self.module(**noisy), callbacks=[gap])
+        _same(self.fit(module=self.module(**noisy)).state_dict(), evaluated.state_dict(), "weights with evaluation on")
+
+    def processes(self) -> None:
+        """Two processes (DDP) end near one process with the same global batch, and agree with each other."""
+        one = self.fit(batch_size=2 * self.batch_size)
+        two = self.fit(devices=2, strategy="ddp_fork")
+        start = dict(self.module().named_parameters())
+        assert any(not torch.equal(p, start[name]) for name, p in two.named_parameters()), "two processes: no training"
+        torch.testing.assert_close(
+            dict(two.named_parameters()),
+            dict(one.named_parameters()),
+            rtol=1e-3,
+            atol=1e-4,
+            msg=_words("two processes"),
+        )
+
+    def accumulation(self) -> None:
+        """It trains with two batches a step, and takes half the steps."""
+        steps = _Steps()
+        module = self.fit(callbacks=[steps], accumulate_grad_batches=2)
+        assert steps.taken == steps.planned, (
+            f"{steps.taken} optimizer steps in place of {steps.planned} with accumulated gradients"
+        )
+        _finite(module, "with accumulated gradients")
+
+    def bf16(self) -> None:
+        """It trains in bf16 mixed precision and leaves float32 weights."""
+        module = self.fit(precision="bf16-mixed")
+        _finite(module, "in bf16")
+        assert all(p.dtype == torch.float32 for p in module.parameters()), "weights are no longer float32 after bf16"
+
+    def state(self) -> None:
+        """The state loads with ``weights_only=True``, and is no larger than documented."""
+        strategies, sizes = self.strategies(), _Sizes()
+        sizes.strategies = strategies
+        self.fit(strategies=strategies, callbacks=[sizes])
+        buffer = io.BytesIO()
+        torch.save([strategy.state_dict() for strategy in strategies], buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True)
+        if self.state_limit is not None:
+            assert max(sizes.bytes) <= self.state_limit, (
+                f"the state takes {max(sizes.bytes)} bytes, more than the {self.state_limit} documented"
+            )
+
+    def untouched(self) -> None:
+        """Afterwards nothing is frozen that was not, modes are as before, and ``training_step`` is the module's own."""
+        module = self.module()
+        flags = {name: p.requires_grad for name, p in module.named_parameters()}
+        names = {name for name, _ in module.named_modules()}
+        own = module.__dict__.get("training_step")
+        self.fit(module=module)
+        after = {name: p.requires_grad for name, p in module.named_parameters()}
+        assert after == flags, f"requires_grad changed: {sorted(n for n in after if after[n] != flags.get(n))}"
+        assert {name for name, _ in module.named_modules()} == names, "modules were added or removed"
+        assert module.__dict__.get("training_step") is own, "training_step is still replaced"
+
+    def refusals(self) -> None:
+        """What it cannot work with is a ConfigurationError: other data, manual optimization, mappings as batches."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer = pl.Trainer(max_epochs=1, callbacks=self.strategies(), **_QUIET)
+            refused = ""
+            try:
+                trainer.fit(self.module(), DataLoader(small_stream()[0].train))
+            except ConfigurationError as error:
+                refused = str(error)
+        if "datamodule" not in refused:
+            raise AssertionError(f"data without a stream must be refused with what to do; {refused!r} was said")
+        for wanted, arguments in (
+            ("manual optimization", {"module": lambda: SmallModule(manual=True)}),
+            ("mappings as batches", {"stream": lambda: small_stream(mapping=True), "module": SmallModule}),
+        ):
+            try:
+                module = self.fit(**{name: make() for name, make in arguments.items()})  # type: ignore[operator]
+            except ConfigurationError:
+                continue
+            except Exception as error:
+                raise AssertionError(f"{wanted}: {type(error).__name__} ({error}) in place of a refusal") from error
+            _finite(module, f"with {wanted}")
+
+
+class _Steps(pl.Callback):
+    taken = planned = 0
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.taken, self.planned = trainer.global_step, stream_data(trainer).total_steps
+
+
+class _Sizes(pl.Callback):
+    def __init__(self) -> None:
+        self.bytes: list[int] = []
+        self.strategies: Sequence[Any] = ()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        leaves = itertools.chain.from_iterable(tree_leaves(strategy.state_dict()) for strategy in self.strategies)
+        self.bytes.append(sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor)))
+
+
+def _same(expected: Any, actual: Any, what: str) -> None:
+    left, right = tree_leaves(expected), tree_leaves(actual)
+    equal = len(left) == len(right) and all(
+        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
+        for a, b in zip(left, right, strict=True)
+    )
+    assert equal, f"{what}: not the same bits"
+
+
+def _finite(module: nn.Module, what: str) -> None:
+    bad = [name for name, p in module.named_parameters() if not p.isfinite().all()]
+    assert not bad, f"{what}: {', '.join(bad)} not finite"
+
+
+def _words(what: str) -> Callable[[str], str]:
+    return lambda text: f"{what}: {text}"
+
+
+CHECKS = ("resume", "evaluation", "processes", "accumulation", "bf16", "state", "untouched", "refusals")
+"""The checks, each a line in the documentation of :func:`check_strategy`."""
+
+
+def check_strategy(
+    build: Build,
+    *,
+    module: Callable[[], pl.LightningModule] | None = None,
+    batch_size: int = 8,
+    state_limit: int | None = None,
+    only: Sequence[str] | None = None,
+    skip: Sequence[str] = (),
+) -> None:
+    """Check that a strategy keeps clkit's promises, on a small real stream; seconds on one CPU core.
+
+    - ``resume``: from every checkpoint of a run, with fresh objects, in the same bits;
+    - ``evaluation``: per-iteration evaluation on or off, the same bits;
+    - ``processes``: two processes give what one gives with the same global batch (needs ``fork``);
+    - ``accumulation`` and ``bf16``: it trains, with the right number of steps and float32 weights;
+    - ``state``: loads with ``weights_only=True``, never above ``state_limit``;
+    - ``untouched``: no parameter left frozen, no module or ``training_step`` left replaced;
+    - ``refusals``: a ``ConfigurationError`` where it cannot work, no other exception.
+
+    Args:
+        build: Makes the strategy afresh, or a list of callbacks with it.
+        module: Makes the module, with 6 inputs and 6 classes, from the global seed; :class:`SmallModule` by default.
+        batch_size: Samples in a batch.
+        state_limit: Most bytes of tensors in the state, as the strategy documents.
+        only: Run these of :data:`CHECKS` only.
+        skip: Leave these out, because the strategy's documentation says so.
+
+    Raises:
+        AssertionError: If a check fails; the message says which and how.
+        ValueError: If a check is unknown.
+    """
+    unknown = {*(only or ()), *skip} - set(CHECKS)
+    if unknown:
+        raise ValueError(f"unknown checks {', '.join(sorted(unknown))}; known: {', '.join(CHECKS)}")
+    suite = _Suite(build, module, batch_size, state_limit)
+    for name in only or CHECKS:
+        if name not in skip:
+            try:
+                getattr(suite, name)()
+            except AssertionError as error:
+                raise AssertionError(f"{name}: {error}") from error

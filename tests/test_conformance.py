@@ -1,0 +1,147 @@
+"""Every strategy passes the suite that other packages can run on theirs, and the suite can fail."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from clkit import Strategy, strategies
+from clkit.testing import CHECKS, check_strategy
+
+SAMPLE = 6 * 4 + 8  # bytes of an input and a label
+WEIGHTS = 4 * (6 * 16 + 16 + 16 * 6 + 6)
+
+STRATEGIES = {
+    "naive": (strategies.Naive, 0),
+    "cumulative": (strategies.Cumulative, 0),
+    "er": (lambda: strategies.ExperienceReplay(16), 16 * SAMPLE),
+    "er_balanced": (lambda: strategies.ExperienceReplay(16, buffer="class_balanced", alpha=0.5), 16 * SAMPLE),
+    "agem": (lambda: strategies.AGEM(8, batch_size=8), 3 * 8 * SAMPLE),
+    "ewc": (lambda: strategies.EWC(10.0), 2 * WEIGHTS + 4),
+    "ewc_online": (lambda: strategies.EWC(10.0, mode="online", decay=0.9, fisher="batch"), 2 * WEIGHTS + 4),
+    "lwf": (strategies.LwF, WEIGHTS),
+    "ema": (lambda: strategies.EMABalance("paper"), 3 * WEIGHTS),
+    "kfpf": (lambda: strategies.KFPF(5, capacity=16, steps=3, distillation=0.5), 16 * (SAMPLE + 6 * 4)),
+    "er+fpf": (lambda: [strategies.ExperienceReplay(16), strategies.FPF(steps=3)], 16 * SAMPLE),
+}
+
+
+UNLIKE_ONE_PROCESS = {
+    "er_balanced": "an odd number of replayed samples cannot be shared equally",
+    "ewc_online": "fisher='batch' depends on the batch size of a process",
+}
+
+
+@pytest.fixture(autouse=True)
+def _quiet(caplog):
+    caplog.set_level(logging.ERROR, logger="pytorch_lightning")
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_strategy(name, check):
+    if check == "processes" and name in UNLIKE_ONE_PROCESS:
+        pytest.skip(UNLIKE_ONE_PROCESS[name])
+    build, limit = STRATEGIES[name]
+    check_strategy(build, only=[check], state_limit=limit)
+
+
+def test_every_public_strategy_is_here():
+    def classes(build):
+        built = build()
+        return {type(one) for one in (built if isinstance(built, list) else [built])}
+
+    covered = set().union(*(classes(build) for build, _ in STRATEGIES.values()))
+    assert covered == {getattr(strategies, name) for name in strategies.__all__}
+
+
+class Forgets(Strategy):
+    """Scales the loss by a number that it does not save."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def loss_term(self, trainer, module, batch, loss):
+        self.calls += 1
+        return loss * self.calls / 10
+
+
+class Peeks(Strategy):
+    """Draws from the global random numbers more often while something evaluates."""
+
+    def on_train_batch_end(self, trainer, module, *args):
+        if any(type(callback).__name__ == "StabilityGap" for callback in trainer.callbacks):
+            torch.rand(1)
+
+
+class Freezes(Strategy):
+    def on_fit_end(self, trainer, module):
+        module.net[1].weight.requires_grad_(False)
+
+
+class OwnProcess(Strategy):
+    def loss_term(self, trainer, module, batch, loss):
+        return trainer.global_rank * loss
+
+
+class Hoards(Strategy):
+    def __init__(self):
+        self.held = torch.empty(0, 6)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        x = batch["x"] if isinstance(batch, dict) else batch[0]
+        self.held = torch.cat([self.held, x])
+
+    def state_dict(self):
+        return {"held": self.held}
+
+    def load_state_dict(self, state_dict):
+        self.held = state_dict["held"]
+
+
+class PicklesItself(Strategy):
+    def state_dict(self):
+        return {"layer": nn.Linear(1, 1)}
+
+
+class NeedsPairs(Strategy):
+    def transform_batch(self, trainer, module, batch):
+        return (batch[0] + 0, *batch[1:])
+
+
+class StepsTwice(Strategy):
+    def on_train_batch_end(self, trainer, module, *args):
+        trainer.optimizers[0].step()
+        trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed += 1
+
+
+class HalfWeights(Strategy):
+    def on_fit_end(self, trainer, module):
+        module.bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "check"),
+    [
+        (Forgets, "resume"),
+        (Peeks, "evaluation"),
+        (OwnProcess, "processes"),
+        (StepsTwice, "accumulation"),
+        (HalfWeights, "bf16"),
+        (Hoards, "state"),
+        (PicklesItself, "state"),
+        (Freezes, "untouched"),
+        (NeedsPairs, "refusals"),
+    ],
+)
+def test_every_check_can_fail(strategy, check):
+    with pytest.raises(Exception, match=check if strategy is not PicklesItself else "weights_only"):
+        check_strategy(strategy, only=[check], state_limit=100)
+
+
+def test_an_unknown_check_is_named():
+    with pytest.raises(ValueError, match="resumes"):
+        check_strategy(strategies.Naive, only=["resumes"])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from clkit.lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from clkit.adapters import SaveAdapters as SaveAdapters
     from clkit.checkpoint import StreamCheckpoint as StreamCheckpoint
     from clkit.classifier import Classifier as Classifier
     from clkit.datamodule import StreamDataModule as StreamDataModule
@@ -36,6 +37,7 @@ _PUBLIC = {
     "InMemoryDataset": "clkit.datasets",
     "ModuleDrift": "clkit.evaluation.drift",
     "ResetOptimizer": "clkit.optimizer",
+    "SaveAdapters": "clkit.adapters",
     "StabilityGap": "clkit.evaluation.stability_gap",
     "Strategy": "clkit.strategy",
     "Stream": "clkit.stream",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
@@ -12,8 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_accuracy
 
+from clkit.adapters import add_adapter
 from clkit.errors import ConfigurationError
 from clkit.networks import Network, build_network
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 _SGD = functools.partial(torch.optim.SGD, lr=0.1)
 
@@ -35,6 +39,8 @@ class Classifier(pl.LightningModule):
         optimizer: Makes the optimizer from the trainable parameters; SGD with learning rate 0.1 by default.
         scheduler: Makes a learning-rate scheduler from the optimizer, stepped once per epoch.
         mask_unseen: Leave the classes of experiences that have not started out of the softmax.
+        adapter: A configuration of peft, such as :func:`~clkit.adapters.lora` makes: everything but the adapter and its
+            ``modules_to_save`` is frozen. Needs ``pip install clkit[lora]``.
 
     Raises:
         ConfigurationError: If ``net`` must be built and ``n_classes`` or ``input_shape`` is missing.
@@ -57,6 +63,7 @@ class Classifier(pl.LightningModule):
         optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] = _SGD,
         scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
         mask_unseen: bool = False,
+        adapter: PeftConfig | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(net, nn.Module):
@@ -66,7 +73,7 @@ class Classifier(pl.LightningModule):
                     "(stream.n_classes and stream.input_shape), or pass a finished module."
                 )
             net = build_network(net, tuple(input_shape), n_classes)
-        self.net, self.n_classes = net, n_classes
+        self.net, self.n_classes = net if adapter is None else add_adapter(net, adapter), n_classes
         self.optimizer, self.scheduler, self.mask_unseen = optimizer, scheduler, mask_unseen
         self.register_buffer("seen", torch.ones(n_classes or 0, dtype=torch.bool))
         self.register_buffer("task_classes", torch.ones(0, n_classes or 0, dtype=torch.bool))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import nn
 
 from clkit.strategy import stream_data
 from clkit.stream import Experience
@@ -20,3 +23,10 @@ class ResetOptimizer(Callback):
     def on_experience_start(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
         if experience.index > 0:
             trainer.strategy.setup_optimizers(trainer)
+
+
+def forget_state(trainer: Trainer, parameters: Iterable[nn.Parameter]) -> None:
+    """Drop the optimizers' momentum and statistics of some parameters, as if these had just been added."""
+    for parameter in parameters:
+        for optimizer in trainer.optimizers:
+            optimizer.state.pop(parameter, None)

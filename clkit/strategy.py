@@ -40,10 +40,15 @@ class Strategy(Callback):
             ``StabilityGap(view=...)``.
         prediction: Name of the view that the method predicts with, ``None`` for the live weights. ``StabilityGap``
             evaluates it unless told otherwise; the strategy itself puts it into the module in ``on_fit_end``.
+        carries_weights: Whether it compares or mixes trainable weights with those of an earlier experience.
+        renews_weights: Whether it starts new trainable weights at an experience's start. What carries weights cannot be
+            combined with it, and what offers ``views`` must come after it.
     """
 
     views: Mapping[str, View] = MappingProxyType({})
     prediction: str | None = None
+    carries_weights = False
+    renews_weights = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what the strategy cannot work with; overriding methods call ``super().setup(...)`` first.
@@ -59,6 +64,26 @@ class Strategy(Callback):
                 f"{type(self).__name__} adds a term to the loss, but {type(pl_module).__name__} optimizes manually and "
                 "runs its own backward; set automatic_optimization = True or add the term in your training_step."
             )
+        if self.renews_weights:
+            self._check_others(trainer.callbacks)  # type: ignore[attr-defined]
+
+    def _check_others(self, callbacks: list[Callback]) -> None:
+        own = type(self).__name__
+        for position, other in enumerate(callbacks):
+            if not isinstance(other, Strategy) or other is self:
+                continue
+            name = type(other).__name__
+            if other.carries_weights or other.renews_weights:
+                raise ConfigurationError(
+                    f"{own} starts each experience with new weights, and {name} "
+                    f"{'does so too' if other.renews_weights else 'compares weights with those of earlier ones'}; "
+                    "use one of them."
+                )
+            if other.views and position < callbacks.index(self):
+                raise ConfigurationError(
+                    f"{own} starts each experience with new weights, and {name} copies them then; put {own} before "
+                    f"{name}."
+                )
 
     def on_experience_start(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
         """Called before the first batch of an experience."""

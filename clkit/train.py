@@ -25,7 +25,7 @@ from clkit.report import write_report
 
 FIGURES = ("stability_gap", "zoom", "overlay", "worst_case", "time", "drift")
 RESULTS = (
-    *("run.json", "history*.csv", "metrics.json", "checkpoints", "tensorboard", "csv"),
+    *("run.json", "history*.csv", "metrics.json", "checkpoints", "tensorboard", "csv", "adapters"),
     *(
         "report.md",
         "report.tex",

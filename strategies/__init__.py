@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .fpf import KFPF as KFPF
     from .lwf import LwF as LwF
     from .naive import Naive as Naive
+    from .reglora import RegLoRA as RegLoRA
 
 _PUBLIC = {
     "AGEM": ".agem",
@@ -27,6 +28,7 @@ _PUBLIC = {
     "KFPF": ".fpf",
     "LwF": ".lwf",
     "Naive": ".naive",
+    "RegLoRA": ".reglora",
 }
 __all__ = sorted(_PUBLIC)
 __getattr__, __dir__ = lazy_exports(__name__, _PUBLIC)

@@ -58,6 +58,8 @@ class EWC(Strategy):
     equation 3; online form: Schwarz et al., *Progress & Compress*, arXiv 1805.06370.
     """
 
+    carries_weights = True
+
     def __init__(
         self,
         strength: float = 10.0,

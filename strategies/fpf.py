@@ -22,6 +22,7 @@ from clkit.evaluation.drift import ModuleDrift
 from clkit.evaluation.prefix import PrefixTable
 from clkit.forward import forget_forward, outputs, record_forward, task_loss
 from clkit.modules import Part, only, select
+from clkit.optimizer import forget_state
 from clkit.rng import private_rng
 from clkit.strategy import Strategy, check_pairs, stream_data
 from clkit.stream import Experience
@@ -102,9 +103,7 @@ class _Finetuning(Strategy):
             with torch.no_grad():
                 torch._foreach_copy_([tensor.detach() for tensor in after], before)
         if self.restart:
-            for main in trainer.optimizers:
-                for param in params:
-                    main.state.pop(param, None)
+            forget_state(trainer, params)
 
     def _prefix(self, module: LightningModule, memory: Any, size: int) -> Callable[[Tensor], Any]:
         """What a phase's forward on some rows runs in: frozen first modules are computed once for all rows."""

@@ -30,7 +30,7 @@ def configure(*overrides: str) -> DictConfig:
 
 
 def every_config() -> list[str]:
-    groups = ("strategy", "scenario", "model", "trainer", "logger", "callbacks", "schedule", "experiment")
+    groups = ("strategy", "scenario", "model", "trainer", "logger", "callbacks", "schedule", "experiment", "adapter")
     return [f"{group}={choice.name}" for group in groups for choice in choices(group) if choice.origin == "clkit"]
 
 

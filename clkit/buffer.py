@@ -81,6 +81,11 @@ class ReservoirBuffer:
         """Return all samples held, as a batch; ``None`` when there are none."""
         return None if self.storage is None or not len(self) else self._read(self.occupied())
 
+    def clear(self) -> None:
+        """Drop all samples and start over; the random numbers go on."""
+        self.storage = None
+        self.n_seen = 0
+
     def to(self, device: torch.device) -> None:
         """Move the samples to ``device``, unless the buffer was made with a device of its own."""
         if self.device is None:
@@ -127,6 +132,10 @@ class ClassBalancedBuffer(ReservoirBuffer):
         super().__init__(capacity, seed=seed, device=device)
         self.slots: dict[int, Slots] = {}
         self.seen: dict[int, int] = {}
+
+    def clear(self) -> None:
+        super().clear()
+        self.slots, self.seen = {}, {}
 
     def occupied(self) -> Slots:
         return np.concatenate([np.empty(0, dtype=np.int64), *self.slots.values()])

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .ewc import EWC as EWC
     from .fpf import FPF as FPF
     from .fpf import KFPF as KFPF
+    from .ilora import InterpolatedLoRA as InterpolatedLoRA
     from .lwf import LwF as LwF
     from .naive import Naive as Naive
     from .reglora import RegLoRA as RegLoRA
@@ -26,6 +27,7 @@ _PUBLIC = {
     "ExperienceReplay": ".er",
     "FPF": ".fpf",
     "KFPF": ".fpf",
+    "InterpolatedLoRA": ".ilora",
     "LwF": ".lwf",
     "Naive": ".naive",
     "RegLoRA": ".reglora",

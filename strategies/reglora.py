@@ -136,6 +136,7 @@ class RegLoRA(Strategy):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._last is not None:
             self._finish(self._last)
+            self._last = None
 
     @torch.no_grad()
     def _finish(self, index: int) -> None:
@@ -160,10 +161,11 @@ class RegLoRA(Strategy):
             self.positions[entry.name] = new if old is None else old.joined(new, self.duplicates == "multiset")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"positions": {name: positions.packed() for name, positions in self.positions.items()}}
+        return {"positions": {name: p.packed() for name, p in self.positions.items()}, "last": self._last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.positions = {name: Positions.unpacked(packed) for name, packed in state_dict["positions"].items()}
+        self._last = state_dict["last"]
 
 
 @dataclass(frozen=True)

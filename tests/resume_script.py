@@ -57,6 +57,7 @@ def build_strategies(name: str) -> list:
         "lwf": lambda: [strategies.LwF()],
         "ema": lambda: [strategies.EMABalance("paper")],
         "kfpf": lambda: [strategies.KFPF(5, capacity=16, steps=3, distillation=0.5, select="norm+head")],
+        "ilora": lambda: [strategies.InterpolatedLoRA(16)],
         "er+fpf": lambda: [strategies.ExperienceReplay(16), strategies.FPF(steps=3, when="experience")],
         "er+ewc": lambda: [strategies.ExperienceReplay(16), strategies.EWC(10.0)],
     }[name]()

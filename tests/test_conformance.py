@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 
+import peft
 import pytest
 import torch
 from torch import nn
 
 from clkit import Strategy, strategies
-from clkit.testing import CHECKS, check_strategy
+from clkit.testing import CHECKS, SmallModule, check_strategy
 
 SAMPLE = 6 * 4 + 8  # bytes of an input and a label
 WEIGHTS = 4 * (6 * 16 + 16 + 16 * 6 + 6)
@@ -25,6 +26,7 @@ STRATEGIES = {
     "lwf": (strategies.LwF, WEIGHTS),
     "ema": (lambda: strategies.EMABalance("paper"), 3 * WEIGHTS),
     "kfpf": (lambda: strategies.KFPF(5, capacity=16, steps=3, distillation=0.5), 16 * (SAMPLE + 6 * 4)),
+    "ilora": (lambda: strategies.InterpolatedLoRA(16), 16 * SAMPLE + WEIGHTS),
     "er+fpf": (lambda: [strategies.ExperienceReplay(16), strategies.FPF(steps=3)], 16 * SAMPLE),
 }
 
@@ -49,12 +51,28 @@ def test_strategy(name, check):
     check_strategy(build, only=[check], state_limit=limit)
 
 
+def lora_module():
+    module = SmallModule()
+    config = peft.LoraConfig(r=3, target_modules=["1"], modules_to_save=["3"])
+    module.net = peft.get_peft_model(module.net, config)
+    return module
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("name", ["reglora", "ema", "ilora", "naive"])
+def test_strategy_with_lora(name, check):
+    if (name, check) == ("reglora", "refusals"):
+        pytest.skip("it refuses the suite's modules without LoRA")
+    builds = {"reglora": lambda: strategies.RegLoRA(1.0, percent=20)} | {n: b for n, (b, _) in STRATEGIES.items()}
+    check_strategy(builds[name], module=lora_module, only=[check])
+
+
 def test_every_public_strategy_is_here():
     def classes(build):
         built = build()
         return {type(one) for one in (built if isinstance(built, list) else [built])}
 
-    covered = set().union(*(classes(build) for build, _ in STRATEGIES.values()))
+    covered = {strategies.RegLoRA}.union(*(classes(build) for build, _ in STRATEGIES.values()))
     assert covered == {getattr(strategies, name) for name in strategies.__all__}
 
 

@@ -19,7 +19,7 @@ from clkit.strategies import EWC, ExperienceReplay
 
 STRATEGIES = [
     *("naive", "cumulative", "er", "er_balanced", "agem", "ewc", "ewc_online", "lwf", "ema"),
-    *("kfpf", "er+fpf", "er+ewc"),
+    *("kfpf", "ilora", "er+fpf", "er+ewc"),
 ]
 
 

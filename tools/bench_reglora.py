@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from clkit import Classifier, InMemoryDataset, Stream, StreamDataModule, Strategy
+from clkit import Classifier, InMemoryDataset, Strategy, Stream, StreamDataModule
 from clkit.adapters import lora
 from clkit.networks import tiny_vit
 from clkit.strategies import Naive, RegLoRA

@@ -362,6 +362,7 @@ class StabilityGap(Callback):
             approximation=self._approximation,
             subset=self.subset,
             mask="seen" if self.mask == "none" and self._module_mask else self.mask,
+            view=self._evaluated,
             windows=self.windows,
             n_undefined=self._n_undefined,
         )

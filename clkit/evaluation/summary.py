@@ -26,6 +26,7 @@ def summary(
     subset: int | None,
     score: str = "accuracy",
     mask: str = "none",
+    view: str = "live",
     windows: Sequence[int] = (10, 100),
     n_undefined: int = 0,
     approximation: Mapping[str, float] | None = None,
@@ -41,6 +42,7 @@ def summary(
         subset: Samples of each experience in a per-iteration evaluation; ``None`` for all.
         score: Name of the score.
         mask: Which outputs compete in an evaluation; ``none`` for all.
+        view: Which weights were evaluated: the live ones, or those that a strategy offers under another name.
         windows: Window lengths in evaluations.
         n_undefined: Evaluated samples whose score was NaN.
         approximation: What is known of the error of approximate evaluations.
@@ -58,6 +60,7 @@ def summary(
         "biased": [] if schedule == "every step" else _biased(metrics, bool(approximation)),
         "subset": subset,
         "mask": mask,
+        "view": view,
         "stream": {**stream, "steps": history.boundaries()},
         "metrics": metrics | {"n_undefined": n_undefined},
         "per_experience": {name: each[name] for name in ("forgetting", "minimum", "final")},

@@ -16,7 +16,7 @@ import rich.table
 from matplotlib.figure import Figure
 from rich.text import Text
 
-from clkit.evaluation.drift import Drift
+from clkit.evaluation.drift_file import Drift
 from clkit.report import html, tables
 from clkit.report.figures import (
     TWO_COLUMNS,

@@ -21,7 +21,7 @@ from matplotlib.transforms import blended_transform_factory
 from numpy.typing import NDArray
 
 from clkit.errors import ConfigurationError
-from clkit.evaluation.drift import Drift
+from clkit.evaluation.drift_file import Drift
 from clkit.evaluation.functional import Statistics
 from clkit.evaluation.history import History
 from clkit.report.estimate import mean_interval

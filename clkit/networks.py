@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, cast
 
 import timm
+import torch
 import torchvision
 from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vision_transformer import VisionTransformer
@@ -138,6 +140,44 @@ def build_network(
         )
         return built
     return _torchvision(name, channels, n_classes, pretrained, options)
+
+
+def with_weights(
+    input_shape: Sequence[int], n_classes: int, net: Callable[..., nn.Module], weights: str | Path
+) -> nn.Module:
+    """Build a network and load weights from a file.
+
+    Args:
+        input_shape: Shape of one input.
+        n_classes: Number of outputs.
+        net: Called with ``input_shape`` and ``n_classes``.
+        weights: A file of ``torch.save(network.state_dict(), path)``. Tensors of another shape, as those of an output
+            layer for other classes, are left as they are built.
+
+    Raises:
+        ConfigurationError: If the file cannot be read, or is no state of such a network.
+    """
+    built = net(input_shape=input_shape, n_classes=n_classes)
+    path = Path(weights)
+    if not path.is_file():
+        raise ConfigurationError(f"There are no weights at {path}; train some, or name another file.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        own = built.state_dict()
+        fitting = {name: tensor for name, tensor in state.items() if own[name].shape == tensor.shape}
+    except Exception as error:
+        raise ConfigurationError(
+            f"{path} holds no weights of a {type(built).__name__} ({type(error).__name__}: {error}); save those of the "
+            "same network with torch.save(network.state_dict(), path)."
+        ) from error
+    left_out = {name.rpartition(".")[0] for name in own.keys() - fitting.keys()}
+    if len(left_out) > 1:
+        raise ConfigurationError(
+            f"{path} fits all but {', '.join(sorted(left_out))} of the {type(built).__name__}; build the network with "
+            "the sizes that it was trained with."
+        )
+    built.load_state_dict(fitting, strict=False)
+    return built
 
 
 def _image(input_shape: Sequence[int]) -> tuple[int, int, int]:

@@ -24,12 +24,12 @@ class Split(Stream):
 
     Args:
         dataset: digits, mnist, fashion_mnist, cifar10 or cifar100.
-        n_experiences: Number of experiences, a divisor of the number of classes.
+        n_experiences: Number of experiences, a divisor of the number of classes that come.
         kind: ``"class-incremental"``: original labels. ``"task-incremental"``: original labels, and the experience's
             index as task label of each sample. ``"domain-incremental"``: the label is the position among the
             experience's classes, so that all experiences share the same few labels.
         class_order: The classes in the order they arrive; 0, 1, 2, ... when ``None``, drawn from ``seed`` when
-            ``"shuffled"``.
+            ``"shuffled"``. Classes that a list leaves out do not come (a network may have been pretrained on them).
         classes_per_experience: Number of classes of each experience, in place of ``n_experiences``.
         seed: Seed of the class order and of held-out data, at least 0.
         data_root: Folder with the dataset's files in torchvision's layout (not needed for digits).
@@ -62,8 +62,8 @@ class Split(Stream):
         choose("kind", kind, KINDS)
         images = load(dataset, seed=seed, data_root=data_root, download=download, val_fraction=val_fraction)
         title = "Split" + dataset.title().replace("_", "")
-        sizes = _sizes(title, images.n_classes, n_experiences, classes_per_experience)
         order = _order(title, images.n_classes, class_order, seed)
+        sizes = _sizes(title, len(order), n_experiences, classes_per_experience)
         groups = torch.split(torch.tensor(order), sizes)
         domains = kind == "domain-incremental"
         if domains and len(set(sizes)) > 1:
@@ -71,7 +71,7 @@ class Split(Stream):
                 f"Experiences of a domain-incremental stream share their labels, but classes_per_experience={sizes}; "
                 "use equal numbers or another kind."
             )
-        place = torch.empty(images.n_classes, dtype=torch.int64)
+        place = torch.zeros(images.n_classes, dtype=torch.int64)
         for group in groups:
             place[group] = torch.arange(len(group))
         super().__init__(
@@ -132,10 +132,11 @@ def _order(title: str, n_classes: int, class_order: Sequence[int] | str | None, 
         return list(range(n_classes))
     if class_order == "shuffled":
         return [int(label) for label in private_rng(seed, CLASS_ORDER).permutation(n_classes)]
-    if isinstance(class_order, str) or len(class_order) != n_classes or set(class_order) != set(range(n_classes)):
+    known = set(range(n_classes))
+    if isinstance(class_order, str) or not class_order or sorted(class_order) != sorted(known & set(class_order)):
         raise ConfigurationError(
-            f"class_order={class_order!r} is not an order of the {n_classes} classes of {title}; list each of 0 to "
-            f"{n_classes - 1} once, or use 'shuffled'."
+            f"class_order={class_order!r} is not an order of classes of {title}; list some or all of 0 to "
+            f"{n_classes - 1}, each once, or use 'shuffled'."
         )
     return list(class_order)
 

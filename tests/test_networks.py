@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from clkit import ConfigurationError
-from clkit.networks import MLP, build_network, slim_resnet18, tiny_vit
+from clkit.networks import MLP, build_network, slim_resnet18, tiny_vit, with_weights
 from clkit.scenarios import SplitDigits
 
 
@@ -136,3 +136,25 @@ def test_unknown_name_tells_the_nearest(name):
 def test_unknown_library_is_refused():
     with pytest.raises(ConfigurationError, match="neither a timm nor a torchvision network"):
         build_network("hub/resnet18", (3, 32, 32), 5)
+
+
+def test_weights_from_a_file_with_a_new_head(tmp_path):
+    torch.manual_seed(0)
+    trained = tiny_vit((1, 8, 8), 4)
+    torch.save(trained.state_dict(), tmp_path / "vit.pt")
+    built = with_weights((1, 8, 8), 6, tiny_vit, tmp_path / "vit.pt")
+    assert torch.equal(built.blocks[0].attn.qkv.weight, trained.blocks[0].attn.qkv.weight)
+    assert built.head.weight.shape == (6, 64)
+    same = with_weights((1, 8, 8), 4, tiny_vit, tmp_path / "vit.pt")
+    assert torch.equal(same.head.weight, trained.head.weight)
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path):
+    torch.save(MLP((8,), 2).state_dict(), tmp_path / "mlp.pt")
+    (tmp_path / "text.pt").write_text("no weights")
+    torch.save(tiny_vit((1, 8, 8), 4, embed_dim=32).state_dict(), tmp_path / "narrow.pt")
+    for name, words in (("none.pt", "no weights at"), ("mlp.pt", "no weights of"), ("text.pt", "no weights of")):
+        with pytest.raises(ConfigurationError, match=words):
+            with_weights((1, 8, 8), 4, tiny_vit, tmp_path / name)
+    with pytest.raises(ConfigurationError, match="sizes that it was trained with"):
+        with_weights((1, 8, 8), 4, tiny_vit, tmp_path / "narrow.pt")

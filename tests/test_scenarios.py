@@ -120,6 +120,13 @@ def test_domain_incremental_labels_are_positions_in_the_class_list():
     assert targets_of(stream[0].train).tolist() == expected
 
 
+def test_classes_left_out_of_the_order_do_not_come():
+    stream = SplitDigits(2, class_order=[7, 2, 9, 4])
+    assert [experience.classes for experience in stream] == [(2, 7), (4, 9)]
+    assert stream.n_classes == 10
+    assert {int(y) for experience in stream for y in experience.test.y[experience.test.indices]} == {2, 4, 7, 9}
+
+
 def test_explicit_class_order_is_kept_and_named():
     stream = SplitDigits(class_order=[9, 0, 1, 2, 3, 4, 5, 6, 7, 8], classes_per_experience=[1, 3, 6])
     assert [experience.name for experience in stream] == ["9", "0-2", "3-8"]
@@ -157,8 +164,10 @@ def test_streams_can_be_pickled(make):
         ({"kind": "class-incrementa"}, "did you mean class-incremental"),
         ({"kind": "instruction"}, "kind='instruction'"),
         ({"class_order": "random"}, "'shuffled'"),
-        ({"class_order": [0, 1, 2]}, "each of 0 to 9 once"),
-        ({"class_order": [0] * 10}, "each of 0 to 9 once"),
+        ({"class_order": [0, 1, 10]}, "0 to 9, each once"),
+        ({"class_order": []}, "0 to 9, each once"),
+        ({"class_order": [0] * 10}, "0 to 9, each once"),
+        ({"class_order": [0, 1, 2]}, "n_experiences=5 does not divide"),
         ({"classes_per_experience": [5, 4]}, "adds up to 9"),
         ({"classes_per_experience": [10, 0]}, "at least 1"),
         ({"classes_per_experience": [4, 6], "kind": "domain-incremental"}, "equal numbers"),

@@ -123,7 +123,11 @@ def minimum_above_zero(matrix: Array, vector: Array) -> Array:
         vector: :math:`q`, ``[T]``, in the range of :math:`M`.
     """
     values, vectors = np.linalg.eigh(matrix)
-    kept = values > values[-1] * len(values) * np.finfo(np.float64).eps
+    rounding = len(values) * np.finfo(np.float64).eps
+    kept = values > rounding * values[-1]
     root, basis = np.sqrt(values[kept]), vectors[:, kept].T
-    solution: Array = nnls(root[:, None] * basis, -(basis @ vector) / root)[0]
+    a = root[:, None] * basis
+    # a column of nothing but rounding errors would get a huge weight
+    a[np.abs(a) < rounding * root[-1]] = 0
+    solution: Array = nnls(a, -(basis @ vector) / root)[0]
     return solution

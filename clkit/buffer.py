@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from pytorch_lightning import Trainer
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from clkit.datasets import labels_of
+from clkit.distributed import local_share
 from clkit.errors import ConfigurationError
 from clkit.rng import private_rng, rng_state, set_rng_state
 
@@ -174,6 +176,19 @@ class ClassBalancedBuffer(ReservoirBuffer):
         self.slots = {label: np.asarray(held, dtype=np.int64) for label, held in state["slots"].items()}
         self.seen = dict(state["seen"])
         super().load_state_dict(state)
+
+
+def draw_replay(trainer: Trainer, buffer: ReservoirBuffer, batch: Any, size: int | None) -> Any:
+    """Draw samples to replay beside a batch, for this process; ``None`` when there are none.
+
+    Args:
+        trainer: The trainer.
+        buffer: A memory that is the same on every process.
+        batch: The new batch.
+        size: Samples per process; as many as the batch has when ``None``.
+    """
+    drawn = buffer.sample((size or _batch_size(batch)) * trainer.world_size)
+    return None if drawn is None else local_share(trainer, drawn)
 
 
 def concatenate(first: Any, second: Any) -> Any:

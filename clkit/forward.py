@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
+import torch
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -16,18 +17,17 @@ from torchmetrics import Metric
 from clkit.errors import ConfigurationError
 
 OWN_STEP = "_clkit_own_step"
-_recorded: WeakKeyDictionary[LightningModule, tuple[Any, Any]] = WeakKeyDictionary()
+_recorded: WeakKeyDictionary[LightningModule, tuple[tuple[Any, ...], Any]] = WeakKeyDictionary()
 
 
 @contextmanager
 def record_forward(module: LightningModule) -> Iterator[None]:
-    """Keep the module's last single-input forward made inside the block, until :func:`forget_forward`."""
+    """Keep the module's last forward made inside the block, until :func:`forget_forward`."""
 
-    def keep(module: Any, args: tuple[Any, ...], output: Any) -> None:
-        if len(args) == 1:
-            _recorded[module] = (args[0], output)
+    def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        _recorded[module] = ((*args, *kwargs.values()), output)
 
-    handle = module.register_forward_hook(keep)
+    handle = module.register_forward_hook(keep, with_kwargs=True)
     try:
         yield
     finally:
@@ -39,16 +39,16 @@ def forget_forward(module: LightningModule) -> None:
     _recorded.pop(module, None)
 
 
-def outputs(module: LightningModule, x: Any) -> Any:
-    """Return ``module(x)``, reusing the forward that ``training_step`` just made on the same ``x``.
+def outputs(module: LightningModule, *inputs: Any) -> Any:
+    """Return ``module(*inputs)``, reusing the forward that ``training_step`` just made on the same inputs.
 
     Where there was none, the second forward leaves BatchNorm's running statistics alone.
     """
-    last = _recorded.get(module)
-    if last is not None and last[0] is x:
-        return last[1]
+    args, output = _recorded.get(module, ((), None))
+    if len(args) == len(inputs) and all(own is given for own, given in zip(args, inputs, strict=True)):
+        return output
     with frozen_statistics(module):
-        return module(x)
+        return module(*inputs)
 
 
 def to_device(trainer: Trainer, batch: Any) -> Any:
@@ -74,6 +74,29 @@ def task_loss(module: LightningModule, batch: Any) -> Tensor:
             f"{type(module).__name__}.training_step returned no loss for a batch; return a scalar or {{'loss': ...}}."
         )
     return cast(Tensor, loss)
+
+
+def task_loss_and_outputs(module: LightningModule, batch: Any) -> tuple[Tensor, Any]:
+    """Return :func:`task_loss` of an ``(x, y)`` or ``(x, y, task)`` batch and, of the same forward, the outputs."""
+    x, _, *task = batch
+    kept = _recorded.pop(module, None)
+    with record_forward(module):
+        loss = task_loss(module, batch)
+    output = outputs(module, x, *task)
+    forget_forward(module)
+    if kept is not None:
+        _recorded[module] = kept
+    return loss, output
+
+
+def logit_distance(new: Tensor, old: Tensor) -> Tensor:
+    """Return the mean squared difference of logits ``[B, C]`` over samples and classes, in at least single precision.
+
+    Logits that a module has masked, with the lowest finite number of their dtype or minus infinity, are left out.
+    """
+    used = (new > torch.finfo(new.dtype).min) & (old > torch.finfo(old.dtype).min)
+    difference = torch.where(used, new.float() - old.float(), 0.0)
+    return difference.square().sum() / used.sum().clamp(min=1)
 
 
 @contextmanager

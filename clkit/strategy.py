@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from clkit.errors import ConfigurationError
+from clkit.forward import to_device
 from clkit.loader import read_samples
 from clkit.stream import Experience
 
@@ -92,7 +95,10 @@ class Strategy(Callback):
         """Called after the last optimizer step of an experience, before the full evaluation."""
 
     def transform_batch(self, trainer: Trainer, module: LightningModule, batch: Any) -> Any:
-        """Return the batch that the module's ``training_step`` shall see; ``on_train_batch_end`` still gets the old."""
+        """Return the batch that the module's ``training_step`` shall see; ``on_train_batch_end`` still gets the old.
+
+        Samples are appended: the new ones stay first, where other strategies look for them.
+        """
         return batch
 
     def loss_term(self, trainer: Trainer, module: LightningModule, batch: Any, loss: Tensor) -> Tensor | None:
@@ -113,6 +119,13 @@ class Strategy(Callback):
         Other strategies may train on them.
         """
         return None
+
+
+def random_samples(trainer: Trainer, dataset: Dataset[Any], n: int, rng: np.random.Generator) -> Any:
+    """Return ``n`` different random samples of a dataset (all if it has fewer) as one batch on the module's device."""
+    size = len(cast(Sequence[Any], dataset))
+    chosen = torch.from_numpy(rng.choice(size, min(n, size), replace=False))
+    return to_device(trainer, read_samples(dataset, chosen, collate_fn=stream_data(trainer).collate_fn))
 
 
 def check_pairs(trainer: Trainer, name: str, instead: str) -> None:

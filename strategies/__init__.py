@@ -8,26 +8,36 @@ from clkit.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .agem import AGEM as AGEM
+    from .cls_er import CLSER as CLSER
     from .cumulative import Cumulative as Cumulative
+    from .der import DER as DER
     from .ema_balance import EMABalance as EMABalance
     from .er import ExperienceReplay as ExperienceReplay
     from .ewc import EWC as EWC
     from .fpf import FPF as FPF
     from .fpf import KFPF as KFPF
+    from .gdumb import GDumb as GDumb
+    from .gem import GEM as GEM
     from .ilora import InterpolatedLoRA as InterpolatedLoRA
+    from .joint import Joint as Joint
     from .lwf import LwF as LwF
     from .naive import Naive as Naive
     from .reglora import RegLoRA as RegLoRA
 
 _PUBLIC = {
     "AGEM": ".agem",
+    "CLSER": ".cls_er",
     "Cumulative": ".cumulative",
+    "DER": ".der",
     "EMABalance": ".ema_balance",
     "EWC": ".ewc",
     "ExperienceReplay": ".er",
     "FPF": ".fpf",
-    "KFPF": ".fpf",
+    "GDumb": ".gdumb",
+    "GEM": ".gem",
     "InterpolatedLoRA": ".ilora",
+    "Joint": ".joint",
+    "KFPF": ".fpf",
     "LwF": ".lwf",
     "Naive": ".naive",
     "RegLoRA": ".reglora",

@@ -7,16 +7,14 @@ from typing import Any
 import torch
 from lightning_fabric.utilities import move_data_to_device
 from pytorch_lightning import LightningModule, Trainer
-from torch import Tensor
 from torch.optim import Optimizer
 
 from clkit.buffer import ReservoirBuffer
-from clkit.distributed import local_share, sum_over_processes
+from clkit.distributed import local_share
 from clkit.errors import ConfigurationError
-from clkit.forward import task_loss, to_device
-from clkit.loader import read_samples
+from clkit.gradient import add_to_gradients, check_automatic, flatten, loss_gradient, with_gradient
 from clkit.rng import private_rng
-from clkit.strategy import Strategy, stream_data
+from clkit.strategy import Strategy, random_samples, stream_data
 from clkit.stream import Experience
 
 
@@ -48,11 +46,7 @@ class AGEM(Strategy):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if not pl_module.automatic_optimization:
-            raise ConfigurationError(
-                f"AGEM runs {type(pl_module).__name__}.training_step on the memory for a gradient, but that one "
-                "optimizes manually and would step; set automatic_optimization = True."
-            )
+        check_automatic(pl_module, "AGEM")
         if self.memory is None:
             capacity = self.samples_per_experience * len(stream_data(trainer).stream)
             self.memory = ReservoirBuffer(capacity, seed=self.seed)
@@ -63,29 +57,21 @@ class AGEM(Strategy):
 
     def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
         assert self.memory is not None
-        data = stream_data(trainer)
-        n = len(experience.train)  # type: ignore[arg-type]
         rng = private_rng(self.seed, 3, experience.index)
-        chosen = rng.choice(n, min(n, self.samples_per_experience), replace=False)
-        batch = read_samples(experience.train, torch.from_numpy(chosen), collate_fn=data.collate_fn)
-        self.memory.insert(to_device(trainer, batch))
+        self.memory.insert(random_samples(trainer, experience.train, self.samples_per_experience, rng))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         assert self.memory is not None
         batch = self.memory.sample(self.batch_size)
-        params = [p for p in pl_module.parameters() if p.grad is not None]
+        params = with_gradient(pl_module)
         if batch is None or not params:
             return
         batch = move_data_to_device(local_share(trainer, batch), pl_module.device)
-        with torch.enable_grad():
-            grads = torch.autograd.grad(task_loss(pl_module, batch), params, materialize_grads=True)
-        reference = sum_over_processes(trainer, _flat(list(grads))) / trainer.world_size
-        gradient = _flat([p.grad for p in params if p.grad is not None])
+        reference = loss_gradient(trainer, pl_module, params, batch)
+        gradient = flatten(p.grad for p in params)
         product, norm = gradient @ reference, reference @ reference
         scale = torch.where((product < 0) & (norm > 0), product / norm, 0.0)
-        corrections = torch.split(scale * reference, [p.numel() for p in params])
-        for param, correction in zip(params, corrections, strict=True):
-            param.grad.sub_(correction.view_as(param))  # type: ignore[union-attr]
+        add_to_gradients(params, -scale * reference)
 
     def remembered(self) -> Any:
         return None if self.memory is None else self.memory.contents()
@@ -96,7 +82,3 @@ class AGEM(Strategy):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         assert self.memory is not None
         self.memory.load_state_dict(state_dict)
-
-
-def _flat(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors])

@@ -8,10 +8,9 @@ import torch
 from lightning_fabric.utilities import move_data_to_device
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from clkit.buffer import ClassBalancedBuffer, ReservoirBuffer, concatenate
-from clkit.distributed import gather_batch, local_share
+from clkit.buffer import ClassBalancedBuffer, ReservoirBuffer, concatenate, draw_replay
+from clkit.distributed import gather_batch
 from clkit.errors import ConfigurationError
 from clkit.forward import task_loss
 from clkit.strategy import Strategy
@@ -69,9 +68,7 @@ class ExperienceReplay(Strategy):
         self.buffer.to(pl_module.device)
 
     def transform_batch(self, trainer: Trainer, module: LightningModule, batch: Any) -> Any:
-        size = self.batch_size or len(tree_leaves(batch)[0])
-        drawn = self.buffer.sample(size * trainer.world_size)
-        self._replayed = None if drawn is None else local_share(trainer, drawn)
+        self._replayed = draw_replay(trainer, self.buffer, batch, self.batch_size)
         if self._replayed is None or self.alpha is not None:
             return batch
         return concatenate(batch, self._replayed)

@@ -20,7 +20,8 @@ from clkit.distributed import gather_batch, local_share, sum_over_processes
 from clkit.errors import ConfigurationError, check_whole
 from clkit.evaluation.drift import ModuleDrift
 from clkit.evaluation.prefix import PrefixTable
-from clkit.forward import forget_forward, outputs, record_forward, task_loss
+from clkit.forward import outputs, task_loss, task_loss_and_outputs
+from clkit.gradient import check_automatic
 from clkit.modules import Part, only, select
 from clkit.optimizer import forget_state
 from clkit.rng import private_rng
@@ -54,11 +55,7 @@ class _Finetuning(Strategy):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if not pl_module.automatic_optimization:
-            raise ConfigurationError(
-                f"{type(self).__name__} runs {type(pl_module).__name__}.training_step on the memory for a gradient, "
-                "but that one optimizes manually and would step; set automatic_optimization = True."
-            )
+        check_automatic(pl_module, type(self).__name__)
         if self.select == "drift":
             _find_drift(trainer)
         self._choose(trainer, pl_module)
@@ -268,8 +265,9 @@ class KFPF(_Finetuning):
 
     def loss_term(self, trainer: Trainer, module: LightningModule, batch: Any, loss: Tensor) -> Tensor | None:
         if self.distillation > 0:
-            with torch.no_grad():
-                self._logits = outputs(module, batch[0])[: self._size].detach()
+            x, _, *task = batch
+            # other strategies append to the batch
+            self._logits = outputs(module, x, *task)[: self._size].detach()
         return None
 
     def on_train_batch_end(
@@ -295,10 +293,7 @@ class KFPF(_Finetuning):
         if self.distillation == 0:
             return task_loss(module, batch)
         *pair, old = batch
-        with record_forward(module):
-            loss = task_loss(module, tuple(pair))
-        new = outputs(module, pair[0])
-        forget_forward(module)
+        loss, new = task_loss_and_outputs(module, tuple(pair))
         return loss + self.distillation * mse_loss(new.float(), old.float(), reduction="sum") / len(old)
 
     def remembered(self) -> Any:

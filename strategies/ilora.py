@@ -9,10 +9,10 @@ import torch
 from lightning_fabric.utilities import move_data_to_device
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
-from clkit.buffer import ReservoirBuffer
-from clkit.distributed import gather_batch, local_share
+from clkit.buffer import ReservoirBuffer, draw_replay
+from clkit.distributed import gather_batch
 from clkit.errors import ConfigurationError
 from clkit.evaluation.mode import evaluation_mode
 from clkit.forward import task_loss
@@ -114,11 +114,9 @@ class InterpolatedLoRA(Strategy):
         self._replayed, self._targets = None, []
         if stream_data(trainer).experience.index == 0:
             return batch
-        drawn = self.buffer.sample((self.batch_size or len(tree_leaves(batch)[0])) * trainer.world_size)
-        if drawn is None:
-            return batch
-        self._replayed = move_data_to_device(local_share(trainer, drawn), module.device)
-        if self.gamma > 0:
+        drawn = draw_replay(trainer, self.buffer, batch, self.batch_size)
+        self._replayed = move_data_to_device(drawn, module.device)
+        if drawn is not None and self.gamma > 0:
             # before the batch's own forward: swapping writes into weights that a living graph would still need
             slow = swapped(module, self.slow)
             with torch.no_grad(), evaluation_mode(module), slow, capture(self._blocks, stop=True) as self._targets:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import product
+
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import nn
@@ -57,3 +60,17 @@ def make_module(seed: int = 0, **kwargs) -> UserModule:
 
 def weights(module: nn.Module) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+def smallest_quadratic(matrix: np.ndarray, vector: np.ndarray, margin: float) -> np.ndarray:
+    """The minimum of v'Mv/2 + q'v over v >= margin by trying every set of entries at the margin."""
+    best, lowest = None, np.inf
+    for at_margin in product([True, False], repeat=len(vector)):
+        v, free = np.full(len(vector), margin), ~np.array(at_margin)
+        if free.any():
+            right = -(vector[free] + matrix[np.ix_(free, ~free)] @ v[~free])
+            v[free] = np.linalg.lstsq(matrix[np.ix_(free, free)], right, rcond=None)[0]
+        value = v @ matrix @ v / 2 + vector @ v
+        if (v >= margin - 1e-9).all() and value < lowest:
+            best, lowest = v, value
+    return best

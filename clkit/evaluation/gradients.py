@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from clkit.distributed import sum_over_processes
 from clkit.errors import ConfigurationError, check_whole
-from clkit.forward import frozen_statistics, task_loss
+from clkit.forward import frozen_statistics
+from clkit.gradient import flatten, loss_gradient, with_gradient
 from clkit.strategy import Strategy, stream_data
 
 _COLUMNS = ("step", "experience", "total", "plasticity", "stability", "cosine")
@@ -72,13 +72,12 @@ class GradientNorms(Strategy):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if trainer.global_step % self.every:
             return
-        params = [p for p in pl_module.parameters() if p.grad is not None]
+        params = with_gradient(pl_module)
         if not params:
             return
-        with torch.enable_grad(), isolate_rng(), frozen_statistics(pl_module):
-            grads = torch.autograd.grad(task_loss(pl_module, self._new), params, materialize_grads=True)
-        plasticity = sum_over_processes(trainer, _flat(grads)) / trainer.world_size
-        total = _flat([p.grad for p in params if p.grad is not None])
+        with isolate_rng(), frozen_statistics(pl_module):
+            plasticity = loss_gradient(trainer, pl_module, params, self._new)
+        total = flatten(p.grad for p in params)
         weight = self._share if self.weight is None else self.weight
         stability = (total - weight * plasticity) / (1 - weight) if weight < 1 else total - plasticity
         norms = [vector.norm() for vector in (total, plasticity, stability)]
@@ -109,7 +108,3 @@ class GradientNorms(Strategy):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._rows = list(state_dict["rows"])
-
-
-def _flat(tensors: Any) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors])

@@ -1,0 +1,177 @@
+"""Complementary learning systems experience replay."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from torch import Tensor
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from clkit.buffer import ReservoirBuffer, concatenate, draw_replay
+from clkit.distributed import gather_batch
+from clkit.errors import ConfigurationError
+from clkit.evaluation.mode import evaluation_mode
+from clkit.forward import logit_distance, outputs
+from clkit.parameters import assign, swapped, trainable
+from clkit.rng import private_rng, rng_state, set_rng_state
+from clkit.strategy import Strategy, check_pairs
+
+
+class CLSER(Strategy):
+    r"""Replay, and stay near the better of two averages of the weights: a plastic and a stable one.
+
+    .. math:: \mathcal L = \mathcal L(B \cup B_{\mathcal M})
+        + \lambda\, MSE\big(h_\theta(x_{\mathcal M}), h_{\theta_\bullet}(x_{\mathcal M})\big)
+
+    For each replayed sample :math:`\theta_\bullet` is :math:`\theta_P` or :math:`\theta_S`, whichever gives the true
+    label the higher probability. MSE is the mean over samples and classes. After optimizer step :math:`n`, with
+    probability :math:`r_P` and, independently, :math:`r_S`:
+
+    .. math:: \theta_\bullet \leftarrow a\,\theta_\bullet + (1 - a)\,\theta,
+        \qquad a = \min\big(\alpha_\bullet,\ 1 - \tfrac{1}{n + 1}\big)
+
+    The averages are of trainable parameters and, in the same way, of floating-point buffers: BatchNorm's running
+    statistics are averaged, and the averages answer in evaluation mode. Both start at the initial weights. The method
+    predicts with the stable average; at the end of the fit it is put into the module. ``StabilityGap(view="plastic")``
+    evaluates the other one, ``view="live"`` the weights in training.
+
+    The replayed samples are appended to the batch as by ``ExperienceReplay``, so both terms use one forward. Batches
+    must be ``(x, y)`` or ``(x, y, task)``, and ``forward(x)`` or ``forward(x, task)`` must return class logits
+    ``[B, C]``; those masked with the lowest finite number are left out of the mean. With several processes every one
+    keeps the same memory, filled from the global batch.
+
+    Args:
+        capacity: Samples in memory, at least 0.
+        batch_size: Samples replayed in a step and process; as many as the new batch has when ``None``.
+        weight: :math:`\lambda`, at least 0 (0 trains as experience replay does).
+        plastic_rate: :math:`r_P` in [0, 1].
+        stable_rate: :math:`r_S` in [0, 1], below :math:`r_P` in the paper.
+        plastic_decay: :math:`\alpha_P` in [0, 1).
+        stable_decay: :math:`\alpha_S` in [0, 1).
+        seed: Seed of the memory's and of the updates' own random numbers.
+        device: Where the memory is kept; beside the batches when ``None``.
+
+    Raises:
+        ConfigurationError: If a value is out of range, or the stream has other batches.
+
+    Reference: Arani et al., *Learning Fast, Learning Slow: A General Continual Learning Method based on Complementary
+    Learning System*, arXiv 2201.12604, algorithm 1.
+    """
+
+    prediction = "stable"
+    carries_weights = True
+
+    def __init__(
+        self,
+        capacity: int = 200,
+        *,
+        batch_size: int | None = None,
+        weight: float = 0.15,
+        plastic_rate: float = 0.3,
+        stable_rate: float = 0.1,
+        plastic_decay: float = 0.999,
+        stable_decay: float = 0.999,
+        seed: int = 0,
+        device: str | None = None,
+    ) -> None:
+        if batch_size is not None and batch_size < 1:
+            raise ConfigurationError(f"batch_size={batch_size} is not possible; use at least 1, or null.")
+        if weight < 0:
+            raise ConfigurationError(f"weight={weight} is not possible; use 0 or more.")
+        for name, rate in (("plastic_rate", plastic_rate), ("stable_rate", stable_rate)):
+            if not 0 <= rate <= 1:
+                raise ConfigurationError(f"{name}={rate} is not possible; use a probability from 0 to 1.")
+        for name, decay in (("plastic_decay", plastic_decay), ("stable_decay", stable_decay)):
+            if not 0 <= decay < 1:
+                raise ConfigurationError(f"{name}={decay} is not possible; use a number from 0 to below 1.")
+        self.buffer = ReservoirBuffer(capacity, seed=seed, device=device)
+        self.batch_size, self.weight = batch_size, weight
+        self.rates = {"plastic": plastic_rate, "stable": stable_rate}
+        self.decays = {"plastic": plastic_decay, "stable": stable_decay}
+        self.averages: dict[str, dict[str, Tensor]] = {"plastic": {}, "stable": {}}
+        self.views = {name: functools.partial(self._view, name) for name in self.averages}
+        self.rng = private_rng(seed, 6)
+        self._replayed: slice | None = None
+        self._last_step = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        check_pairs(trainer, "CLSER", "use another strategy, such as ExperienceReplay")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.buffer.to(pl_module.device)
+        self.averages = tree_map_only(Tensor, lambda tensor: tensor.to(pl_module.device), self.averages)
+        self._begin(_averaged(pl_module))
+        self._last_step = trainer.global_step
+
+    def _begin(self, live: dict[str, Tensor]) -> None:
+        for average in self.averages.values():
+            average.update({name: t.detach().clone() for name, t in live.items() if name not in average})
+
+    def transform_batch(self, trainer: Trainer, module: LightningModule, batch: Any) -> Any:
+        drawn = draw_replay(trainer, self.buffer, batch, self.batch_size)
+        if drawn is None:
+            self._replayed = None
+            return batch
+        first = len(tree_leaves(batch)[0])
+        self._replayed = slice(first, first + len(tree_leaves(drawn)[0]))
+        return concatenate(batch, drawn)
+
+    def loss_term(self, trainer: Trainer, module: LightningModule, batch: Any, loss: Tensor) -> Tensor | None:
+        if self._replayed is None or self.weight == 0:
+            return None
+        x, y, *task = batch
+        new = outputs(module, x, *task)[self._replayed]
+        labels, inputs = y[self._replayed], tuple(part[self._replayed] for part in (x, *task))
+        with torch.no_grad(), evaluation_mode(module):
+            plastic, stable = (functional_call(module, average, inputs) for average in self.averages.values())
+        better = _confidence(stable, labels) > _confidence(plastic, labels)
+        return self.weight * logit_distance(new, torch.where(better, stable, plastic))
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.buffer.insert(gather_batch(trainer, batch))
+        step = trainer.global_step
+        if step == self._last_step:
+            return
+        self._last_step = step
+        live = _averaged(pl_module)
+        self._begin(live)
+        for (name, average), drawn in zip(self.averages.items(), self.rng.random(2), strict=True):
+            if drawn < self.rates[name]:
+                decay = min(self.decays[name], 1 - 1 / (step + 1))
+                torch._foreach_lerp_([average[key] for key in live], list(live.values()), 1 - decay)
+
+    def _view(self, name: str, module: LightningModule) -> AbstractContextManager[None]:
+        return swapped(module, self.averages[name])
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assign(pl_module, self.averages["stable"])
+
+    def remembered(self) -> Any:
+        return self.buffer.contents()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"buffer": self.buffer.state_dict(), "averages": self.averages, "rng": rng_state(self.rng)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.buffer.load_state_dict(state_dict["buffer"])
+        self.averages = {name: dict(state_dict["averages"][name]) for name in self.averages}
+        set_rng_state(self.rng, state_dict["rng"])
+
+
+def _averaged(module: LightningModule) -> dict[str, Tensor]:
+    buffers = {name: buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}
+    return {**trainable(module), **buffers}
+
+
+def _confidence(logits: Tensor, labels: Tensor) -> Tensor:
+    """Probability of the true label, ``[B, 1]``."""
+    return logits.float().softmax(dim=1).gather(1, labels.unsqueeze(1))

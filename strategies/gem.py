@@ -1,0 +1,133 @@
+"""Gradient episodic memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from lightning_fabric.utilities import move_data_to_device
+from pytorch_lightning import LightningModule, Trainer
+from scipy.optimize import nnls
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map, tree_map_only
+
+from clkit.distributed import local_share
+from clkit.errors import ConfigurationError, check_whole
+from clkit.gradient import add_to_gradients, check_automatic, flatten, loss_gradient, with_gradient
+from clkit.rng import private_rng
+from clkit.strategy import Strategy, random_samples
+from clkit.stream import Experience
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+
+class GEM(Strategy):
+    r"""Remove from the gradient what would raise the loss on the memory of any old experience.
+
+    With the gradients :math:`g_t` of the module's own loss on each memory as the rows of :math:`G`, and if some
+    :math:`g^\top g_t < 0`:
+
+    .. math:: \tilde g = g + G^\top v, \qquad
+        v = \arg\min_{v \ge \gamma} \tfrac12 v^\top (G G^\top + \epsilon I)\, v + (G g)^\top v
+
+    :math:`g` is the gradient that the optimizer is about to use (whatever other terms it has). The memory of an
+    experience is a random sample of it, drawn at its end. A step costs a forward and backward pass over all of memory;
+    the problem of as many unknowns as experiences is solved on the CPU in double precision, for which a GPU is waited
+    for. With several processes each takes its share of every memory.
+
+    Args:
+        samples_per_experience: Samples remembered of each experience, at least 1.
+        margin: :math:`\gamma`, at least 0; above 0 also experiences that agree are favoured where some other does not.
+        eps: :math:`\epsilon`, at least 0.
+        seed: Seed of the choice of samples.
+
+    Raises:
+        ConfigurationError: If a value is out of range, or there are fewer samples than processes.
+
+    Reference: Lopez-Paz and Ranzato, *Gradient Episodic Memory for Continual Learning*, arXiv 1706.08840, equation 11.
+    """
+
+    def __init__(
+        self, samples_per_experience: int = 200, *, margin: float = 0.5, eps: float = 1e-3, seed: int = 0
+    ) -> None:
+        check_whole("samples_per_experience", samples_per_experience, 1)
+        for name, value in (("margin", margin), ("eps", eps)):
+            if value < 0:
+                raise ConfigurationError(f"{name}={value} is not possible; use 0 or more.")
+        self.samples_per_experience, self.margin, self.eps, self.seed = samples_per_experience, margin, eps, seed
+        self.memories: list[Any] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        check_automatic(pl_module, "GEM")
+        if self.samples_per_experience < trainer.world_size:
+            raise ConfigurationError(
+                f"samples_per_experience={self.samples_per_experience} leaves no sample for some of the "
+                f"{trainer.world_size} processes; use at least {trainer.world_size}."
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.memories = tree_map_only(Tensor, lambda tensor: tensor.to(pl_module.device), self.memories)
+
+    def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
+        rng = private_rng(self.seed, 3, experience.index)
+        self.memories.append(random_samples(trainer, experience.train, self.samples_per_experience, rng))
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        params = with_gradient(pl_module)
+        if not self.memories or not params:
+            return
+        shares = [move_data_to_device(local_share(trainer, memory), pl_module.device) for memory in self.memories]
+        references = torch.stack([loss_gradient(trainer, pl_module, params, share) for share in shares])
+        gradient = flatten(p.grad for p in params)
+        weights = self.weights(gradient, references)
+        if weights is not None:
+            add_to_gradients(params, weights @ references)
+
+    def weights(self, gradient: Tensor, references: Tensor) -> Tensor | None:
+        """Return :math:`v`, ``[T]``, or ``None`` where no memory disagrees.
+
+        Args:
+            gradient: The gradient, ``[P]``.
+            references: The memories' gradients, ``[T, P]``.
+        """
+        products = torch.column_stack([references @ references.T, references @ gradient]).double().cpu().numpy()
+        gram, along = products[:, :-1], products[:, -1]
+        # gradients that are not finite come with a step that mixed precision will leave out
+        if (along >= 0).all() or not np.isfinite(products).all():
+            return None
+        regularised = gram + self.eps * np.eye(len(gram))
+        shifted = minimum_above_zero(regularised, along + self.margin * regularised.sum(axis=1))
+        return torch.from_numpy(shifted + self.margin).to(references)
+
+    def remembered(self) -> Any:
+        return tree_map(lambda *parts: torch.cat(parts), *self.memories) if self.memories else None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"memories": self.memories}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.memories = list(state_dict["memories"])
+
+
+def minimum_above_zero(matrix: Array, vector: Array) -> Array:
+    r"""Return :math:`\arg\min_{u \ge 0} \tfrac12 u^\top M u + q^\top u` for a positive semidefinite :math:`M`, ``[T]``.
+
+    With :math:`M = A^\top A` and :math:`q = -A^\top b` it is the non-negative least squares problem
+    :math:`\min_{u \ge 0} \|A u - b\|`.
+
+    Args:
+        matrix: :math:`M`, ``[T, T]``.
+        vector: :math:`q`, ``[T]``, in the range of :math:`M`.
+    """
+    values, vectors = np.linalg.eigh(matrix)
+    rounding = len(values) * np.finfo(np.float64).eps
+    kept = values > rounding * values[-1]
+    root, basis = np.sqrt(values[kept]), vectors[:, kept].T
+    a = root[:, None] * basis
+    # a column of nothing but rounding errors would get a huge weight
+    a[np.abs(a) < rounding * root[-1]] = 0
+    solution: Array = nnls(a, -(basis @ vector) / root)[0]
+    return solution

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 from pytorch_lightning import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics import Metric
 
 from clkit.errors import ConfigurationError
 
 OWN_STEP = "_clkit_own_step"
-_recorded: WeakKeyDictionary[LightningModule, tuple[Any, Any]] = WeakKeyDictionary()
+
+
+class LayerCall(NamedTuple):
+    """What a layer was called with, and what it returned."""
+
+    args: tuple[Any, ...]
+    output: Any
+
+
+_recorded: WeakKeyDictionary[LightningModule, tuple[Any, Any, dict[nn.Module, LayerCall]]] = WeakKeyDictionary()
+_watched: WeakKeyDictionary[LightningModule, list[nn.Module]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -25,13 +35,40 @@ def record_forward(module: LightningModule) -> Iterator[None]:
 
     def keep(module: Any, args: tuple[Any, ...], output: Any) -> None:
         if len(args) == 1:
-            _recorded[module] = (args[0], output)
+            _recorded[module] = (args[0], output, dict(calls))
 
-    handle = module.register_forward_hook(keep)
+    with record_layers(_watched.get(module, [])) as calls:
+        handle = module.register_forward_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+@contextmanager
+def record_layers(layers: Iterable[nn.Module]) -> Iterator[dict[nn.Module, LayerCall]]:
+    """Fill a dictionary with each layer's last call inside the block."""
+    calls: dict[nn.Module, LayerCall] = {}
+
+    def keep(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        calls[layer] = LayerCall(args, output)
+
+    handles = [layer.register_forward_hook(keep) for layer in layers]
     try:
-        yield
+        yield calls
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def watch(module: LightningModule, layer: nn.Module) -> None:
+    """Let :func:`record_forward` keep this layer's call too, for :func:`layer_call`, until :func:`unwatch`."""
+    _watched.setdefault(module, []).append(layer)
+
+
+def unwatch(module: LightningModule, layer: nn.Module) -> None:
+    """End what :func:`watch` began."""
+    _watched.get(module, []).remove(layer)
 
 
 def forget_forward(module: LightningModule) -> None:
@@ -49,6 +86,16 @@ def outputs(module: LightningModule, x: Any) -> Any:
         return last[1]
     with frozen_statistics(module):
         return module(x)
+
+
+def layer_call(module: LightningModule, layer: nn.Module, x: Any) -> LayerCall | None:
+    """Return the call of a watched layer in ``module(x)``, as :func:`outputs` does; ``None`` if it is not called."""
+    last = _recorded.get(module)
+    if last is not None and last[0] is x:
+        return last[2].get(layer)
+    with frozen_statistics(module), record_layers([layer]) as calls:
+        module(x)
+    return calls.get(layer)
 
 
 def to_device(trainer: Trainer, batch: Any) -> Any:

@@ -11,8 +11,12 @@ if TYPE_CHECKING:
     from .cumulative import Cumulative as Cumulative
     from .er import ExperienceReplay as ExperienceReplay
     from .ewc import EWC as EWC
+    from .feature_distillation import FeatureDistillation as FeatureDistillation
+    from .l2 import L2Anchor as L2Anchor
     from .lwf import LwF as LwF
+    from .mas import MAS as MAS
     from .naive import Naive as Naive
+    from .si import SynapticIntelligence as SynapticIntelligence
 
 _PUBLIC = {
     "AGEM": ".agem",
@@ -20,8 +24,12 @@ _PUBLIC = {
     "EWC": ".ewc",
     "EMABalance": ".ema_balance",
     "ExperienceReplay": ".er",
+    "FeatureDistillation": ".feature_distillation",
+    "L2Anchor": ".l2",
     "LwF": ".lwf",
+    "MAS": ".mas",
     "Naive": ".naive",
+    "SynapticIntelligence": ".si",
 }
 __all__ = sorted(_PUBLIC)
 __getattr__, __dir__ = lazy_exports(__name__, _PUBLIC)

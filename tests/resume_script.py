@@ -55,6 +55,11 @@ def build_strategies(name: str) -> list:
         "ewc": lambda: [strategies.EWC(10.0)],
         "ewc_online": lambda: [strategies.EWC(10.0, mode="online", decay=0.9, fisher="batch")],
         "lwf": lambda: [strategies.LwF()],
+        "lwf_bce": lambda: [strategies.LwF(form="bce")],
+        "features": lambda: [strategies.FeatureDistillation()],
+        "l2": lambda: [strategies.L2Anchor(from_start=True)],
+        "si": lambda: [strategies.SynapticIntelligence()],
+        "mas": lambda: [strategies.MAS(samples=9)],
         "ema": lambda: [strategies.EMABalance("paper")],
         "er+ewc": lambda: [strategies.ExperienceReplay(16), strategies.EWC(10.0)],
     }[name]()

@@ -17,7 +17,10 @@ from clkit import ConfigurationError, StabilityGap, StreamCheckpoint, StreamData
 from clkit.checkpoint import checkpoints, latest_checkpoint, verify_checkpoint
 from clkit.strategies import EWC, ExperienceReplay
 
-STRATEGIES = ["naive", "cumulative", "er", "er_balanced", "agem", "ewc", "ewc_online", "lwf", "ema", "er+ewc"]
+STRATEGIES = [
+    *("naive", "cumulative", "er", "er_balanced", "agem", "ewc", "ewc_online", "lwf", "lwf_bce", "features"),
+    *("l2", "si", "mas", "ema", "er+ewc"),
+]
 
 
 def kill_and_resume(folder, steps):

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from clkit.strategy import Strategy as Strategy
     from clkit.stream import Experience as Experience
     from clkit.stream import Stream as Stream
+    from clkit.train_only import TrainOnly as TrainOnly
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,7 @@ _PUBLIC = {
     "StreamCheckpoint": "clkit.checkpoint",
     "StreamDataModule": "clkit.datamodule",
     "StreamProgress": "clkit.progress",
+    "TrainOnly": "clkit.train_only",
 }
 __all__ = sorted(_PUBLIC)
 __getattr__, __dir__ = lazy_exports(__name__, _PUBLIC)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import pytorch_lightning as pl
 import torch
@@ -19,15 +19,28 @@ from clkit.networks import Network, build_network
 if TYPE_CHECKING:
     from peft import PeftConfig
 
+Loss = Literal["ce", "ce_masked", "bce"]
+BceClasses = Literal["experience", "seen"]
 _SGD = functools.partial(torch.optim.SGD, lr=0.1)
 
 
 class Classifier(pl.LightningModule):
-    """A network with cross-entropy, accuracy and an optimizer.
+    r"""A network with a classification loss, accuracy and an optimizer.
 
     Batches are ``(x, y)`` or ``(x, y, task)``, ``y`` and ``task`` ``int64`` of shape ``[B]``. All classes have their
     output from the start. The classes of each task, and the classes seen so far, come from the stream of the trainer's
     datamodule and are part of the checkpoint.
+
+    With logits :math:`z` and labels :math:`y`, the loss is the mean over samples of
+
+    - ``"ce"``: cross-entropy, :math:`-\log \mathrm{softmax}(z)_y`;
+    - ``"ce_masked"``: the same with the softmax over the current experience's classes only, so that old classes'
+      outputs get no gradient;
+    - ``"bce"``: :math:`-\sum_c [c = y] \log \sigma(z_c) + [c \ne y] \log(1 - \sigma(z_c))` over the classes of
+      ``bce_classes``. A strategy that distils old classes, such as ``LwF(form="bce")``, goes with the current ones.
+
+    The last two take every class before a stream is known. A replayed sample's own class always takes part, beside the
+    current ones.
 
     Logs ``train_loss``, ``val_loss``, ``val_acc`` and ``test_acc``.
 
@@ -41,9 +54,12 @@ class Classifier(pl.LightningModule):
         mask_unseen: Leave the classes of experiences that have not started out of the softmax.
         adapter: A configuration of peft, such as :func:`~clkit.adapters.lora` makes: everything but the adapter and its
             ``modules_to_save`` is frozen. Needs ``pip install clkit[lora]``.
+        loss: ``"ce"``, ``"ce_masked"`` or ``"bce"``.
+        bce_classes: Classes that ``"bce"`` sums over: those of the current ``"experience"``, or all ``"seen"``.
 
     Raises:
-        ConfigurationError: If ``net`` must be built and ``n_classes`` or ``input_shape`` is missing.
+        ConfigurationError: If ``net`` must be built and ``n_classes`` or ``input_shape`` is missing, or a loss is
+            unknown.
 
     Example:
         >>> from clkit.networks import MLP
@@ -53,6 +69,7 @@ class Classifier(pl.LightningModule):
     """
 
     seen: Tensor
+    current: Tensor
     task_classes: Tensor
 
     def __init__(
@@ -64,8 +81,13 @@ class Classifier(pl.LightningModule):
         scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
         mask_unseen: bool = False,
         adapter: PeftConfig | None = None,
+        loss: Loss = "ce",
+        bce_classes: BceClasses = "experience",
     ) -> None:
         super().__init__()
+        for name, value, known in (("loss", loss, Loss), ("bce_classes", bce_classes, BceClasses)):
+            if value not in get_args(known):
+                raise ConfigurationError(f"{name}={value!r} is unknown; use one of {', '.join(get_args(known))}.")
         if not isinstance(net, nn.Module):
             if n_classes is None or input_shape is None:
                 raise ConfigurationError(
@@ -75,7 +97,9 @@ class Classifier(pl.LightningModule):
             net = build_network(net, tuple(input_shape), n_classes)
         self.net, self.n_classes = net if adapter is None else add_adapter(net, adapter), n_classes
         self.optimizer, self.scheduler, self.mask_unseen = optimizer, scheduler, mask_unseen
+        self.loss, self.bce_classes = loss, bce_classes
         self.register_buffer("seen", torch.ones(n_classes or 0, dtype=torch.bool))
+        self.register_buffer("current", self.seen.clone())
         self.register_buffer("task_classes", torch.ones(0, n_classes or 0, dtype=torch.bool))
 
     def forward(self, x: Tensor, task: Tensor | None = None) -> Tensor:
@@ -124,6 +148,7 @@ class Classifier(pl.LightningModule):
         self.task_classes = table.to(self.device)
         if len(self.seen) != n_classes:
             self.seen = torch.ones(n_classes, dtype=torch.bool, device=self.device)
+            self.current = self.seen.clone()
         if stage == "fit":
             self._see(data)
 
@@ -133,19 +158,34 @@ class Classifier(pl.LightningModule):
             self._see(data)
 
     def _see(self, data: Any) -> None:
-        self.seen.zero_()
-        self.seen[list(data.stream.classes_seen(data.experience.index))] = True
+        for table, classes in (
+            (self.seen, data.stream.classes_seen(data.experience.index)),
+            (self.current, data.experience.classes),
+        ):
+            table.zero_()
+            table[list(classes)] = True
+
+    def _loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        if self.loss == "ce":
+            return F.cross_entropy(logits, y)
+        own = y[:, None] == torch.arange(logits.shape[1], device=y.device)
+        classes = self.seen if self.loss == "bce" and self.bce_classes == "seen" else self.current
+        allowed = own | classes if len(classes) else torch.ones_like(own)
+        if self.loss == "ce_masked":
+            return F.cross_entropy(_masked(logits, allowed), y)
+        each = F.binary_cross_entropy_with_logits(logits, own.to(logits.dtype), reduction="none")
+        return torch.where(allowed, each, 0).sum(dim=1).mean()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y, *task = batch
-        loss = F.cross_entropy(self(x, *task), y)
+        loss = self._loss(self(x, *task), y)
         self.log("train_loss", loss, batch_size=len(y))
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         x, y, *task = batch
         logits = self(x, *task)
-        self.log("val_loss", F.cross_entropy(logits, y), batch_size=len(y))
+        self.log("val_loss", self._loss(logits, y), batch_size=len(y))
         self.log("val_acc", _accuracy(logits, y), batch_size=len(y))
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
@@ -166,7 +206,7 @@ class Classifier(pl.LightningModule):
             raise ConfigurationError(f"The optimizer or its schedule refuses its settings: {error}.") from error
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in ("seen", "task_classes"):
+        for name in ("seen", "current", "task_classes"):
             if prefix + name in state_dict:
                 setattr(self, name, torch.empty_like(state_dict[prefix + name], device=self.device))
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,7 +17,27 @@ from torchmetrics import Metric
 from clkit.errors import ConfigurationError
 
 OWN_STEP = "_clkit_own_step"
-_recorded: WeakKeyDictionary[LightningModule, tuple[tuple[Any, ...], Any]] = WeakKeyDictionary()
+
+
+class LayerCall(NamedTuple):
+    """What a layer was called with, and what it returned."""
+
+    args: tuple[Any, ...]
+    output: Any
+
+
+class _Forward(NamedTuple):
+    args: tuple[Any, ...]
+    output: Any
+    calls: dict[nn.Module, LayerCall]
+
+    def took(self, inputs: tuple[Any, ...]) -> bool:
+        pairs = zip(self.args, inputs, strict=False)
+        return len(self.args) == len(inputs) and all(own is given for own, given in pairs)
+
+
+_recorded: WeakKeyDictionary[LightningModule, _Forward] = WeakKeyDictionary()
+_watched: WeakKeyDictionary[LightningModule, list[nn.Module]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -25,13 +45,40 @@ def record_forward(module: LightningModule) -> Iterator[None]:
     """Keep the module's last forward made inside the block, until :func:`forget_forward`."""
 
     def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        _recorded[module] = ((*args, *kwargs.values()), output)
+        _recorded[module] = _Forward((*args, *kwargs.values()), output, dict(calls))
 
-    handle = module.register_forward_hook(keep, with_kwargs=True)
+    with record_layers(_watched.get(module, [])) as calls:
+        handle = module.register_forward_hook(keep, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+@contextmanager
+def record_layers(layers: Iterable[nn.Module]) -> Iterator[dict[nn.Module, LayerCall]]:
+    """Fill a dictionary with each layer's last call inside the block."""
+    calls: dict[nn.Module, LayerCall] = {}
+
+    def keep(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        calls[layer] = LayerCall(args, output)
+
+    handles = [layer.register_forward_hook(keep) for layer in layers]
     try:
-        yield
+        yield calls
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def watch(module: LightningModule, layer: nn.Module) -> None:
+    """Let :func:`record_forward` keep this layer's call too, for :func:`layer_call`, until :func:`unwatch`."""
+    _watched.setdefault(module, []).append(layer)
+
+
+def unwatch(module: LightningModule, layer: nn.Module) -> None:
+    """End what :func:`watch` began."""
+    _watched.get(module, []).remove(layer)
 
 
 def forget_forward(module: LightningModule) -> None:
@@ -44,11 +91,21 @@ def outputs(module: LightningModule, *inputs: Any) -> Any:
 
     Where there was none, the second forward leaves BatchNorm's running statistics alone.
     """
-    args, output = _recorded.get(module, ((), None))
-    if len(args) == len(inputs) and all(own is given for own, given in zip(args, inputs, strict=True)):
-        return output
+    last = _recorded.get(module)
+    if last is not None and last.took(inputs):
+        return last.output
     with frozen_statistics(module):
         return module(*inputs)
+
+
+def layer_call(module: LightningModule, layer: nn.Module, *inputs: Any) -> LayerCall | None:
+    """Return the call of a watched layer in ``module(*inputs)``, as :func:`outputs`; ``None`` if it is not called."""
+    last = _recorded.get(module)
+    if last is not None and last.took(inputs):
+        return last.calls.get(layer)
+    with frozen_statistics(module), record_layers([layer]) as calls:
+        module(*inputs)
+    return calls.get(layer)
 
 
 def to_device(trainer: Trainer, batch: Any) -> Any:

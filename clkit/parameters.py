@@ -2,16 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+
+from clkit.errors import ConfigurationError
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that require gradients, by name; one that is shared only once."""
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def flat(tensors: Iterable[Tensor]) -> Tensor:
+    """Return all values one after another, ``[P]``."""
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def check_patterns(name: str, patterns: Sequence[str]) -> list[str]:
+    """Return the patterns as a list.
+
+    Raises:
+        ConfigurationError: If they are one text, or none.
+    """
+    if isinstance(patterns, str) or not patterns:
+        raise ConfigurationError(f"{name}={patterns!r} is not possible; use a list of patterns such as ['*qkv*'].")
+    return list(patterns)
+
+
+def select(
+    parameters: Mapping[str, nn.Parameter], patterns: Sequence[str], what: str = "parameter"
+) -> dict[str, nn.Parameter]:
+    """Return the parameters whose names match one of the patterns.
+
+    Args:
+        parameters: Parameters by name.
+        patterns: Patterns of :mod:`fnmatch`, case-sensitive.
+        what: What the parameters are, for the error.
+
+    Raises:
+        ConfigurationError: If a pattern matches none; the message has the nearest names.
+    """
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in parameters):
+            known = sorted({part for name in parameters for part in (name, *name.split("."))})
+            near = get_close_matches(pattern.strip("*."), known, cutoff=0)
+            raise ConfigurationError(
+                f"Pattern {pattern!r} matches no {what}; the nearest names are {', '.join(near)}. Change the pattern."
+            )
+    return {name: p for name, p in parameters.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
 
 
 @torch.no_grad()

@@ -14,15 +14,19 @@ if TYPE_CHECKING:
     from .ema_balance import EMABalance as EMABalance
     from .er import ExperienceReplay as ExperienceReplay
     from .ewc import EWC as EWC
+    from .feature_distillation import FeatureDistillation as FeatureDistillation
     from .fpf import FPF as FPF
     from .fpf import KFPF as KFPF
     from .gdumb import GDumb as GDumb
     from .gem import GEM as GEM
     from .ilora import InterpolatedLoRA as InterpolatedLoRA
     from .joint import Joint as Joint
+    from .l2 import L2Anchor as L2Anchor
     from .lwf import LwF as LwF
+    from .mas import MAS as MAS
     from .naive import Naive as Naive
     from .reglora import RegLoRA as RegLoRA
+    from .si import SynapticIntelligence as SynapticIntelligence
 
 _PUBLIC = {
     "AGEM": ".agem",
@@ -33,14 +37,18 @@ _PUBLIC = {
     "EWC": ".ewc",
     "ExperienceReplay": ".er",
     "FPF": ".fpf",
+    "FeatureDistillation": ".feature_distillation",
     "GDumb": ".gdumb",
     "GEM": ".gem",
     "InterpolatedLoRA": ".ilora",
     "Joint": ".joint",
     "KFPF": ".fpf",
+    "L2Anchor": ".l2",
     "LwF": ".lwf",
+    "MAS": ".mas",
     "Naive": ".naive",
     "RegLoRA": ".reglora",
+    "SynapticIntelligence": ".si",
 }
 __all__ = sorted(_PUBLIC)
 __getattr__, __dir__ = lazy_exports(__name__, _PUBLIC)

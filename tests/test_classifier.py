@@ -8,12 +8,15 @@ import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
 from clkit import Classifier, ConfigurationError, StreamDataModule
 from clkit.networks import MLP
 from clkit.scenarios import SplitDigits
+from clkit.strategies import ExperienceReplay
 
 LOWEST = torch.finfo(torch.float32).min
 
@@ -144,6 +147,106 @@ def test_learns_and_logs_what_a_plain_evaluation_gives():
         assert float(logged[f"{prefix}_acc"]) == pytest.approx(float(expected), abs=1e-6)
         assert expected > 0.7
     assert "train_loss" in logged
+
+
+LOGITS = torch.tensor([[1.0, -1.0, 2.0, 0.0]])
+
+
+def four_classes(**options) -> Classifier:
+    """Classes 0 and 1 are old, 2 and 3 current."""
+    module = Classifier(nn.Identity(), n_classes=4, **options)
+    module.current[:2] = False
+    return module
+
+
+@pytest.mark.parametrize(
+    ("options", "value", "gradient"),
+    [
+        ({}, 0.440190, [0.2369, 0.0321, -0.3561, 0.0871]),
+        ({"loss": "ce_masked"}, 0.126928, [0.0, 0.0, -0.1192, 0.1192]),
+        ({"loss": "bce"}, 0.820075, [0.0, 0.0, -0.1192, 0.5]),
+        ({"loss": "bce", "bce_classes": "seen"}, 2.446599, [0.7311, 0.2689, -0.1192, 0.5]),
+    ],
+    ids=["ce", "ce_masked", "bce", "bce_seen"],
+)
+def test_losses_by_hand(options, value, gradient):
+    logits = LOGITS.clone().requires_grad_()
+    loss = four_classes(**options).training_step((logits, torch.tensor([2])), 0)
+    assert loss.item() == pytest.approx(value, abs=1e-6)
+    assert torch.autograd.grad(loss, logits)[0][0].tolist() == pytest.approx(gradient, abs=5e-5)
+
+
+@pytest.mark.parametrize("loss", ["ce_masked", "bce"])
+@given(shift=st.floats(-1e4, 1e4))
+def test_old_logits_do_not_matter_and_get_no_gradient(loss, shift):
+    module, y = four_classes(loss=loss), torch.tensor([2, 3])
+    logits = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    shifted = (logits + shift * torch.tensor([1.0, 1.0, 0.0, 0.0])).requires_grad_()
+    value = module._loss(shifted, y)
+    assert torch.equal(value, module._loss(logits, y))
+    gradient = torch.autograd.grad(value, shifted)[0]
+    assert not gradient[:, :2].any()
+    assert gradient[:, 2:].all()
+
+
+@pytest.mark.parametrize("loss", ["ce_masked", "bce"])
+def test_training_leaves_the_rows_of_other_classes_alone(loss):
+    module = linear(loss=loss)
+    rows = []
+
+    class Rows(pl.Callback):
+        def on_experience_start(self, trainer, module, experience):
+            rows.append(module.net[-1].weight.detach().clone())
+
+    fit(module, SplitDigits(5), callbacks=[Rows()])
+    rows.append(module.net[-1].weight.detach())
+    for k in range(5):
+        changed = (rows[k] != rows[k + 1]).any(dim=1)
+        assert changed.nonzero().flatten().tolist() == [2 * k, 2 * k + 1]
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        ("ce_masked", F.cross_entropy(LOGITS[:, 1:], torch.tensor([0]))),
+        ("bce", F.softplus(torch.tensor([1.0, 2.0, 0.0])).sum()),
+    ],
+    ids=["ce_masked", "bce"],
+)
+def test_a_replayed_samples_own_class_takes_part(loss, expected):
+    torch.testing.assert_close(four_classes(loss=loss)._loss(LOGITS, torch.tensor([1])), expected)
+
+
+@pytest.mark.parametrize("loss", ["ce", "ce_masked", "bce"])
+def test_replay_and_task_labels_work_with_every_loss(loss):
+    for kind in ("class-incremental", "task-incremental"):
+        module = linear(loss=loss, mask_unseen=True)
+        fit(module, SplitDigits(5, kind)[:3], callbacks=[ExperienceReplay(50)])
+        assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("loss", ["ce_masked", "bce"])
+def test_without_a_stream_all_classes_take_part(loss):
+    module = Classifier(nn.Identity(), loss=loss)
+    y = torch.tensor([2])
+    expected = (
+        F.cross_entropy(LOGITS, y) if loss == "ce_masked" else F.softplus(LOGITS * torch.tensor([1, 1, -1, 1])).sum()
+    )
+    torch.testing.assert_close(module.training_step((LOGITS, y), 0), expected)
+
+
+def test_the_loss_goes_on_with_the_current_classes_of_a_checkpoint(tmp_path):
+    path = tmp_path / "end.ckpt"
+    fit(linear(loss="bce"), SplitDigits(5)[:2], limit_train_batches=1).save_checkpoint(path)
+    copy = Classifier.load_from_checkpoint(path, net=MLP((1, 8, 8), 10, hidden=()), weights_only=True)
+    assert copy.current.nonzero().flatten().tolist() == [2, 3]
+
+
+def test_an_unknown_loss_is_refused():
+    with pytest.raises(ConfigurationError, match="loss='mse' is unknown; use one of ce, ce_masked, bce"):
+        linear(loss="mse")
+    with pytest.raises(ConfigurationError, match="bce_classes='old' is unknown; use one of experience, seen"):
+        linear(bce_classes="old")
 
 
 def test_optimizer_gets_trainable_parameters_and_scheduler_the_optimizer():

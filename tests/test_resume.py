@@ -18,7 +18,8 @@ from clkit.checkpoint import checkpoints, latest_checkpoint, verify_checkpoint
 from clkit.strategies import EWC, ExperienceReplay
 
 STRATEGIES = ["naive", "cumulative", "joint", "er", "er_balanced", "derpp", "cls_er", "gdumb", "gem", "agem"]
-STRATEGIES += ["ewc", "ewc_online", "lwf", "ema", "kfpf", "ilora", "er+fpf", "er+ewc"]
+STRATEGIES += ["ewc", "ewc_online", "lwf", "lwf_bce", "features", "l2", "si", "mas", "ema", "kfpf", "ilora"]
+STRATEGIES += ["er+fpf", "er+ewc"]
 
 
 def kill_and_resume(folder, steps):

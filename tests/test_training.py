@@ -17,7 +17,24 @@ from plain import QUIET, UserModule, make_module, make_stream, smallest_quadrati
 from torch.nn.functional import cross_entropy
 
 from clkit import ConfigurationError, StabilityGap, Strategy, StreamDataModule
-from clkit.strategies import AGEM, CLSER, DER, EWC, GEM, KFPF, Cumulative, ExperienceReplay, GDumb, Joint, LwF, Naive
+from clkit.strategies import (
+    AGEM,
+    CLSER,
+    DER,
+    EWC,
+    GEM,
+    KFPF,
+    MAS,
+    Cumulative,
+    ExperienceReplay,
+    FeatureDistillation,
+    GDumb,
+    Joint,
+    L2Anchor,
+    LwF,
+    Naive,
+    SynapticIntelligence,
+)
 
 SETTINGS = {
     "plain": {},
@@ -385,6 +402,112 @@ class PlainLwF(PlainLoop):
         self.teacher = copy.deepcopy(self.module).eval()
 
 
+class PlainBinaryLwF(PlainLwF):
+    def loss(self, x, y):
+        loss = PlainLoop.loss(self, x, y)
+        if self.teacher is None:
+            return loss
+        with self.autocast(), torch.no_grad():
+            p = torch.sigmoid(self.teacher(x)[:, : 2 * self.k].float())
+        with self.autocast():
+            q = torch.sigmoid(self.module(x)[:, : 2 * self.k].float())
+        return loss - (p * q.log() + (1 - p) * (1 - q).log()).sum() / len(x)
+
+
+class PlainFeatures(PlainLwF):
+    def loss(self, x, y):
+        loss = PlainLoop.loss(self, x, y)
+        if self.teacher is None:
+            return loss
+        with self.autocast():
+            old, new = (module.net[:-1](x).float() for module in (self.teacher, self.module))
+        return loss + 0.5 * ((old.detach() - new) ** 2).sum() / len(x)
+
+
+class PlainL2(PlainLoop):
+    anchor = None
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.begin()
+
+    def begin(self):
+        pass
+
+    def loss(self, x, y):
+        loss = super().loss(x, y)
+        if self.anchor is None:
+            return loss
+        return loss + 0.5 * sum(
+            ((p - a) ** 2).sum() for p, a in zip(self.module.parameters(), self.anchor, strict=True)
+        )
+
+    def end(self):
+        self.anchor = [p.detach().clone() for p in self.module.parameters()]
+
+
+class PlainL2FromStart(PlainL2):
+    def begin(self):
+        self.end()
+
+
+class PlainSI(PlainLoop):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.importance = [torch.zeros_like(p) for p in self.module.parameters()]
+        self.restart()
+
+    def restart(self):
+        self.anchor = [p.detach().clone() for p in self.module.parameters()]
+        self.path = [torch.zeros_like(p) for p in self.anchor]
+        self.gradient = [torch.zeros_like(p) for p in self.anchor]
+        self.before = None
+
+    def loss(self, x, y):
+        loss = super().loss(x, y)
+        params = list(self.module.parameters())
+        for total, g in zip(self.gradient, torch.autograd.grad(loss, params, retain_graph=True), strict=True):
+            total += g / self.accumulate
+        penalties = [(i * (p - a) ** 2).sum() for i, p, a in zip(self.importance, params, self.anchor, strict=True)]
+        return loss + 0.5 * sum(penalties)
+
+    def before_step(self):
+        self.before = [p.detach().clone() for p in self.module.parameters()]
+
+    def after_batch(self, x, y):
+        if self.before is None:
+            return
+        for w, g, p, b in zip(self.path, self.gradient, self.module.parameters(), self.before, strict=True):
+            w -= g * (p.detach() - b)
+            g.zero_()
+        self.before = None
+
+    def end(self):
+        for i, w, p, a in zip(self.importance, self.path, self.module.parameters(), self.anchor, strict=True):
+            i += w / ((p.detach() - a) ** 2 + 0.1)
+        self.restart()
+
+
+class PlainMAS(PlainL2):
+    def begin(self):
+        self.importance = [torch.zeros_like(p) for p in self.module.parameters()]
+
+    def loss(self, x, y):
+        loss = PlainLoop.loss(self, x, y)
+        if self.anchor is None:
+            return loss
+        terms = zip(self.importance, self.module.parameters(), self.anchor, strict=True)
+        return loss + 0.1 * sum((i * (p - a) ** 2).sum() for i, p, a in terms)
+
+    def end(self):
+        inputs, _ = self.data(self.k)
+        for x in inputs:
+            grads = torch.autograd.grad((self.module(x.unsqueeze(0)) ** 2).sum(), list(self.module.parameters()))
+            for i, g in zip(self.importance, grads, strict=True):
+                i += g.abs() / len(inputs)
+        super().end()
+
+
 METHODS = {
     "naive": (PlainLoop, lambda: [Naive()]),
     "cumulative": (PlainCumulative, lambda: [Cumulative()]),
@@ -403,6 +526,12 @@ METHODS = {
     "ewc": (PlainEWC, lambda: [EWC(10.0)]),
     "lwf": (PlainLwF, lambda: [LwF()]),
     "kfpf": (PlainKFPF, lambda: [KFPF(4, capacity=20, steps=3, batch_size=10, distillation=0.5)]),
+    "lwf_bce": (PlainBinaryLwF, lambda: [LwF(form="bce")]),
+    "features": (PlainFeatures, lambda: [FeatureDistillation(0.5)]),
+    "l2": (PlainL2, lambda: [L2Anchor(0.5)]),
+    "l2_from_start": (PlainL2FromStart, lambda: [L2Anchor(0.5, from_start=True)]),
+    "si": (PlainSI, lambda: [SynapticIntelligence(0.5)]),
+    "mas": (PlainMAS, lambda: [MAS(0.1)]),
 }
 
 
@@ -412,7 +541,8 @@ def test_weights_equal_those_of_the_plain_loop(method, settings):
     plain, strategies = METHODS[method]
     stream = make_stream(per_class=19)
     # bf16 rounds terms that are summed in another order to its own resolution, and training amplifies that
-    inexact = settings.get("bf16") and method in ("ewc", "lwf", "agem", "derpp", "derpp_one")
+    exact = ("naive", "cumulative", "joint", "gdumb", "er", "er_alpha", "kfpf", "cls_er", "gem")
+    inexact = settings.get("bf16") and method not in exact
     settings, tolerance = ({**settings, "epochs": 1}, 1e-2) if inexact else (settings, 2e-5)
     expected = weights(plain(stream, **settings).run())
     actual = weights(train(strategies(), stream, **settings))
@@ -434,8 +564,13 @@ def test_naive_is_bitwise_the_plain_loop():
         lambda: DER(alpha=0.0),
         lambda: EWC(0.0),
         lambda: LwF(0.0),
+        lambda: LwF(0.0, form="bce"),
+        lambda: FeatureDistillation(0.0),
+        lambda: L2Anchor(0.0, from_start=True),
+        lambda: SynapticIntelligence(0.0),
+        lambda: MAS(0.0),
     ],
-    ids=["er", "er_balanced", "der_empty", "der", "ewc", "lwf"],
+    ids=["er", "er_balanced", "der_empty", "der", "ewc", "lwf", "lwf_bce", "features", "l2", "si", "mas"],
 )
 def test_a_strategy_of_weight_zero_is_bitwise_finetuning(strategy):
     stream = make_stream()

@@ -1,0 +1,90 @@
+"""Feature distillation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pytorch_lightning import LightningModule, Trainer
+from torch import Tensor, nn
+
+from clkit.distillation import Distillation, ask
+from clkit.errors import ConfigurationError
+from clkit.forward import LayerCall, layer_call, record_layers, unwatch, watch
+from clkit.strategy import check_pairs
+
+
+class FeatureDistillation(Distillation):
+    r"""Keep the features that the last model had for the current data.
+
+    .. math:: \mathcal L = \mathcal L_{task} + \alpha\, \|\phi_\theta(x) - \phi_{\theta^*}(x)\|_2^2
+
+    :math:`\phi_{\theta^*}` is the model at the end of the last experience, in evaluation mode. The square is summed
+    over all features of a sample; its mean over samples is added.
+
+    Args:
+        alpha: Weight of the distillation, at least 0.
+        layer: Name of the submodule whose output is :math:`\phi`, shape ``[B, ...]``; the input of the last linear
+            layer when ``None``.
+
+    Raises:
+        ConfigurationError: If a value is out of range, the batches are no ``(x, y)``, or the layer does not exist or
+            is not called.
+
+    Reference: FeatKD of Smith et al., *A Closer Look at Rehearsal-Free Continual Learning*, arXiv 2203.17269.
+    """
+
+    def __init__(self, alpha: float = 1.0, *, layer: str | None = None) -> None:
+        super().__init__(alpha)
+        self.layer = layer
+        self._layer: nn.Module | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        check_pairs(trainer, "FeatureDistillation", "use another strategy")
+        self._find_layer(pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._layer = self._find_layer(pl_module)
+        watch(pl_module, self._layer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._layer is not None:
+            unwatch(pl_module, self._layer)
+            self._layer = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
+
+    def _find_layer(self, module: LightningModule) -> nn.Module:
+        layers: dict[str, nn.Module] = dict(module.named_modules())
+        if self.layer is not None:
+            if self.layer not in layers:
+                raise ConfigurationError(
+                    f"layer={self.layer!r} is no submodule of {type(module).__name__}; "
+                    f"use one of {', '.join(filter(None, layers))}."
+                )
+            return layers[self.layer]
+        linears = [layer for layer in layers.values() if isinstance(layer, nn.Linear)]
+        if not linears:
+            raise ConfigurationError(
+                f"{type(module).__name__} has no linear layer whose input could be the features; set layer=NAME."
+            )
+        return linears[-1]
+
+    def loss_term(self, trainer: Trainer, module: LightningModule, batch: Any, loss: Tensor) -> Tensor | None:
+        if self.teacher is None or self._layer is None or self.alpha == 0:
+            return None
+        x = batch[0]
+        with record_layers([self._layer]) as calls:
+            ask(module, self.teacher, x)
+        new = self._features(layer_call(module, self._layer, x))
+        old = self._features(calls.get(self._layer))
+        return self.alpha * (new - old).square().sum(dim=1).mean()
+
+    def _features(self, call: LayerCall | None) -> Tensor:
+        if call is None:
+            raise ConfigurationError(
+                f"forward did not call {self.layer or 'the last linear layer'}, so it has no features; set layer=NAME."
+            )
+        features: Tensor = call.args[0] if self.layer is None else call.output
+        return features.flatten(1).float()

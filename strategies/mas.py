@@ -1,0 +1,81 @@
+"""Memory aware synapses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from torch import Tensor
+
+from clkit.errors import ConfigurationError
+from clkit.parameters import flat
+from clkit.penalty import (
+    Quadratic,
+    QuadraticPenalty,
+    choose_samples,
+    gradient_batch_size,
+    sample_gradients,
+    sum_over_samples,
+)
+from clkit.strategy import check_pairs
+from clkit.stream import Experience
+
+
+class MAS(QuadraticPenalty):
+    r"""Hold each weight near its last value, as strongly as the outputs on old data depend on it.
+
+    .. math:: \mathcal L = \mathcal L_{task} + \lambda \sum_j \Omega_j (\theta_j - \theta^*_j)^2, \qquad
+        \Omega_j = \sum_t E_{x \sim D_t} \big|\partial_j \|h_\theta(x)\|_2^2\big|
+
+    The expectation is taken at the end of each experience, over its training samples one by one, in evaluation mode
+    and without labels or autocast; the sum is over all past experiences.
+
+    It needs ``(x, y)`` batches and a ``forward`` that returns one tensor, shape ``[B, ...]``.
+
+    Args:
+        strength: :math:`\lambda`, at least 0.
+        samples: Training samples used for an expectation; all when ``None``.
+        seed: Seed of the choice of those samples.
+        only: Patterns of the names of the parameters that are held, such as ``["*qkv*"]``; all trainable ones when
+            ``None``.
+
+    Raises:
+        ConfigurationError: If a value is out of range.
+
+    Reference: Aljundi et al., *Memory Aware Synapses: Learning what (not) to forget*, arXiv 1711.09601.
+    """
+
+    def __init__(
+        self,
+        strength: float = 1.0,
+        *,
+        samples: int | None = None,
+        seed: int = 0,
+        only: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__(strength, only=only)
+        if samples is not None and samples < 1:
+            raise ConfigurationError(f"samples={samples} is not possible; use at least 1, or null for all.")
+        self.samples, self.seed = samples, seed
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        check_pairs(trainer, "MAS", "use SynapticIntelligence")
+
+    @torch.no_grad()
+    def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
+        params = self.held(module)
+        rows = choose_samples(experience, self.samples, self.seed)
+
+        def measure(batch: Any) -> Iterator[Tensor]:
+            x, _, *task = batch
+            grads = sample_gradients(module, params, lambda output: output.square().sum(), (x, *task))
+            yield flat(gradient.abs().sum(dim=0) for gradient in grads.values())
+
+        size = gradient_batch_size(params)
+        importance = sum_over_samples(trainer, module, experience, params, measure, rows=rows, size=size) / len(rows)
+        if self.penalty is not None:
+            importance += self.penalty.importance
+        self.penalty = Quadratic.around(self.weights(module), importance)

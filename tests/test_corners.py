@@ -15,7 +15,17 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from clkit import ConfigurationError, InMemoryDataset, StabilityGap, Stream, StreamCheckpoint, StreamDataModule
 from clkit.checkpoint import checkpoints
-from clkit.strategies import AGEM, EWC, ExperienceReplay, LwF, Naive
+from clkit.strategies import (
+    AGEM,
+    EWC,
+    MAS,
+    ExperienceReplay,
+    FeatureDistillation,
+    L2Anchor,
+    LwF,
+    Naive,
+    SynapticIntelligence,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -156,6 +166,7 @@ def test_a_random_collation_does_not_depend_on_the_number_of_workers():
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
 def test_true_precisions_work_with_everything(precision, tmp_path):
     strategies = [ExperienceReplay(16, alpha=0.5), AGEM(8), EWC(1.0), LwF()]
+    strategies += [SynapticIntelligence(), MAS(), L2Anchor(), FeatureDistillation()]
     gap = StabilityGap(dir=tmp_path, plot=False)
     module = make_module()
     fit(module, [*strategies, gap], precision=precision)

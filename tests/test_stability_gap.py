@@ -13,7 +13,7 @@ from torch import nn
 
 from clkit import ConfigurationError, InMemoryDataset, StabilityGap, Stream, StreamDataModule
 from clkit.evaluation.scores import accuracy
-from clkit.strategies import AGEM, EWC, ExperienceReplay, LwF
+from clkit.strategies import AGEM, EWC, ExperienceReplay, FeatureDistillation, LwF, SynapticIntelligence
 
 
 class Snapshots(pl.Callback):
@@ -98,8 +98,16 @@ class Noisy(UserModule):
 
 @pytest.mark.parametrize(
     "strategies",
-    [lambda: [], lambda: [ExperienceReplay(16)], lambda: [AGEM(8)], lambda: [EWC(10.0)], lambda: [LwF()]],
-    ids=["none", "er", "agem", "ewc", "lwf"],
+    [
+        lambda: [],
+        lambda: [ExperienceReplay(16)],
+        lambda: [AGEM(8)],
+        lambda: [EWC(10.0)],
+        lambda: [LwF()],
+        lambda: [FeatureDistillation()],
+        lambda: [SynapticIntelligence()],
+    ],
+    ids=["none", "er", "agem", "ewc", "lwf", "features", "si"],
 )
 def test_training_is_bitwise_the_same_with_evaluation_on_or_off(strategies, tmp_path):
     ends = []

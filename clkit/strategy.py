@@ -46,12 +46,14 @@ class Strategy(Callback):
         carries_weights: Whether it compares or mixes trainable weights with those of an earlier experience.
         renews_weights: Whether it starts new trainable weights at an experience's start. What carries weights cannot be
             combined with it, and what offers ``views`` must come after it.
+        replaces_data: Whether it replaces what the experiences train on; one strategy alone can.
     """
 
     views: Mapping[str, View] = MappingProxyType({})
     prediction: str | None = None
     carries_weights = False
     renews_weights = False
+    replaces_data = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what the strategy cannot work with; overriding methods call ``super().setup(...)`` first.
@@ -67,8 +69,7 @@ class Strategy(Callback):
                 f"{type(self).__name__} adds a term to the loss, but {type(pl_module).__name__} optimizes manually and "
                 "runs its own backward; set automatic_optimization = True or add the term in your training_step."
             )
-        if self.renews_weights:
-            self._check_others(trainer.callbacks)  # type: ignore[attr-defined]
+        self._check_others(trainer.callbacks)  # type: ignore[attr-defined]
 
     def _check_others(self, callbacks: list[Callback]) -> None:
         own = type(self).__name__
@@ -76,6 +77,10 @@ class Strategy(Callback):
             if not isinstance(other, Strategy) or other is self:
                 continue
             name = type(other).__name__
+            if self.replaces_data and other.replaces_data:
+                raise ConfigurationError(f"{own} and {name} both choose what an experience trains on; use one of them.")
+            if not self.renews_weights:
+                continue
             if other.carries_weights or other.renews_weights:
                 raise ConfigurationError(
                     f"{own} starts each experience with new weights, and {name} "

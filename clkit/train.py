@@ -133,9 +133,15 @@ def _check_own(config: DictConfig) -> None:
             raise ConfigurationError(
                 f"{group}={config.get(group)!r} is not possible; change single settings such as {group}.KEY=VALUE."
             )
-    for name, strategy in (config.get("strategy") or {}).items():
-        if not isinstance(strategy, DictConfig):
-            raise ConfigurationError(f"strategy.{name}={strategy!r} is not possible; set strategy.{name}.KEY=VALUE.")
+    for group in ("strategy", "callbacks", "logger"):
+        for name, entry in (config.get(group) or {}).items():
+            if not isinstance(entry, DictConfig):
+                raise ConfigurationError(f"{group}.{name}={entry!r} is not possible; set {group}.{name}.KEY=VALUE.")
+            if "_target_" not in entry:
+                raise ConfigurationError(
+                    f"{group}.{name} has settings ({', '.join(map(str, entry))}), but it is not chosen; add it by "
+                    f"{group}={name} (or {group}=[{name},...]), or leave its settings out."
+                )
     if not OmegaConf.is_missing(config, "folder"):
         raise ConfigurationError(f"folder={config.folder} is not possible; choose the folder with hydra.run.dir=DIR.")
     trainer = config.trainer

@@ -15,6 +15,8 @@ class Cumulative(Strategy):
     in the datamodule every experience costs the same.
     """
 
+    replaces_data = True
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         data = stream_data(trainer)

@@ -45,6 +45,7 @@ class GDumb(Strategy):
     """
 
     renews_weights = True
+    replaces_data = True
 
     def __init__(self, capacity: int = 200, *, seed: int = 0) -> None:
         check_whole("capacity", capacity, 1)

@@ -16,6 +16,8 @@ class Joint(Strategy):
     :math:`K` times what finetuning has. With ``steps`` joint training has as many steps in all as any other method.
     """
 
+    replaces_data = True
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         data = stream_data(trainer)

@@ -1,0 +1,115 @@
+"""Which strategies work together: trains every pair on two experiences, and writes docs/composition.md.
+
+    python tools/composition.py
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
+
+from clkit import ConfigurationError, StreamDataModule
+from clkit.adapters import add_adapter, lora
+from clkit.jobs import task as task  # registers the resolver of run names
+from clkit.plugins import choices
+from clkit.testing import SmallModule, small_stream
+
+SMALL = {
+    "agem": ["samples_per_experience=8", "batch_size=8"],
+    "cls_er": ["capacity=16"],
+    "der": ["capacity=16"],
+    "derpp": ["capacity=16"],
+    "er": ["capacity=16"],
+    "fpf": ["steps=3"],
+    "gdumb": ["capacity=24"],
+    "gem": ["samples_per_experience=8"],
+    "ilora": ["capacity=16"],
+    "kfpf": ["k=3", "capacity=16", "steps=3"],
+    "kfpf_kd": ["k=3", "capacity=16", "steps=3"],
+    "reglora": ["strength=1.0", "percent=20"],
+}
+PAGE = Path(__file__).parents[1] / "docs" / "composition.md"
+INTRODUCTION = """# Which strategies work together
+
+`strategy=[a,b]` runs both, in this order. Every pair below was trained for two experiences on a small network (one with
+LoRA where RegLoRA takes part) by `python tools/composition.py`; a test keeps the table true.
+
+✓ works in either order. → works with the row's strategy first, ↓ with the column's first. A letter: `setup` refuses both
+orders, for the reason below. What works together need not help: two memories cost twice, and two penalties add up.
+"""
+
+
+def names() -> list[str]:
+    """Names of clkit's own strategies."""
+    return [choice.name for choice in choices("strategy") if choice.origin == "clkit"]
+
+
+def strategies(*chosen: str) -> list[Any]:
+    """Build strategies from their configs, with small memories."""
+    overrides = [f"strategy.{name}.{value}" for name in chosen for value in SMALL.get(name, [])]
+    with initialize_config_module("clkit.conf", version_base="1.3"):
+        config = compose("train", overrides=[f"strategy=[{','.join(chosen)}]", "folder=unused", *overrides])
+    return [instantiate(entry) for entry in config.strategy.values()]
+
+
+def attempt(*chosen: str) -> str:
+    """Train strategies together; return an empty text, or why they were refused."""
+    torch.manual_seed(0)
+    module: Any = SmallModule()
+    if "reglora" in chosen:
+        module.net = add_adapter(module.net, lora(3, target_modules=["1"], modules_to_save=["3"]))
+    data = StreamDataModule(small_stream(2), batch_size=8)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = pl.Trainer(
+            max_epochs=data.total_epochs,
+            callbacks=strategies(*chosen),
+            accelerator="cpu",
+            default_root_dir=folder,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        try:
+            trainer.fit(module, datamodule=data)
+        except ConfigurationError as error:
+            return str(error)
+    if not all(parameter.isfinite().all() for parameter in module.parameters()):
+        raise RuntimeError(f"{' and '.join(chosen)} train to weights that are not finite")
+    return ""
+
+
+def page() -> str:
+    """Train every pair and return the page."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    listed = names()
+    cells: dict[tuple[str, str], str] = {}
+    reasons: dict[str, str] = {}
+    for a, b in itertools.combinations(listed, 2):
+        forward, backward = attempt(a, b), attempt(b, a)
+        if forward and backward:
+            cells[a, b] = reasons.setdefault(forward, chr(ord("a") + len(reasons)))
+        else:
+            cells[a, b] = "✓" if not forward and not backward else "→" if not forward else "↓"
+    lines = [INTRODUCTION, f"| | {' | '.join(listed[1:])} |", f"|---|{':-:|' * (len(listed) - 1)}"]
+    for row, a in enumerate(listed[:-1]):
+        marks = ["" if column <= row else cells[a, b] for column, b in enumerate(listed) if column > 0]
+        lines.append(f"| **{a}** | {' | '.join(marks)} |")
+    lines.append("")
+    lines += [f"- {letter}: {reason}" for reason, letter in reasons.items()]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(PAGE)

@@ -36,9 +36,10 @@ class CLSER(Strategy):
         \qquad a = \min\big(\alpha_\bullet,\ 1 - \tfrac{1}{n + 1}\big)
 
     The averages are of trainable parameters and, in the same way, of floating-point buffers: BatchNorm's running
-    statistics are averaged, and the averages answer in evaluation mode. Both start at the initial weights. The method
-    predicts with the stable average; at the end of the fit it is put into the module. ``StabilityGap(view="plastic")``
-    evaluates the other one, ``view="live"`` the weights in training.
+    statistics are averaged, and the averages answer in evaluation mode. Both start at the initial weights, which a fit
+    of a few hundred steps does not leave far behind at the published rates: raise ``stable_rate`` or lower
+    ``stable_decay`` there. The method predicts with the stable average; at the end of the fit it is put into the
+    module. ``StabilityGap(view="plastic")`` evaluates the other one, ``view="live"`` the weights in training.
 
     The replayed samples are appended to the batch as by ``ExperienceReplay``, so both terms use one forward. Batches
     must be ``(x, y)`` or ``(x, y, task)``, and ``forward(x)`` or ``forward(x, task)`` must return class logits

@@ -23,7 +23,7 @@ def train(method: str, folder: Path, checkpoint: Path | None) -> None:
     callbacks = [
         *strategies(),
         StabilityGap(dir=folder, batch_size=10, plot=False),
-        StreamCheckpoint(folder / "checkpoints", every_n_steps=4, keep=9),
+        StreamCheckpoint(folder / "checkpoints", every_n_steps=4, keep=99),
     ]
     settings = {**QUIET, "enable_checkpointing": True}
     trainer = pl.Trainer(max_epochs=data.total_epochs, callbacks=callbacks, devices=2, strategy="ddp", **settings)

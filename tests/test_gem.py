@@ -50,6 +50,12 @@ def test_memories_that_say_the_same_are_no_obstacle():
     assert projected.tolist() == pytest.approx([1.5, 1.5])
 
 
+def test_a_memory_that_says_nothing_is_left_out():
+    projected, v = project([-1.0, -1.0], [[0.0, 5.375], [0.0, 0.0], [-1.0, 2.375]], margin=0.0, eps=0.0)
+    assert projected.tolist() == pytest.approx([-1, 0])
+    assert v.tolist() == pytest.approx([1 / 5.375, 0, 0])
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_is_left_alone(bad):
     assert project([bad, -1.0], [[1.0, 1.0]])[1] is None

@@ -232,6 +232,8 @@ class SaveAdapters(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         stream_data(trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         list(adapter_models(pl_module))
 
     def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:

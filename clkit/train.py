@@ -95,7 +95,7 @@ def build(config: DictConfig, folder: Path) -> tuple[pl.Trainer, pl.LightningMod
             callbacks=callbacks,
             logger=loggers or False,
         )
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise ConfigurationError(f"The trainer refuses its settings: {error}") from error
     return trainer, module, data
 

@@ -58,6 +58,8 @@ class _Finetuning(Strategy):
         check_automatic(pl_module, type(self).__name__)
         if self.select == "drift":
             _find_drift(trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._choose(trainer, pl_module)
 
     def _choose(self, trainer: Trainer, module: LightningModule) -> list[Part]:

@@ -99,8 +99,7 @@ class InterpolatedLoRA(Strategy):
         self._replayed: Any = None
         self._targets: list[Tensor] = []
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._blocks = find_blocks(pl_module, self.layers) if self.gamma > 0 else []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,6 +1,6 @@
 """Which strategies work together: trains every pair on two experiences, and writes docs/composition.md.
 
-    python tools/composition.py
+python tools/composition.py
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ INTRODUCTION = """# Which strategies work together
 `strategy=[a,b]` runs both, in this order. Every pair below was trained for two experiences on a small network (one with
 LoRA where RegLoRA takes part) by `python tools/composition.py`; a test keeps the table true.
 
-✓ works in either order. → works with the row's strategy first, ↓ with the column's first. A letter: `setup` refuses both
-orders, for the reason below. What works together need not help: two memories cost twice, and two penalties add up.
+✓ works in either order. → works with the row's strategy first, ↓ with the column's first. A letter: `setup` refuses
+both orders, for the reason below. What works together need not help: two memories cost twice, two penalties add up.
 """
 
 
@@ -95,7 +95,11 @@ def page() -> str:
     listed = names()
     cells: dict[tuple[str, str], str] = {}
     reasons: dict[str, str] = {}
+    kinds = {name: type(strategies(name)[0]) for name in listed}
     for a, b in itertools.combinations(listed, 2):
+        if kinds[a] is kinds[b]:
+            cells[a, b] = "="
+            continue
         forward, backward = attempt(a, b), attempt(b, a)
         if forward and backward:
             cells[a, b] = reasons.setdefault(forward, chr(ord("a") + len(reasons)))
@@ -105,7 +109,7 @@ def page() -> str:
     for row, a in enumerate(listed[:-1]):
         marks = ["" if column <= row else cells[a, b] for column, b in enumerate(listed) if column > 0]
         lines.append(f"| **{a}** | {' | '.join(marks)} |")
-    lines.append("")
+    lines += ["", "= are two settings of the same class: one trainer takes one of them.", ""]
     lines += [f"- {letter}: {reason}" for reason, letter in reasons.items()]
     return "\n".join(lines) + "\n"
 

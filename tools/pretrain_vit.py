@@ -1,0 +1,57 @@
+"""Train the tiny ViT of conf/model/pretrained_vit.yaml on some classes of Fashion-MNIST, and save its weights.
+
+python tools/pretrain_vit.py [--classes 0 1 2 3] [--steps 1500] [--data-root data] [--output pretrained_vit.pt]
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+
+from clkit import Classifier, StreamDataModule
+from clkit.networks import tiny_vit
+from clkit.scenarios import Split
+
+
+def pretrain(data_root: str, output: Path, classes: list[int], steps: int) -> float:
+    """Train, save, and return the test accuracy."""
+    stream = Split("fashion_mnist", 1, class_order=classes, data_root=data_root)
+    data = StreamDataModule(stream, batch_size=64, steps=steps)
+    torch.manual_seed(0)
+    module = Classifier(
+        tiny_vit((1, 28, 28), 10, patch_size=7), 10, optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3)
+    )
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, datamodule=data)
+    (result,) = trainer.test(module, datamodule=data, verbose=False)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(module.net.state_dict(), output)
+    return result["test_acc"]
+
+
+def main() -> None:
+    """Read the arguments and train."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--classes", type=int, nargs="+", default=[0, 1, 2, 3])
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--data-root", default="data")
+    parser.add_argument("--output", type=Path, default=Path("pretrained_vit.pt"))
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    accuracy = pretrain(args.data_root, args.output, args.classes, args.steps)
+    print(f"{args.output}: {100 * accuracy:.1f}% on classes {args.classes}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""What the headline methods claim, on real data: sweeps over seeds 0 to 4, and their tables.
+
+    python tools/reproduce_methods.py fpf|lora [--data-root data] [--unpack-debian] [--jobs 2]
+
+- ``fpf``: FPF on top of ER and DER++, and k-FPF in place of replay, on split Fashion-MNIST; with counted operations,
+  training time, and how far each kind of module moves. Settings of k-FPF were chosen on seed 100.
+- ``lora``: LoRA on a ViT pretrained on four classes, over the other six: sequential, ER, the presets of EMA balance,
+  I-LoRA and RegLoRA; with the share of tensors on which EMA balance falls back.
+
+Runs are those of ``clkit train`` in ``--folder``: started again, the command goes on with what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from bench_train import unpack_debian
+from pretrain_vit import pretrain
+from reproduce_stability_gap import groups_of, train
+from rich.console import Console
+
+from clkit.evaluation.drift_file import Drift
+from clkit.report import write_report
+from clkit.report.estimate import Estimate
+from clkit.report.runs import Group
+from clkit.report.tables import Table
+
+_K = ["capacity=500", "k=3", "steps=300", "lr=0.05", "momentum=0.9"]
+METHODS = {
+    "fpf": {
+        "finetuning": ["strategy=naive"],
+        "ER": ["strategy=er", "strategy.er.capacity=500"],
+        "ER + FPF": ["strategy=[er,fpf]", "strategy.er.capacity=500"],
+        "DER++": ["strategy=derpp", "strategy.derpp.capacity=500"],
+        "DER++ + FPF": ["strategy=[derpp,fpf]", "strategy.derpp.capacity=500"],
+        "k-FPF-CE": ["strategy=kfpf", *(f"strategy.kfpf.{value}" for value in _K)],
+        "k-FPF-KD": ["strategy=kfpf_kd", *(f"strategy.kfpf_kd.{v}" for v in [*_K, "distillation=0.1"])],
+    },
+    "lora": {
+        "sequential": ["strategy=naive"],
+        "ER": ["strategy=er", "strategy.er.capacity=200"],
+        "EMA, fixed": ["strategy=ema_balance", "strategy.ema_balance.preset=fixed", "logger=csv"],
+        "EMA balance, reference": ["strategy=ema_balance", "logger=csv"],
+        "EMA balance, paper": ["strategy=ema_balance", "strategy.ema_balance.preset=paper", "logger=csv"],
+        "RegLoRA": ["strategy=reglora"],
+        "I-LoRA": ["strategy=ilora", "strategy.ilora.capacity=200"],
+        "ER + EMA balance": ["strategy=[er,ema_balance]", "strategy.er.capacity=200"],
+    },
+}
+METRICS = ("ACC", "FORG", "min-ACC", "WC-ACC")
+
+
+def result_table(task: str, groups: dict[str, Group]) -> Table:
+    """Metrics in percent, means and 95 % t-intervals over seeds; operations in TFLOP and time in seconds."""
+    extra = ("TFLOP", "seconds") if task == "fpf" else ("fallback",)
+    rows = []
+    for name, group in groups.items():
+        values = [str(group.estimate(metric)) for metric in METRICS]
+        runs = [run.directory for run in group.counted]
+        if task == "fpf":
+            operations = [json.loads((run / "flops.json").read_text())["total"] / 1e12 for run in runs]
+            values += [f"{np.mean(operations):.2f}", f"{np.mean([run.seconds for run in group.counted]):.0f}"]
+        else:
+            values.append(fallback(runs))
+        rows.append((name, *values))
+    return Table(f"{task}: {len(group.counted)} seeds, percent", ("method", *METRICS, *extra), tuple(rows))
+
+
+def fallback(runs: list[Path]) -> str:
+    """Mean share of tensors whose coefficient fell back, in percent; a dash without a log of it."""
+    logs = [log for run in runs for log in run.rglob("metrics.csv")]
+    found = []
+    for log in logs:
+        header, *lines = (line.split(",") for line in log.read_text().splitlines())
+        if "ema_balance/fallback" in header:
+            column = header.index("ema_balance/fallback")
+            values = [float(line[column]) for line in lines if line[column]]
+            found.append(100 * float(np.mean(values)))
+    return f"{np.mean(found):.0f}" if found else "–"
+
+
+def drift_table(group: Group) -> Table:
+    """Mean change of a weight across experiences, by kind of module, over that of all weights."""
+    rows = []
+    drifts = [Drift.read(run.directory / "drift.csv") for run in group.counted]
+    for kind in ("head", "norm", "first", "other"):
+        ratios = []
+        for drift in drifts:
+            across, sizes = np.nanmean(drift.across, axis=0), np.array(drift.sizes)
+            weights = np.array([not name.endswith(".stats") for name in drift.modules])
+            chosen = weights & (np.array(drift.kinds) == kind)
+            mean = [np.average(across[part], weights=sizes[part]) for part in (chosen, weights)]
+            ratios.append(mean[0] / mean[1])
+        rows.append((kind, str(Estimate.of(ratios, scale=1))))
+    return Table("ModuleDrift, finetuning: change across experiences over the mean", ("modules", "times"), tuple(rows))
+
+
+def main() -> None:
+    """Train what is missing, and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=METHODS)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--data-root", default="data")
+    parser.add_argument("--unpack-debian", action="store_true")
+    parser.add_argument("--folder", type=Path)
+    args = parser.parse_args()
+    if args.unpack_debian:
+        unpack_debian(Path(args.data_root))
+    root = args.folder or Path("runs") / args.task
+    console = Console()
+    common = [f"experiment={args.task}_split"]
+    if args.task == "lora":
+        weights = root.absolute() / "pretrained_vit.pt"
+        if not weights.is_file():
+            pretrain(args.data_root, weights, [0, 1, 2, 3], 1500)
+        common.append(f"model.net.weights={weights}")
+    folders = {name: root / name.replace(" ", "_").replace(",", "") for name in METHODS[args.task]}
+    with ThreadPoolExecutor(args.jobs) as pool:
+        jobs = {
+            name: pool.submit(train, folders[name], [*common, *overrides], range(args.seeds), args.data_root)
+            for name, overrides in METHODS[args.task].items()
+        }
+        for name, job in jobs.items():
+            job.result()
+            console.print(f"{name}: {args.seeds} seeds done", style="dim")
+    groups = {name: groups_of(folder)[0] for name, folder in folders.items()}
+    tables = [result_table(args.task, groups)]
+    if args.task == "fpf":
+        tables.append(drift_table(groups["finetuning"]))
+    for table in tables:
+        console.print(table.rich())
+    (root / "tables.md").write_text("\n".join(table.markdown() for table in tables))
+    report = write_report([root])
+    console.print(f"{report.files[0].parent}/report.html, {root}/tables.md")
+
+
+if __name__ == "__main__":
+    main()

@@ -102,6 +102,8 @@ def test_a_mistake_is_answered_in_one_line_with_exit_code_2(train, override: str
         ("strategy.er.device=nowhere", "device='nowhere' is not possible"),
         ("data=5", "data=5 is not possible"),
         ("strategy.er=5", "strategy.er=5 is not possible"),
+        ("+callbacks.flops.dir=here", "callbacks=flops"),
+        ("+strategy.ewc.strength=3", "it is not chosen"),
         ("strategy=null", "needs a name or a list of names"),
         ("hydra.run.dir=/proc/none", "/proc/none"),
         ("folder=here", "hydra.run.dir"),

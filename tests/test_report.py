@@ -15,12 +15,14 @@ import pytest
 from rich.console import Console
 
 from clkit import ConfigurationError
+from clkit.evaluation.drift_file import Drift
 from clkit.evaluation.history import History, HistoryWriter
 from clkit.report import write_report
 from clkit.report.figures import (
     ONE_COLUMN,
     accuracy_matrix_figure,
     curves,
+    drift_figure,
     envelope,
     overlay_figure,
     save,
@@ -292,6 +294,39 @@ def test_svg_is_reproducible(tmp_path):
     for name in ("a.svg", "b.svg"):
         save(accuracy_matrix_figure(matrix), tmp_path / name)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
+DRIFT = """step,experience,point,module,kind,size,within,across
+2,0,1,net.conv,first,4,{0},
+2,0,1,net.bn.stats,norm,2,9.0,
+2,0,1,net.head,head,6,0.5,
+4,1,1,net.conv,first,4,0.2,0.25
+4,1,1,net.bn.stats,norm,2,9.0,9.0
+4,1,1,net.head,head,6,0.4,0.75
+"""
+
+
+def test_module_drift_is_drawn_with_its_mean_over_seeds(tmp_path):
+    for seed, first in enumerate((0.1, 0.3)):
+        folder = make_run(tmp_path / f"s{seed}", 0.5, overrides=[f"seed={seed}"], config={"seed": seed})
+        (folder / "drift.csv").write_text(DRIFT.format(first))
+    assert "drift.png" in {path.name for path in write_report([tmp_path]).files}
+    page = (tmp_path / "report.html").read_text()
+    assert "module drift, 2 run(s)" in unescape(page)
+    runs = [Drift.read(tmp_path / f"s{seed}" / "drift.csv") for seed in range(2)]
+    mean = Drift.mean(runs)
+    np.testing.assert_allclose(mean.within, [[0.2, 9.0, 0.5], [0.2, 9.0, 0.4]])
+    np.testing.assert_allclose(mean.across, [[NAN] * 3, [0.25, 9.0, 0.75]])
+    figure = drift_figure(mean, title="toy")
+    heat, bars = figure.axes[:2]
+    assert [label.get_text() for label in heat.get_yticklabels()] == ["net.conv  [first]", "net.head  [head]"]
+    assert [bar.get_width() for bar in bars.patches] == [0.25, 0.75]
+
+
+def test_a_drift_file_of_something_else_is_refused(tmp_path):
+    (tmp_path / "drift.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ConfigurationError, match="no drift.csv"):
+        Drift.read(tmp_path / "drift.csv")
 
 
 def test_reporting_needs_no_torch():

@@ -95,7 +95,7 @@ def drift_table(group: Group) -> Table:
             chosen = weights & (np.array(drift.kinds) == kind)
             mean = [np.average(across[part], weights=sizes[part]) for part in (chosen, weights)]
             ratios.append(mean[0] / mean[1])
-        rows.append((kind, str(Estimate.of(ratios, scale=1))))
+        rows.append((kind, Estimate.of(ratios).text(1.0)))
     return Table("ModuleDrift, finetuning: change across experiences over the mean", ("modules", "times"), tuple(rows))
 
 

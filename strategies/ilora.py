@@ -136,7 +136,9 @@ class InterpolatedLoRA(Strategy):
                     "Use gradient checkpointing with use_reentrant=False, or gamma=0."
                 )
             mask = self._replayed.get("attention_mask") if isinstance(self._replayed, Mapping) else None
-            term = term + self.gamma * consistency(states, self._targets, self.form, mask)
+            distance = consistency(states, self._targets, self.form, mask)
+            module.log("ilora/consistency", distance.detach(), batch_size=1)
+            term = term + self.gamma * distance
         self._replayed, self._targets = None, []
         return term
 
@@ -187,10 +189,10 @@ def consistency(
     total = count = fast[0].new_zeros((), dtype=torch.float32)
     for new, old in zip(fast, slow, strict=True):
         apart = old.float() - new.float()
-        squares = (apart.relu() if form == "one_sided" else apart).square()
-        if mask is None:
-            total, count = total + squares.sum(), count + squares.numel()
-        else:
-            total = total + (squares * mask.unsqueeze(-1)).sum()
-            count = count + mask.sum() * squares.shape[-1]
-    return total / count
+        apart = apart.relu() if form == "one_sided" else apart
+        if mask is not None:
+            # before the square: what is not finite in padding would leave NaN in the gradient
+            apart = apart.masked_fill(mask.unsqueeze(-1) == 0, 0.0)
+        total = total + apart.square().sum()
+        count = count + (apart.numel() if mask is None else mask.count_nonzero() * apart.shape[-1])
+    return total / count.clamp(min=1)

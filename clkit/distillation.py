@@ -40,7 +40,9 @@ class Distillation(Strategy):
         self.teacher = tree_map_only(Tensor, lambda tensor: tensor.to(pl_module.device), self.teacher)
 
     def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
-        self.teacher = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+        # not state_dict, which names a shared parameter twice
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        self.teacher = {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
     def state_dict(self) -> dict[str, Any]:
         return {"teacher": self.teacher}

@@ -134,3 +134,19 @@ def test_unusable_settings_and_streams_are_refused():
         pl.Trainer(max_epochs=2, callbacks=[LwF()], **QUIET).fit(
             make_module(), datamodule=StreamDataModule(stream, batch_size=8)
         )
+
+
+def test_a_network_with_shared_weights_has_a_teacher():
+    class Shared(UserModule):
+        def __init__(self):
+            super().__init__()
+            first, second = nn.Linear(6, 6), nn.Linear(6, 6)
+            second.weight = first.weight
+            self.net = nn.Sequential(first, nn.ReLU(), second)
+
+    torch.manual_seed(0)
+    module, strategy = Shared(), LwF()
+    data = StreamDataModule(make_stream(), batch_size=8)
+    trainer = pl.Trainer(max_epochs=3, callbacks=[strategy], **QUIET)
+    trainer.fit(module, datamodule=data)
+    assert len(strategy.teacher) == len(list(module.parameters()))

@@ -109,9 +109,7 @@ class _Finetuning(Strategy):
         table = None
         if self.batch_size <= size < self.steps * self.batch_size:
             held = move_data_to_device(memory, module.device)
-            table = PrefixTable.build(
-                module, held, lambda batch: self.phase_loss(module, batch), max(self.batch_size, 256)
-            )
+            table = PrefixTable.build(module, held, lambda batch: self.phase_loss(module, batch), self.batch_size)
         return (lambda rows: nullcontext()) if table is None else table.rows
 
     def phase_loss(self, module: LightningModule, batch: Any) -> Tensor:
@@ -280,16 +278,6 @@ class KFPF(_Finetuning):
         if trainer.global_step != self._last_step and trainer.global_step in self._triggers:
             self.finetune(trainer, pl_module, self.buffer.contents())
         self._last_step = trainer.global_step
-
-    def _prefix(self, module: LightningModule, memory: Any, size: int) -> Callable[[Tensor], Any]:
-        """What a phase's forward on some rows runs in: frozen first modules are computed once for all rows."""
-        table = None
-        if self.batch_size <= size < self.steps * self.batch_size:
-            held = move_data_to_device(memory, module.device)
-            table = PrefixTable.build(
-                module, held, lambda batch: self.phase_loss(module, batch), max(self.batch_size, 256)
-            )
-        return (lambda rows: nullcontext()) if table is None else table.rows
 
     def phase_loss(self, module: LightningModule, batch: Any) -> Tensor:
         if self.distillation == 0:

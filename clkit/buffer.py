@@ -81,6 +81,10 @@ class ReservoirBuffer:
         """Return all samples held, as a batch; ``None`` when there are none."""
         return None if self.storage is None or not len(self) else self._read(self.occupied())
 
+    def clear(self) -> None:
+        """Forget every sample, and how many there were."""
+        self.n_seen, self.storage = 0, None
+
     def to(self, device: torch.device) -> None:
         """Move the samples to ``device``, unless the buffer was made with a device of its own."""
         if self.device is None:
@@ -130,6 +134,10 @@ class ClassBalancedBuffer(ReservoirBuffer):
 
     def occupied(self) -> Slots:
         return np.concatenate([np.empty(0, dtype=np.int64), *self.slots.values()])
+
+    def clear(self) -> None:
+        super().clear()
+        self.slots, self.seen = {}, {}
 
     def _choose_slots(self, batch: Any, n_new: int) -> Slots:
         labels = labels_of(batch).cpu().numpy()

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .cumulative import Cumulative as Cumulative
     from .er import ExperienceReplay as ExperienceReplay
     from .ewc import EWC as EWC
+    from .ilora import InterpolatedLoRA as InterpolatedLoRA
     from .lwf import LwF as LwF
     from .naive import Naive as Naive
 
@@ -20,6 +21,7 @@ _PUBLIC = {
     "EWC": ".ewc",
     "EMABalance": ".ema_balance",
     "ExperienceReplay": ".er",
+    "InterpolatedLoRA": ".ilora",
     "LwF": ".lwf",
     "Naive": ".naive",
 }

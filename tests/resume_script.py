@@ -56,6 +56,7 @@ def build_strategies(name: str) -> list:
         "ewc_online": lambda: [strategies.EWC(10.0, mode="online", decay=0.9, fisher="batch")],
         "lwf": lambda: [strategies.LwF()],
         "ema": lambda: [strategies.EMABalance("paper")],
+        "ilora": lambda: [strategies.InterpolatedLoRA(capacity=16)],
         "er+ewc": lambda: [strategies.ExperienceReplay(16), strategies.EWC(10.0)],
     }[name]()
 

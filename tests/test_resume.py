@@ -17,7 +17,7 @@ from clkit import ConfigurationError, StabilityGap, StreamCheckpoint, StreamData
 from clkit.checkpoint import checkpoints, latest_checkpoint, verify_checkpoint
 from clkit.strategies import EWC, ExperienceReplay
 
-STRATEGIES = ["naive", "cumulative", "er", "er_balanced", "agem", "ewc", "ewc_online", "lwf", "ema", "er+ewc"]
+STRATEGIES = ["naive", "cumulative", "er", "er_balanced", "agem", "ewc", "ewc_online", "lwf", "ema", "ilora", "er+ewc"]
 
 
 def kill_and_resume(folder, steps):

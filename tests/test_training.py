@@ -17,7 +17,7 @@ from plain import QUIET, UserModule, make_module, make_stream, weights
 from torch.nn.functional import cross_entropy
 
 from clkit import ConfigurationError, StabilityGap, Strategy, StreamDataModule
-from clkit.strategies import AGEM, EWC, Cumulative, ExperienceReplay, LwF, Naive
+from clkit.strategies import AGEM, EWC, Cumulative, ExperienceReplay, InterpolatedLoRA, LwF, Naive
 
 SETTINGS = {
     "plain": {},
@@ -210,6 +210,45 @@ class PlainLwF(PlainLoop):
         self.teacher = copy.deepcopy(self.module).eval()
 
 
+class PlainILoRA(PlainER):
+    decay, strength = 0.8, 3.0
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.slow = copy.deepcopy(self.module)
+        self.n_steps, self.stepped = 0, False
+
+    def hidden(self, module, x):
+        with self.autocast():
+            return module.net[:3](x)
+
+    def loss(self, x, y):
+        new = PlainLoop.loss(self, x, y)
+        replayed = self.replay(len(x)) if self.k > 0 else None
+        if replayed is None:
+            return new
+        with torch.no_grad():
+            slow = self.hidden(self.slow, replayed[0]).float()
+        distance = ((self.hidden(self.module, replayed[0]).float() - slow) ** 2).mean()
+        return (new + PlainLoop.loss(self, *replayed)) / 2 + self.strength * distance
+
+    def before_step(self):
+        self.stepped = True
+
+    @torch.no_grad()
+    def after_batch(self, x, y):
+        if self.stepped:
+            self.stepped, self.n_steps = False, self.n_steps + 1
+            kept = min(1 - 1 / (self.n_steps + 1), self.decay)
+            for old, new in zip(self.slow.parameters(), self.module.parameters(), strict=True):
+                old.copy_(kept * old + (1 - kept) * new)
+        super().after_batch(x, y)
+
+    def run(self):
+        super().run()
+        return self.slow
+
+
 METHODS = {
     "naive": (PlainLoop, lambda: [Naive()]),
     "cumulative": (PlainCumulative, lambda: [Cumulative()]),
@@ -218,6 +257,7 @@ METHODS = {
     "agem": (PlainAGEM, lambda: [AGEM(10, batch_size=8)]),
     "ewc": (PlainEWC, lambda: [EWC(10.0)]),
     "lwf": (PlainLwF, lambda: [LwF()]),
+    "ilora": (PlainILoRA, lambda: [InterpolatedLoRA(0.8, consistency=3.0, capacity=20)]),
 }
 
 

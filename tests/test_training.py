@@ -218,19 +218,17 @@ class PlainILoRA(PlainER):
         self.slow = copy.deepcopy(self.module)
         self.n_steps, self.stepped = 0, False
 
-    def hidden(self, module, x):
-        with self.autocast():
-            return module.net[:3](x)
-
     def loss(self, x, y):
-        new = PlainLoop.loss(self, x, y)
+        new = super(PlainER, self).loss(x, y)
         replayed = self.replay(len(x)) if self.k > 0 else None
         if replayed is None:
             return new
-        with torch.no_grad():
-            slow = self.hidden(self.slow, replayed[0]).float()
-        distance = ((self.hidden(self.module, replayed[0]).float() - slow) ** 2).mean()
-        return (new + PlainLoop.loss(self, *replayed)) / 2 + self.strength * distance
+        with torch.no_grad(), self.autocast():
+            slow = self.slow.net[:3](replayed[0])
+        with self.autocast():
+            fast = self.module.net[:3](replayed[0])
+            replay = cross_entropy(self.module.net[3:](fast), replayed[1])
+        return (new + replay) / 2 + self.strength * ((fast.float() - slow.float()) ** 2).mean()
 
     def before_step(self):
         self.stepped = True

@@ -160,20 +160,21 @@ def test_the_total_is_the_formula():
     assert checked == pytest.approx(expected, rel=1e-5)
 
 
-def test_equal_learners_without_dropout_in_the_slow_one_have_no_distance():
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_the_slow_learner_has_no_dropout_and_equal_learners_no_distance(p):
     class Dropout(UserModule):
-        def __init__(self, p):
+        def __init__(self):
             super().__init__(lr=0.0)
             self.net.insert(2, nn.Dropout(p))
+            self.modes = []
+            self.net[2].register_forward_hook(lambda layer, *_: self.modes.append(layer.training))
 
     torch.manual_seed(0)
-    for p in (0.0, 0.5):
-        record, ilora = Record(), InterpolatedLoRA()
-        module = Dropout(p)
-        fit([ilora, record], module)
-        assert module.net[2].training
-        assert all(value == 0 for value in record.consistency[10:]) == (p == 0)
-        assert all(torch.equal(ilora.slow[name], value) for name, value in trainable(module).items())
+    record, ilora = Record(), InterpolatedLoRA()
+    module = fit([ilora, record], Dropout())
+    assert module.modes == [True] * 10 + [False, True, True] * 20
+    assert all(value == 0 for value in record.consistency[10:]) == (p == 0)
+    assert all(torch.equal(ilora.slow[name], value) for name, value in trainable(module).items())
 
 
 def test_no_sample_is_replayed_in_its_own_step():

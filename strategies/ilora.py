@@ -54,8 +54,8 @@ class InterpolatedLoRA(Strategy):
     Logs ``ilora/consistency``.
 
     Args:
-        decay: :math:`\lambda` in [0, 1]: 0.99 for short streams, 0.999 from about 2000 steps; 1 is the plain mean of
-            all steps.
+        decay: :math:`\lambda` in [0, 1]. The slow learner is about :math:`1 / (1 - \lambda)` steps behind, which should
+            be few beside those of an experience; 0.999 from about 2000 steps in all; 1 is the mean of all steps.
         consistency: :math:`\gamma`, at least 0.
         form: ``"mse"`` or ``"one_sided"``.
         layers: ``"all"`` blocks of the network, ``"last"``, or patterns of module names, see

@@ -17,6 +17,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 
 from clkit.errors import ConfigurationError
 from clkit.strategy import stream_data
+from clkit.stream import Experience
 
 CLOCK = "clkit_clock"
 
@@ -32,6 +33,8 @@ class StreamCheckpoint(Checkpoint):
         every_n_steps: Optimizer steps between two files inside an experience; none when ``None``.
         every_n_minutes: Minutes between two files inside an experience; none when ``None``.
         keep: Number of newest files to keep, at least 1; one more than 1 guards against a damaged last file.
+        keep_ends: Also keep the weights in training at the end of each experience, without all else that resuming
+            needs, as ``end=K.ckpt`` with the experience's index K; ``clkit connect`` reads them.
 
     Raises:
         ConfigurationError: If a number is out of range.
@@ -44,6 +47,7 @@ class StreamCheckpoint(Checkpoint):
         every_n_steps: int | None = None,
         every_n_minutes: float | None = None,
         keep: int = 2,
+        keep_ends: bool = False,
     ) -> None:
         for name, value in (("every_n_steps", every_n_steps), ("every_n_minutes", every_n_minutes), ("keep", keep)):
             if value is not None and value <= 0:
@@ -51,6 +55,7 @@ class StreamCheckpoint(Checkpoint):
         self._own_dir = None if dir is None else Path(dir)
         self.dir: Path | None = None
         self.every_n_steps, self.every_n_minutes, self.keep = every_n_steps, every_n_minutes, keep
+        self.keep_ends = keep_ends
         self._last_step = -1
         self._last_time = time.monotonic()
 
@@ -72,6 +77,11 @@ class StreamCheckpoint(Checkpoint):
         if self._due(trainer) or stops:
             self._save(trainer)
 
+    def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
+        if self.keep_ends:
+            assert self.dir is not None
+            self._write(trainer, self.dir / f"end={experience.index:03d}.ckpt", weights_only=True)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # a resume from the end of an epoch that was cut short would skip the rest of it
         if trainer.is_last_batch and (stream_data(trainer).is_last_epoch or self._due(trainer)):
@@ -89,23 +99,31 @@ class StreamCheckpoint(Checkpoint):
 
     def _save(self, trainer: Trainer) -> None:
         assert self.dir is not None
-        path = self.dir / f"step={trainer.global_step:09d}.ckpt"
-        unfinished = path.with_suffix(".part")
-        trainer.save_checkpoint(unfinished, weights_only=False)
+        self._write(trainer, self.dir / f"step={trainer.global_step:09d}.ckpt", weights_only=False)
         if trainer.is_global_zero:
-            _sync(unfinished)
-            os.replace(unfinished, path)
-            _sync(self.dir)
             for old in checkpoints(self.dir)[self.keep :]:
                 old.unlink()
         trainer.strategy.barrier()
         self._last_step, self._last_time = trainer.global_step, time.monotonic()
+
+    def _write(self, trainer: Trainer, path: Path, *, weights_only: bool) -> None:
+        unfinished = path.with_suffix(".part")
+        trainer.save_checkpoint(unfinished, weights_only=weights_only)
+        if trainer.is_global_zero:
+            _sync(unfinished)
+            os.replace(unfinished, path)
+            _sync(path.parent)
 
 
 def checkpoints(dir: str | Path) -> list[Path]:
     """Return the checkpoint files of a folder, newest (most steps) first."""
     found = [path for path in Path(dir).glob("step=*.ckpt") if re.fullmatch(r"step=\d+\.ckpt", path.name)]
     return sorted(found, reverse=True)
+
+
+def experience_ends(dir: str | Path) -> list[Path]:
+    """Return the files of ``StreamCheckpoint(keep_ends=True)`` in a folder, in the order of the experiences."""
+    return sorted(Path(dir).glob("end=*.ckpt"))
 
 
 def latest_checkpoint(dir: str | Path) -> Path | None:

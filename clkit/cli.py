@@ -1,4 +1,4 @@
-"""The command line: ``clkit train``, ``clkit report``, ``clkit list``."""
+"""The command line: ``clkit train``, ``clkit report``, ``clkit connect``, ``clkit list``."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[:1] == ["train"]:
             return _train(arguments[1:])
         args = _parser().parse_args(arguments)
+        if args.command == "connect":
+            return _connect(args)
         return _report(args) if args.command == "report" else _list(args.group)
     except KeyboardInterrupt:
         print("clkit: interrupted.", file=sys.stderr)
@@ -53,6 +55,16 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--output", type=Path, metavar="DIR", help="where to write the report")
     report.add_argument("--width", type=float, default=7.1, metavar="INCHES", help="of figures; 3.4 fits one column")
     report.add_argument("--style", type=Path, metavar="FILE", help="matplotlib style file on top of clkit's")
+    connect = commands.add_parser("connect", help="loss and accuracy on the straight line between weights of a run")
+    connect.add_argument(
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="the folder of a run with checkpoint.keep_ends=true, or two checkpoint files",
+    )
+    connect.add_argument("--points", type=int, default=11, metavar="N", help="points on each line; default: 11")
+    connect.add_argument("--output", type=Path, metavar="DIR", help="where to write; default: the run's folder")
     listing = commands.add_parser("list", help="what can be chosen: strategies, scenarios, models, ...")
     listing.add_argument("group", nargs="?", choices=GROUPS, metavar="GROUP", help=", ".join(GROUPS) + "; default: all")
     return parser
@@ -90,6 +102,25 @@ def _report(args: argparse.Namespace) -> int:
     except ConfigurationError as error:
         return complain(error)
     report.show(Console(soft_wrap=True))
+    return 0
+
+
+def _connect(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from clkit.connectivity import connect
+    from clkit.jobs import quieten_libraries
+    from clkit.mistakes import complain
+    from clkit.report.tables import connectivity_table
+
+    quieten_libraries()
+    try:
+        lines, files = connect(args.paths, points=args.points, output=args.output)
+    except Exception as error:
+        return complain(error)
+    console = Console(soft_wrap=True)
+    console.print(connectivity_table(lines).rich())
+    console.print(*files, sep="\n", style="dim", highlight=False)
     return 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
@@ -118,12 +118,16 @@ def to_device(trainer: Trainer, batch: Any) -> Any:
 def task_loss(module: LightningModule, batch: Any) -> Tensor:
     """Return the loss of the module's own ``training_step`` on any batch, without trace in its logs and metrics.
 
+    It is computed in the trainer's precision, if the module has a trainer.
+
     Raises:
         ConfigurationError: If ``training_step`` returns no loss.
     """
     step = getattr(module.training_step, OWN_STEP, module.training_step)
     args = (batch, 0)[: len(inspect.signature(step).parameters)]
-    with _silent(module), module.trainer.precision_plugin.train_step_context():
+    trainer = module._trainer
+    precision = nullcontext() if trainer is None else trainer.precision_plugin.train_step_context()
+    with _silent(module), precision:
         output = step(*args)
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if loss is None:

@@ -32,7 +32,7 @@ def task(config: DictConfig) -> None:
     """Run one job; tell of a mistake at once and let the other jobs of a sweep run."""
     from clkit.train import run
 
-    _quieten_libraries()
+    quieten_libraries()
     job = HydraConfig.get()
     folder = Path(job.runtime.output_dir)
     # Lightning starts the other processes of a distributed run by this command line
@@ -67,7 +67,8 @@ def _process_group_of_its_own() -> Iterator[None]:
             distributed.destroy_process_group()
 
 
-def _quieten_libraries() -> None:
+def quieten_libraries() -> None:
+    """Keep what libraries say about themselves off the terminal, and give warnings one line."""
     from lightning_fabric.utilities.warnings import PossibleUserWarning
 
     for name in ("pytorch_lightning", "lightning_fabric", "matplotlib"):

@@ -63,6 +63,8 @@ def assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     own = module.state_dict(keep_vars=True)
     for name in own.keys() & tensors.keys():
         own[name].copy_(tensors[name])
+    # autocast keeps low-precision copies of the weights for as long as it lasts
+    torch.clear_autocast_cache()
 
 
 @contextmanager

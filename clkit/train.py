@@ -23,19 +23,11 @@ from clkit.mistakes import check
 from clkit.progress import StreamProgress
 from clkit.report import write_report
 
-FIGURES = ("stability_gap", "zoom", "overlay", "worst_case", "time", "drift")
+FIGURES = ("stability_gap", "zoom", "overlay", "worst_case", "time", "drift", "connectivity")
 RESULTS = (
     *("run.json", "history*.csv", "metrics.json", "checkpoints", "tensorboard", "csv", "adapters"),
-    *(
-        "report.md",
-        "report.tex",
-        "report.csv",
-        "report.html",
-        "timing.json",
-        "gradients.csv",
-        "drift.csv",
-        "flops.json",
-    ),
+    *("report.md", "report.tex", "report.csv", "report.html", "timing.json", "gradients.csv"),
+    *("drift.csv", "flops.json", "connectivity.csv"),
     *(f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")),
 )
 NOT_IN_RESULT = ("resume", "folder", "data_root")
@@ -75,10 +67,7 @@ def run(config: DictConfig, folder: Path) -> None:
 def build(config: DictConfig, folder: Path) -> tuple[pl.Trainer, pl.LightningModule, StreamDataModule]:
     """Build what ``trainer.fit(module, datamodule=data)`` needs; callbacks and loggers write into the folder."""
     config = _inside(config, folder)
-    pl.seed_everything(config.seed, workers=True)
-    stream = instantiate(config.scenario)
-    data: StreamDataModule = instantiate(config.data, _partial_=True)(stream)
-    module: pl.LightningModule = instantiate(config.model, input_shape=stream.input_shape, n_classes=stream.n_classes)
+    module, data = build_module(config)
     callbacks = [
         *(instantiate(strategy) for strategy in (config.get("strategy") or {}).values()),
         *(instantiate(callback) for callback in (config.get("callbacks") or {}).values()),
@@ -98,6 +87,15 @@ def build(config: DictConfig, folder: Path) -> tuple[pl.Trainer, pl.LightningMod
     except (ValueError, RuntimeError) as error:
         raise ConfigurationError(f"The trainer refuses its settings: {error}") from error
     return trainer, module, data
+
+
+def build_module(config: Any) -> tuple[pl.LightningModule, StreamDataModule]:
+    """Build the module, as it is before training, and its stream; the global seed is set to the config's."""
+    pl.seed_everything(config.seed, workers=True)
+    stream = instantiate(config.scenario)
+    data: StreamDataModule = instantiate(config.data, _partial_=True)(stream)
+    module = instantiate(config.model, input_shape=stream.input_shape, n_classes=stream.n_classes)
+    return module, data
 
 
 def fit(trainer: pl.Trainer, module: pl.LightningModule, data: StreamDataModule, checkpoint: Path | None) -> None:

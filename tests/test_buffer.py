@@ -143,3 +143,16 @@ def test_mappings_are_kept_as_mappings():
     buffer = ReservoirBuffer(4)
     buffer.insert({"input_ids": torch.arange(6).view(3, 2), "labels": torch.arange(3)})
     assert set(buffer.sample(2)) == {"input_ids", "labels"}
+
+
+@pytest.mark.parametrize("kind", [ReservoirBuffer, ClassBalancedBuffer])
+def test_a_cleared_buffer_holds_nothing_and_starts_over(kind):
+    buffer = kind(10)
+    for batch in batches([30]):
+        buffer.insert(batch)
+    buffer.clear()
+    assert (len(buffer), buffer.n_seen, buffer.contents(), buffer.sample(3)) == (0, 0, None, None)
+    assert buffer.state_dict()["samples"] is None
+    for batch in batches([4]):
+        buffer.insert(batch)
+    assert sorted(buffer.contents()[0][:, 0].tolist()) == [0, 1, 2, 3]

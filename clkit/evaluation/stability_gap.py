@@ -27,11 +27,10 @@ from clkit.evaluation.mode import untouched
 from clkit.evaluation.prefix import FrozenPrefix
 from clkit.evaluation.schedule import Every, Schedule
 from clkit.evaluation.scores import Mask, Score, Scorer, accuracy
-from clkit.evaluation.subsets import Subsets
+from clkit.evaluation.subsets import Subsets, choose
 from clkit.evaluation.summary import summary
 from clkit.forward import to_device
 from clkit.loader import StreamLoader, read_samples
-from clkit.rng import private_rng
 from clkit.strategy import Strategy, View, stream_data
 from clkit.stream import Experience, Stream
 
@@ -232,9 +231,8 @@ class StabilityGap(Callback):
 
     def _choose_subset(self, trainer: Trainer, experience: Experience) -> tuple[int, Any]:
         dataset = self._held_out(experience)
-        chosen = private_rng(self.seed, 5, experience.index).permutation(_size(dataset))[: self.subset]
-        chosen.sort()
-        batch = read_samples(dataset, torch.from_numpy(chosen), collate_fn=stream_data(trainer).collate_fn)
+        chosen = choose(_size(dataset), self.subset, self.seed, experience.index)
+        batch = read_samples(dataset, chosen, collate_fn=stream_data(trainer).collate_fn)
         return len(chosen), to_device(trainer, batch)
 
     def on_experience_start(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:

@@ -10,6 +10,15 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from clkit.rng import private_rng
+
+
+def choose(n: int, subset: int | None, seed: int, experience: int) -> Tensor:
+    """Choose which of an experience's ``n`` held-out samples are evaluated, sorted, ``int64``; all for ``None``."""
+    chosen = private_rng(seed, 5, experience).permutation(n)[:subset]
+    chosen.sort()
+    return torch.from_numpy(chosen)
+
 
 class Subsets:
     """The samples of all experiences, one after another.

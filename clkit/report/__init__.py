@@ -17,11 +17,13 @@ from matplotlib.figure import Figure
 from rich.text import Text
 
 from clkit.evaluation.drift_file import Drift
+from clkit.evaluation.lines import read_lines
 from clkit.report import html, tables
 from clkit.report.figures import (
     TWO_COLUMNS,
     accuracy_matrix_figure,
     comparison_figure,
+    connectivity_figure,
     drift_figure,
     overlay_figure,
     save,
@@ -87,7 +89,7 @@ def write_report(
     Writes ``report.md``, ``report.tex`` (needs booktabs), ``report.csv``, ``report.html`` (one self-contained page) and
     figures as PNG and SVG: ``stability_gap``, and ``zoom`` (the boundaries of one setting) and ``drift`` (where
     ``ModuleDrift`` measured), or ``overlay``, ``worst_case`` and ``time`` (several settings). Runs that differ in their
-    seed alone are averaged; unfinished runs are reported as such.
+    seed alone are averaged; unfinished runs are reported as such. The page also shows what ``clkit connect`` found.
 
     Args:
         directories: Run folders, or folders of runs.
@@ -192,6 +194,10 @@ def _each(groups: Sequence[Group], width: float) -> dict[str, Figure]:
         figures[f"{group.label}: accuracy matrix"] = accuracy_matrix_figure(
             np.mean(matrices, axis=0), run.experiences, title=group.label, score=run.summary["score"]
         )
+        if (run.directory / "connectivity.csv").is_file():
+            title = f"{group.label}: mode connectivity"
+            lines = read_lines(run.directory / "connectivity.csv")
+            figures[title] = connectivity_figure(lines, title=title, score=run.summary["score"], width=width)
     return figures
 
 

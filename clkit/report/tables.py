@@ -13,6 +13,7 @@ from io import StringIO
 import rich.box
 import rich.table
 
+from clkit.evaluation.lines import Line
 from clkit.report.definitions import define, scale, title
 from clkit.report.estimate import Estimate
 from clkit.report.runs import Group, config_differences
@@ -92,6 +93,17 @@ class Table:
             f'<table class="{kind}"><caption>{escape(self.caption)}</caption>\n'
             f"<thead><tr>{header}</tr></thead>\n<tbody>\n{rows}</tbody></table>\n"
         )
+
+
+def connectivity_table(lines: Sequence[Line]) -> Table:
+    """Return the barriers of each line, the mean over experiences and the largest."""
+    rows = []
+    for line in lines:
+        loss, score = line.loss_barrier, 100 * line.score_barrier
+        cells = [f"{loss.mean():.3g}", f"{loss.max():.3g}", f"{score.mean():.1f}", f"{score.max():.1f}"]
+        rows.append((f"{line.start} → {line.end}", *(cell.replace("nan", "–") for cell in cells)))
+    header = ("line", "loss: mean", "largest", "score: mean", "largest")
+    return Table("Barriers on straight lines between weights (of scores in points)", header, tuple(rows))
 
 
 def metric_names(groups: Sequence[Group]) -> list[str]:

@@ -12,6 +12,8 @@ from clkit.evaluation.functional import (
     Statistics,
     accuracy_matrix,
     compute_metrics,
+    forgetting_global,
+    forgetting_step,
     gap,
     windowed_forgetting,
     windowed_plasticity,
@@ -472,3 +474,14 @@ def test_summary_is_strict_json_of_the_numbers():
     assert content["per_experience"]["final"] == [0.9, None, None]
     assert content["accuracy_matrix"][0] == [0.9, None, None]
     assert to_json({"a": np.array([1.0, np.nan]), "b": (np.int64(2), math.inf)}) == {"a": [1.0, None], "b": [2, None]}
+
+
+def test_two_more_ways_to_count_forgetting():
+    matrix = [[90, NAN, NAN], [80, 85, NAN], [70, 75, 80]]
+    assert forgetting_global(matrix) == pytest.approx(7.5)
+    assert forgetting_step(matrix) == pytest.approx(10)
+    # the second experience has twice the classes: (10 / 3 + (20 + 2 * 10) / 4) / 2
+    assert forgetting_global(matrix, [1, 2, 1]) == pytest.approx((10 / 3 + 10) / 2)
+    assert math.isnan(forgetting_global([[90]]))
+    assert math.isnan(forgetting_step([[90]]))
+    assert forgetting_global(np.full((4, 4), 0.7)) == pytest.approx(0)

@@ -7,6 +7,7 @@ window counts evaluations, so none of the windowed or worst-case numbers compare
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -7,7 +7,6 @@ window counts evaluations, so none of the windowed or worst-case numbers compare
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -131,6 +130,44 @@ def compute_metrics(history: History, windows: Sequence[int] = (10, 100)) -> dic
         ConfigurationError: If a window is smaller than 2.
     """
     return Statistics.of(history, windows).metrics()
+
+
+def forgetting_global(matrix: ArrayLike, n_classes: Sequence[int] | None = None) -> float:
+    r"""Forgetting averaged over all boundaries, each experience weighed by its share of the classes so far.
+
+    .. math:: F^G_N = \frac{1}{N-1} \sum_{i=2}^N \sum_{n=1}^{i-1} \frac{|T_n|}{|T_{1:i}|} (R_{n,n} - R_{i,n})
+
+    The weights of one boundary add up to less than 1. Smith et al., *A Closer Look at Rehearsal-Free Continual
+    Learning*, arXiv 2203.17269. There :math:`R_{i,n}` is measured among the classes of experiences :math:`1..n` only;
+    here it is whatever the matrix holds.
+
+    Args:
+        matrix: :math:`R`, ``[N, N]``, row learned, column evaluated.
+        n_classes: Number of classes of each experience; equal ones when ``None``.
+
+    Returns:
+        Positive where scores fell; NaN for a single experience.
+    """
+    r = np.asarray(matrix, dtype=np.float64)
+    sizes = np.ones(len(r)) if n_classes is None else np.asarray(n_classes, dtype=np.float64)
+    falls = [(sizes[:i] * (np.diag(r)[:i] - r[i, :i])).sum() / sizes[: i + 1].sum() for i in range(1, len(r))]
+    return float(np.mean(falls)) if falls else np.nan
+
+
+def forgetting_step(matrix: ArrayLike) -> float:
+    r"""Forgetting from one experience's end to the next, as the code of CODA-Prompt computes it.
+
+    .. math:: \frac{1}{N-1} \sum_{i=2}^N \frac{1}{i-1} \sum_{n=1}^{i-1} (R_{i-1,n} - R_{i,n})
+
+    Args:
+        matrix: :math:`R`, ``[N, N]``, row learned, column evaluated.
+
+    Returns:
+        Positive where scores fell; NaN for a single experience.
+    """
+    r = np.asarray(matrix, dtype=np.float64)
+    falls = [float((r[i - 1, :i] - r[i, :i]).mean()) for i in range(1, len(r))]
+    return float(np.mean(falls)) if falls else np.nan
 
 
 def accuracy_matrix(history: History) -> Array:

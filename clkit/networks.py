@@ -143,7 +143,7 @@ def build_network(
 
 
 def with_weights(
-    input_shape: Sequence[int], n_classes: int, net: Callable[..., nn.Module], weights: str | Path
+    input_shape: Sequence[int], n_classes: int, net: Callable[..., nn.Module], weights: str | Path | None
 ) -> nn.Module:
     """Build a network and load weights from a file.
 
@@ -152,12 +152,14 @@ def with_weights(
         n_classes: Number of outputs.
         net: Called with ``input_shape`` and ``n_classes``.
         weights: A file of ``torch.save(network.state_dict(), path)``. Tensors of another shape, as those of an output
-            layer for other classes, are left as they are built.
+            layer for other classes, are left as they are built. None are loaded when ``None``.
 
     Raises:
         ConfigurationError: If the file cannot be read, or is no state of such a network.
     """
     built = net(input_shape=input_shape, n_classes=n_classes)
+    if weights is None:
+        return built
     path = Path(weights)
     if not path.is_file():
         raise ConfigurationError(f"There are no weights at {path}; train some, or name another file.")

@@ -28,7 +28,7 @@ def kill_and_resume(folder, steps):
         [sys.executable, str(script), str(folder), *map(str, steps), *STRATEGIES],
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=3000,
         check=True,
     )
     results: dict = {}

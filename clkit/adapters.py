@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from clkit.errors import ConfigurationError, check_whole
 from clkit.rng import private_rng
-from clkit.strategy import Strategy, View, stream_data
+from clkit.strategy import stream_data, views_of
 from clkit.stream import Experience
 
 if TYPE_CHECKING:
@@ -242,12 +241,9 @@ class SaveAdapters(Callback):
         log_dir = trainer.log_dir if self._own_dir is None else None
         folder = self._own_dir or Path(log_dir or trainer.default_root_dir, "adapters")
         folder.mkdir(parents=True, exist_ok=True)
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        views = {name: view for c in callbacks if isinstance(c, Strategy) for name, view in c.views.items()}
         models = list(adapter_models(module))
         with tempfile.TemporaryDirectory(dir=folder, prefix=".") as unfinished:
-            shown: dict[str, View] = {"live": lambda module: nullcontext(), **views}
-            for name, view in shown.items():
+            for name, view in views_of(trainer).items():
                 with view(module):
                     for path, model in models:
                         target = Path(unfinished, name) if len(models) == 1 else Path(unfinished, name, path)

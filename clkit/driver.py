@@ -13,7 +13,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_warn
 
 from clkit.forward import OWN_STEP, forget_forward, record_forward
-from clkit.strategy import Strategy
+from clkit.strategy import Strategy, callbacks_of
 
 if TYPE_CHECKING:
     from clkit.datamodule import StreamDataModule
@@ -33,7 +33,7 @@ class StreamDriver(Callback):
         self._random_state: dict[str, Any] | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        strategies = [callback for callback in _callbacks(trainer) if isinstance(callback, Strategy)]
+        strategies = [callback for callback in callbacks_of(trainer) if isinstance(callback, Strategy)]
         transforms = [s.transform_batch for s in strategies if _overrides(s, "transform_batch")]
         terms = [s.loss_term for s in strategies if _overrides(s, "loss_term")]
         if not transforms and not terms:
@@ -99,7 +99,7 @@ class StreamDriver(Callback):
             self._run("on_experience_end", trainer, module, self.started)
 
     def _run(self, hook: str, trainer: Trainer, module: LightningModule, index: int) -> None:
-        callbacks = sorted(_callbacks(trainer), key=lambda callback: not isinstance(callback, Strategy))
+        callbacks = sorted(callbacks_of(trainer), key=lambda callback: not isinstance(callback, Strategy))
         for callback in callbacks:
             if hasattr(callback, hook):
                 getattr(callback, hook)(trainer, module, self.data.stream[index])
@@ -142,11 +142,6 @@ def _random_state() -> dict[str, Any]:
     states = _collect_rng_states()
     name, keys, *rest = states["numpy"]
     return {**states, "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest)}
-
-
-def _callbacks(trainer: Trainer) -> list[Callback]:
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return callbacks
 
 
 def _overrides(strategy: Strategy, hook: str) -> bool:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from clkit.evaluation.stability_gap import StabilityGap
-from clkit.strategy import stream_data
+from clkit.strategy import callbacks_of, stream_data
 from clkit.stream import Experience
 
 _SCORES_SHOWN = 3
@@ -130,7 +130,7 @@ class StreamProgress(ProgressBar):
 
     def _scores(self, trainer: Trainer) -> str:
         loss = "" if self._loss is None else f"loss {float(self._loss):.3f}"
-        latest = next((c.latest for c in trainer.callbacks if isinstance(c, StabilityGap)), [])  # type: ignore[attr-defined]
+        latest = next((c.latest for c in callbacks_of(trainer) if isinstance(c, StabilityGap)), [])
         first = max(len(latest) - _SCORES_SHOWN, 0)
         scores = (" …" if first else "") + "".join(f" {score:.2f}" for score in latest[first:])
         return "  ".join(filter(None, (loss, f"scores{scores}" if scores else "")))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -69,7 +69,7 @@ class Strategy(Callback):
                 f"{type(self).__name__} adds a term to the loss, but {type(pl_module).__name__} optimizes manually and "
                 "runs its own backward; set automatic_optimization = True or add the term in your training_step."
             )
-        self._check_others(trainer.callbacks)  # type: ignore[attr-defined]
+        self._check_others(callbacks_of(trainer))
 
     def _check_others(self, callbacks: list[Callback]) -> None:
         own = type(self).__name__
@@ -124,6 +124,19 @@ class Strategy(Callback):
         Other strategies may train on them.
         """
         return None
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """Return the trainer's callbacks in their order; Lightning's annotations do not know the attribute."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
+
+
+def views_of(trainer: Trainer) -> dict[str, View]:
+    """Return the weights that can be evaluated, by name: ``live`` and what the strategies offer."""
+    strategies = [callback for callback in callbacks_of(trainer) if isinstance(callback, Strategy)]
+    offered = {name: view for strategy in strategies for name, view in strategy.views.items()}
+    return {"live": lambda module: nullcontext(), **offered}
 
 
 def random_samples(trainer: Trainer, dataset: Dataset[Any], n: int, rng: np.random.Generator) -> Any:

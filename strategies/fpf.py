@@ -25,7 +25,7 @@ from clkit.gradient import check_automatic
 from clkit.modules import Part, only, select
 from clkit.optimizer import forget_state
 from clkit.rng import private_rng
-from clkit.strategy import Strategy, check_pairs, stream_data
+from clkit.strategy import Strategy, callbacks_of, check_pairs, stream_data
 from clkit.stream import Experience
 
 
@@ -180,7 +180,7 @@ class FPF(_Finetuning):
         self._memory(trainer)
 
     def _memory(self, trainer: Trainer) -> Strategy:
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = callbacks_of(trainer)
         for callback in reversed(callbacks[: callbacks.index(self)]):
             if isinstance(callback, Strategy) and type(callback).remembered is not Strategy.remembered:
                 return callback
@@ -326,7 +326,7 @@ def _n_classes(memory: Any) -> int:
 
 
 def _find_drift(trainer: Trainer) -> ModuleDrift:
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         if isinstance(callback, ModuleDrift):
             return callback
     raise ConfigurationError(

@@ -91,6 +91,7 @@ class RegLoRA(Strategy):
 
     def _prepare(self) -> None:
         self._penalties = {}
+        self._bytes = float(sum(positions.n_bytes for positions in self.positions.values()))
         for entry in self._layers:
             if entry.name in self.positions:
                 b, a = entry.factors
@@ -120,9 +121,8 @@ class RegLoRA(Strategy):
             self._log(pl_module, torch.stack(values).sum() / len(self._layers))
 
     def _log(self, module: LightningModule, penalty: Tensor) -> None:
-        size = float(sum(positions.n_bytes for positions in self.positions.values()))
         density = max(positions.density for positions in self.positions.values())
-        for name, value in (("penalty", penalty), ("density", density), ("bytes", size)):
+        for name, value in (("penalty", penalty), ("density", density), ("bytes", self._bytes)):
             module.log(f"reglora/{name}", value, batch_size=1)
 
     def on_experience_start(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:

@@ -230,7 +230,7 @@ def test_the_average_is_evaluated_beside_the_live_weights_without_a_trace(tmp_pa
 
 
 def test_an_unknown_view_is_refused(tmp_path):
-    with pytest.raises(ConfigurationError, match="known: averaged"):
+    with pytest.raises(ConfigurationError, match="known: live, averaged"):
         fit([EMABalance(), StabilityGap(dir=tmp_path, view="slow")])
 
 

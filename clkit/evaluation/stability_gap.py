@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -31,7 +31,7 @@ from clkit.evaluation.subsets import Subsets, choose
 from clkit.evaluation.summary import summary
 from clkit.forward import to_device
 from clkit.loader import StreamLoader, read_samples
-from clkit.strategy import Strategy, View, stream_data
+from clkit.strategy import Strategy, View, callbacks_of, stream_data, views_of
 from clkit.stream import Experience, Stream
 
 
@@ -166,10 +166,9 @@ class StabilityGap(Callback):
         return self._generate_state_key(name=self.name)
 
     def _find_view(self, trainer: Trainer) -> tuple[str, View]:
-        strategies = [callback for callback in trainer.callbacks if isinstance(callback, Strategy)]  # type: ignore[attr-defined]
-        views = {name: view for strategy in strategies for name, view in strategy.views.items()}
-        views["live"] = lambda module: nullcontext()
-        name = self.view or ["live", *filter(None, (strategy.prediction for strategy in strategies))][-1]
+        views = views_of(trainer)
+        predicting = [c.prediction for c in callbacks_of(trainer) if isinstance(c, Strategy) and c.prediction]
+        name = self.view or ["live", *predicting][-1]
         if name not in views:
             raise ConfigurationError(
                 f"No strategy offers the view {name!r}; known: {', '.join(views)}. Add the strategy, or leave view out."

@@ -1,0 +1,1 @@
+"""Instruction streams for language models."""

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import functools
+import json
+import re
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from sklearn.datasets import load_breast_cancer
+
+from clkit.errors import ConfigurationError
+from clkit.language.records import Record, read_records
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+import make_instructions
+
+SIZES = {"train": 160, "eval": 20, "test": 40}
+NEEDS = {"sections": shutil.which("apt-cache"), "senses": (make_instructions.WORDNET / "data.noun").exists()}
+WORDS = {make_instructions.in_words(number): number for number in range(100)}
+OPERATIONS = {"plus": int.__add__, "minus": int.__sub__, "times": int.__mul__}
+
+
+@pytest.fixture(scope="module", params=make_instructions.TASKS)
+def task(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A task's name and the folder that the tool wrote for it."""
+    if not NEEDS.get(request.param, True):
+        pytest.skip("needs Debian's package lists and wordnet-base")
+    root = tmp_path_factory.mktemp("instructions")
+    make_instructions.write(root, request.param, make_instructions.make(request.param, SIZES))
+    return request.param, root / request.param
+
+
+def splits_of(folder: Path) -> dict[str, list[Record]]:
+    return {split: read_records(folder / f"{split}.json")[0] for split in SIZES}
+
+
+def test_layout(task: tuple[str, Path]) -> None:
+    _, folder = task
+    splits = splits_of(folder)
+    assert {split: len(records) for split, records in splits.items()} == SIZES
+    description = json.loads((folder / "task.json").read_text())
+    assert description["metric"] in ("exact_match", "letter", "number")
+    every = [record for records in splits.values() for record in records]
+    for record in every:
+        assert record.prompt.startswith(record.extra["instruction"] + "\n")
+        assert record.prompt.endswith("\n" + description["format"])
+        assert record.extra["style"] == description["style"]
+        assert len(record.prompt) < 450
+    assert len({record.extra["instruction"] for record in every}) == 1
+
+
+def test_no_prompt_is_shared(task: tuple[str, Path]) -> None:
+    prompts = [record.prompt for records in splits_of(task[1]).values() for record in records]
+    assert len(set(prompts)) == sum(SIZES.values())
+
+
+def test_seed_decides(task: tuple[str, Path]) -> None:
+    name, folder = task
+    again, other = make_instructions.make(name, SIZES), make_instructions.make(name, SIZES, seed=1)
+    assert splits_of(folder) == again
+    assert again["train"] != other["train"]
+
+
+def test_answers_are_right(task: tuple[str, Path]) -> None:
+    name, folder = task
+    answers = {"sections": sections, "senses": senses, "arithmetic": arithmetic, "tumours": tumours}
+    for records in splits_of(folder).values():
+        answers[name](records)
+
+
+@functools.cache
+def packages() -> dict[str, tuple[str, str]]:
+    return {name: (section, description) for name, section, description in make_instructions.debian_packages()}
+
+
+def sections(records: list[Record]) -> None:
+    for record in records:
+        package, description = re.search("Package: (.*)\nDescription: (.*)\n", record.prompt).groups()
+        assert packages()[package] == (record.answer, description)
+        assert record.answer in record.extra["instruction"]
+    counts = Counter(record.answer for record in records).values()
+    assert len(counts) == 8
+    assert max(counts) - min(counts) <= 1
+
+
+def senses(records: list[Record]) -> None:
+    glosses: dict[str, list[str]] = {}
+    for pos in ("noun", "verb"):
+        for line in (make_instructions.WORDNET / f"data.{pos}").read_text().splitlines():
+            for example in line.split('"')[1::2]:
+                glosses.setdefault(example, []).append(line)
+    for record in records:
+        word, example = re.search("What does (.*) mean here\\?\n(.*)\n", record.prompt).groups()
+        shown = dict(re.findall(r"^([A-D])\. (.*)$", record.prompt, re.MULTILINE))
+        assert list(shown.values()) == record.extra["choices"]
+        assert len(set(shown.values())) == 4
+        lines = [line for line in glosses[example] if f"| {shown[record.answer]}" in line]
+        assert any(f" {word} " in line.split(" | ")[0] for line in lines)
+        assert word in example
+    counts = Counter(record.answer for record in records)
+    if len(records) >= 160:
+        assert sum((counts[letter] - 40) ** 2 / 40 for letter in "ABCD") < 16.3  # chi-square, 3 degrees: p = 0.001
+
+
+def arithmetic(records: list[Record]) -> None:
+    for record in records:
+        a, operation, b = re.search(r"What is (\S+) (\w+) (\S+)\?", record.prompt).groups()
+        numbers = [WORDS[text] if text in WORDS else int(text) for text in (a, b)]
+        assert record.answer == str(OPERATIONS[operation](*numbers))
+    assert any(record.answer.startswith("-") for record in records)
+
+
+def tumours(records: list[Record]) -> None:
+    data = load_breast_cancer()
+    columns = {name: column for column, name in enumerate(data.feature_names)}
+    for record in records:
+        shown = re.search(r"Tumour: (.*)\.\n", record.prompt)[1].split(", ")
+        assert len(shown) == 5
+        fits = set(range(len(data.data)))
+        for text in shown:
+            feature, value = text.rsplit(" ", 1)
+            column = data.data[:, columns[feature]]
+            fits &= {row for row in fits if abs(column[row] - float(value)) <= 0.0051 * abs(column[row])}
+        malignant = {"Yes": "malignant", "No": "benign"}[record.answer]
+        assert malignant in {data.target_names[data.target[row]] for row in fits}
+    assert Counter(record.answer for record in records)["Yes"] == len(records) / 2
+
+
+def test_english_numbers() -> None:
+    assert [make_instructions.in_words(n) for n in (0, 13, 20, 42, 99)] == [
+        "zero",
+        "thirteen",
+        "twenty",
+        "forty-two",
+        "ninety-nine",
+    ]
+    assert len(WORDS) == 100
+
+
+def test_missing_data_are_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(make_instructions, "WORDNET", tmp_path)
+    with pytest.raises(ConfigurationError, match="apt-get install wordnet-base"):
+        make_instructions.make("senses", SIZES)
+    monkeypatch.setattr(make_instructions, "DPKG_STATUS", tmp_path / "status")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigurationError, match="apt-get update"):
+        make_instructions.make("sections", SIZES)
+
+
+def test_installed_packages_serve_without_apt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stanzas = [f"Package: p{i}\nSection: contrib/s{i % 8}\nDescription: thing {i}\n more" for i in range(24)]
+    (tmp_path / "status").write_text("\n\n".join(stanzas))
+    monkeypatch.setattr(make_instructions, "DPKG_STATUS", tmp_path / "status")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    splits = make_instructions.make("sections", {"train": 16, "test": 8})
+    assert Counter(record.answer for record in splits["test"]) == {f"s{i}": 1 for i in range(8)}
+    with pytest.raises(ConfigurationError, match="ask for less"):
+        make_instructions.make("sections", {"train": 32})

@@ -25,6 +25,7 @@ import numpy as np
 
 from clkit.errors import ConfigurationError, check_whole
 from clkit.language.records import Record, write_records
+from clkit.language.styles import INSTRUCTIONS
 from clkit.rng import private_rng
 
 Sizes = Mapping[str, int]
@@ -226,14 +227,14 @@ TASKS = {
         "exact_match",
         "short_answer",
         "Which section of the Debian archive holds this package? The sections are {}.",
-        "Answer with a word or a short phrase.",
+        INSTRUCTIONS["short_answer"],
         sections,
     ),
     "senses": Task(
         "letter",
         "multiple_choice",
-        "Choose the definition that fits the word in the sentence.",
-        "Answer with the letter of the right option.",
+        "Say what a word means in a sentence.",
+        INSTRUCTIONS["multiple_choice"],
         senses,
     ),
     "arithmetic": Task(
@@ -247,7 +248,7 @@ TASKS = {
         "exact_match",
         "yes_no",
         "A breast tumour's cells were measured under the microscope. Is the tumour malignant?",
-        "Answer Yes or No.",
+        INSTRUCTIONS["yes_no"],
         tumours,
     ),
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -168,6 +168,85 @@ def forgetting_step(matrix: ArrayLike) -> float:
     r = np.asarray(matrix, dtype=np.float64)
     falls = [float((r[i - 1, :i] - r[i, :i]).mean()) for i in range(1, len(r))]
     return float(np.mean(falls)) if falls else np.nan
+
+
+def overall_performance(matrix: ArrayLike, after: int | None = None) -> float:
+    r"""TRACE's :math:`OP_t = \frac1t \sum_{i \le t} R_{t,i}` (Wang et al., arXiv 2310.06762).
+
+    For the last experience it is the ``ACC`` of :func:`compute_metrics`.
+
+    Args:
+        matrix: :math:`R`, ``[T, T]``, row learned, column evaluated; what is above the diagonal does not count.
+        after: :math:`t`, from 1; T when ``None``.
+
+    Raises:
+        ConfigurationError: If ``after`` is not from 1 to T.
+    """
+    r = _first(matrix, after)
+    return float(r[-1].mean())
+
+
+def backward_transfer(matrix: ArrayLike, after: int | None = None, *, normalizer: Literal["t", "t-1"] = "t") -> float:
+    r"""TRACE's :math:`BWT_t = \frac1t \sum_{i \le t} (R_{t,i} - R_{i,i})`, or divided by :math:`t - 1`.
+
+    The term of :math:`i = t` is 0, so that many divide by :math:`t - 1`; for the last experience that is the ``BWT``
+    of :func:`compute_metrics`.
+
+    Args:
+        matrix: As for :func:`overall_performance`.
+        after: As for :func:`overall_performance`.
+        normalizer: ``"t"`` as published for TRACE, or ``"t-1"``.
+
+    Returns:
+        Negative where scores fell; NaN for a single experience divided by :math:`t - 1`.
+
+    Raises:
+        ConfigurationError: If the normalizer is unknown, or ``after`` is not from 1 to T.
+    """
+    if normalizer not in ("t", "t-1"):
+        raise ConfigurationError(f"normalizer={normalizer!r} is unknown; use t or t-1.")
+    r = _first(matrix, after)
+    n = len(r) - (normalizer == "t-1")
+    return float((r[-1] - np.diag(r)).sum() / n) if n else np.nan
+
+
+def language_summary(matrix: ArrayLike) -> dict[str, float]:
+    r"""The numbers that papers on continual learning of language models report, from one matrix.
+
+    - ``op``: TRACE's overall performance, :func:`overall_performance` after the last experience.
+    - ``bwt_trace``, ``bwt_trace_t_minus_1``: TRACE's backward transfer, :func:`backward_transfer`, divided by
+      :math:`T` and by :math:`T - 1`.
+    - ``mft`` :math:`= \frac1T \sum_i R_{i,i}`: mean score right after learning (SEFE's mean fine-tuning accuracy).
+    - ``mfn`` :math:`= \frac1T \sum_i R_{T,i}`: mean final score, the same as ``op``. SEFE's
+      BWT is ``mfn - mft``, the same as ``bwt_trace``.
+    - ``maa`` :math:`= \frac1T \sum_j \frac1j \sum_{i \le j} R_{j,i}`: mean over the experiences' ends of the mean
+      score so far. (``AAA`` of :func:`compute_metrics` averages over all evaluations.)
+
+    SEFE: Chen et al., arXiv 2505.02486.
+
+    Args:
+        matrix: :math:`R`, ``[T, T]``, row learned, column evaluated; what is above the diagonal does not count. In
+            fractions or percent, as the results will be.
+    """
+    r = np.asarray(matrix, dtype=np.float64)
+    averages = [overall_performance(r, t) for t in range(1, len(r) + 1)]
+    return {
+        "op": averages[-1],
+        "bwt_trace": backward_transfer(r),
+        "bwt_trace_t_minus_1": backward_transfer(r, normalizer="t-1"),
+        "mft": float(np.diag(r).mean()),
+        "mfn": averages[-1],
+        "maa": float(np.mean(averages)),
+    }
+
+
+def _first(matrix: ArrayLike, after: int | None) -> Array:
+    """The first ``after`` rows and columns of a matrix of scores."""
+    r = np.asarray(matrix, dtype=np.float64)
+    t = len(r) if after is None else after
+    if not 1 <= t <= len(r):
+        raise ConfigurationError(f"after={after} is not possible for {len(r)} experiences; use 1 to {len(r)}.")
+    return r[:t, :t]
 
 
 def accuracy_matrix(history: History) -> Array:

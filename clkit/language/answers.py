@@ -1,0 +1,330 @@
+r"""Scores of a generated answer against its reference: strings in, a number in [0, 1] out.
+
+Each metric has two readings. The *lenient* one is about content: it looks for what the answer states. The *strict* one
+of ``exact_match``, ``letter``, ``number`` and ``yes_no`` is about format too: the answer, but for whitespace around it,
+is the reference. The difference of their means estimates superficial forgetting, a drift of format that leaves the
+knowledge where it was (Chen et al., *SEFE*, arXiv 2505.02486). An empty answer scores 0.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
+from fractions import Fraction
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from clkit.errors import ConfigurationError
+
+_ANSWER = r"(?:\banswer\b[^.\n。]{0,60}?(?:\bis\b|[:=])|\banswer\b|答案[^.\n。]{0,20}?[是为:]|####)\s*"
+_ASIDE = r"(?:the\s+)?(?:correct\s+|right\s+|best\s+)?(?:option|choice|letter)?(?:\s+is\b)?\s*:?"
+_OPENING = r"[\s(\[{\"'*_$]*(?:\\(?:boxed|text)\{)*"
+_NUMBER = re.compile(
+    r"(?P<sign>(?<![\w.)])-[$€£]?|)(?<![A-Za-z0-9_])"
+    r"(?P<value>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
+    r"(?:[eE](?P<power>[-+]?[0-9]{1,3})(?!\w))?"
+    r"(?: ?/ ?(?P<divisor>[0-9]+(?:\.[0-9]+)?)(?![0-9/]))?"
+)
+
+
+def exact_match(prediction: str, reference: str) -> float:
+    """1 if the answer is the reference, but for case, punctuation, articles and whitespace.
+
+    Of the answer, as many lines count as the reference has; a model that was not stopped writes on.
+    """
+    lines = prediction.strip().splitlines()[: len(reference.strip().splitlines())]
+    return float(_normal("\n".join(lines)) == _normal(reference))
+
+
+def letter(prediction: str, reference: str, choices: int | None = None) -> float:
+    """1 if the answer states the reference's option letter; see :func:`find_letter`.
+
+    Args:
+        prediction: The answer.
+        reference: It states a letter.
+        choices: Number of options, the first of which is A; 26 when ``None``.
+
+    Raises:
+        ConfigurationError: If the reference states no letter, or ``choices`` is not from 2 to 26.
+    """
+    return _same("letter", lambda text: find_letter(text, choices), prediction, reference)
+
+
+def number(prediction: str, reference: str) -> float:
+    """1 if the answer states the reference's number, in any notation; see :func:`find_number`.
+
+    Raises:
+        ConfigurationError: If the reference states no number.
+    """
+    return _same("number", find_number, prediction, reference)
+
+
+def yes_no(prediction: str, reference: str) -> float:
+    """1 if the answer states the reference's yes or no.
+
+    Raises:
+        ConfigurationError: If the reference states neither.
+    """
+    return _same("yes_no", lambda text: _stated(r"(yes|no)\b", text.lower()), prediction, reference)
+
+
+def f1(prediction: str, reference: str) -> float:
+    """F1 of the words that both have, normalised as for SQuAD (Rajpurkar et al., arXiv 1606.05250)."""
+    words, wanted = _normal(prediction).split(), _normal(reference).split()
+    return _f1((Counter(words) & Counter(wanted)).total(), len(words), len(wanted))
+
+
+def rouge_l(prediction: str, reference: str) -> float:
+    """ROUGE-L: F1 of the longest common subsequence of words (Lin, 2004).
+
+    Words are runs of letters and digits of any script, in lower case, without stemming. A text without spaces between
+    its words is one word.
+
+    Raises:
+        ConfigurationError: If rapidfuzz is not installed.
+    """
+    words, wanted = (re.findall(r"[^\W_]+", text.lower()) for text in (prediction, reference))
+    return _f1(_rapidfuzz().distance.LCSseq.similarity(words, wanted), len(words), len(wanted))
+
+
+def edit_similarity(prediction: str, reference: str) -> float:
+    """Share of the characters of both that need no insertion or deletion, :math:`1 - d / (m + n)`; for code.
+
+    Raises:
+        ConfigurationError: If rapidfuzz is not installed.
+    """
+    return float(_rapidfuzz().fuzz.ratio(prediction.strip(), reference.strip())) / 100
+
+
+def sari(prediction: str, references: str | Sequence[str], source: str) -> float:
+    r"""Score of a simplification: what it rightly keeps, adds and deletes of its source.
+
+    Mean over n-grams, n from 1 to 4, and over three scores: the F1 of kept and of added n-grams, and the precision of
+    deleted ones; 0/0 is 1. Words and punctuation are tokens, in lower case. As in the usual implementations, recall of
+    kept n-grams is the corrected one.
+
+    Args:
+        prediction: The simplification.
+        references: Good ones.
+        source: The text to simplify.
+
+    Reference: Xu et al., *Optimizing Statistical Machine Translation for Text Simplification*, TACL 2016.
+    """
+    texts = [references] if isinstance(references, str) else references
+    targets = [_tokens(text) for text in texts]
+    old, new = _tokens(source), _tokens(prediction)
+    scores = [_sari_of(*(_n_grams(tokens, n) for tokens in (old, new, *targets))) for n in (1, 2, 3, 4)]
+    return sum(scores) / len(scores)
+
+
+METRICS: Mapping[str, Callable[..., float]] = MappingProxyType(
+    {
+        "exact_match": exact_match,
+        "letter": letter,
+        "number": number,
+        "yes_no": yes_no,
+        "f1": f1,
+        "rouge_l": rouge_l,
+        "sari": sari,
+        "edit_similarity": edit_similarity,
+    }
+)
+"""The metrics by name, in their lenient reading."""
+
+_FORMAT_MATTERS = ("exact_match", "letter", "number", "yes_no")
+
+
+def score_answer(
+    metric: str,
+    prediction: str,
+    reference: str,
+    *,
+    source: str | None = None,
+    choices: int | None = None,
+    strict: bool = False,
+) -> float:
+    """Score one answer.
+
+    Args:
+        metric: One of :data:`METRICS`.
+        prediction: The answer.
+        reference: The right one.
+        source: The text that was to be simplified, for ``sari``.
+        choices: Number of options, for ``letter``; 26 when ``None``.
+        strict: Whether the format matters too; the same as without for ``f1``, ``rouge_l``, ``sari`` and
+            ``edit_similarity``.
+
+    Returns:
+        The score, in [0, 1]; 0 for an empty answer.
+
+    Raises:
+        ConfigurationError: If the metric is unknown, ``sari`` has no source, the reference does not state what the
+            metric looks for, or a library is missing.
+    """
+    if metric not in METRICS:
+        raise ConfigurationError(f"metric={metric!r} is unknown; use one of {', '.join(METRICS)}.")
+    needs: dict[str, dict[str, Any]] = {"letter": {"choices": choices}, "sari": {"source": source}}
+    if metric == "sari" and source is None:
+        raise ConfigurationError("sari compares with the text that was to be simplified; give it as source.")
+    lenient = METRICS[metric](prediction, reference, **needs.get(metric, {}))
+    if not prediction.strip():
+        return 0.0
+    return float(prediction.strip() == reference.strip()) if strict and metric in _FORMAT_MATTERS else lenient
+
+
+def mean_scores(
+    metric: str,
+    predictions: Sequence[str],
+    references: Sequence[str],
+    *,
+    sources: Sequence[str] | None = None,
+    choices: int | None = None,
+) -> dict[str, float]:
+    """Average both readings over all answers, empty ones included.
+
+    Returns:
+        ``lenient``, ``strict``, and ``format_gap``, their difference; NaN without answers.
+
+    Raises:
+        ConfigurationError: If the lengths differ, and as :func:`score_answer`.
+    """
+    given = [None] * len(references) if sources is None else sources
+    if not len(predictions) == len(references) == len(given):
+        raise ConfigurationError(
+            f"{len(predictions)} predictions, {len(references)} references and {len(given)} sources do not belong "
+            "together; give one of each for every sample."
+        )
+    rows = list(zip(predictions, references, given, strict=True))
+    lenient, strict = (
+        float(np.mean([score_answer(metric, p, r, source=s, choices=choices, strict=strict) for p, r, s in rows]))
+        if rows
+        else np.nan
+        for strict in (False, True)
+    )
+    return {"lenient": lenient, "strict": strict, "format_gap": lenient - strict}
+
+
+def find_letter(text: str, choices: int | None = None) -> str | None:
+    """Return the option letter that a text states, in upper case.
+
+    That is the last one after "answer is", "answer:" or the like, else one that the text starts with: ``B``, ``(B)``,
+    ``B.``, ``B) text``, ``Option B``. An ``A`` or ``I`` before another word is a word, and two letters ("A or B") are
+    none.
+
+    Raises:
+        ConfigurationError: If ``choices`` is not from 2 to 26.
+    """
+    n = 26 if choices is None else choices
+    if not isinstance(n, int) or not 2 <= n <= 26:
+        raise ConfigurationError(f"choices={choices!r} is not possible; use a whole number from 2 to 26.")
+    last = string.ascii_uppercase[n - 1]
+    no_word = r"(?![A-Za-z0-9_]|['’.+-][A-Za-z0-9]|\+\+| ?(?:,|/|&|and|or) ?\(?[A-Z]\b)"
+    one = rf"[A-{last}]{no_word}(?:(?<![AI])|(?! (?!because\b|since\b|as\b|is\b)[A-Za-z]))"
+    small = rf"[a-{last.lower()}](?= ?(?:$|[)\]:]|\.$))"
+    found = _stated(rf"({one}|{small})", text)
+    return found and found.upper()
+
+
+def find_number(text: str) -> Fraction | None:
+    """Return the number that a text states.
+
+    That is the first one after the last "answer is", "answer:", "####" or the like (there, what follows the line's last
+    ``=``), else the last one in the text. Signs, decimals, thousands separators (``1,234``), powers of ten and
+    fractions (``3/4``) are understood; units and percent signs do not count.
+    """
+    text = _plain(text.replace("−", "-"))
+    for stated in reversed(list(re.finditer(_ANSWER, text, re.IGNORECASE))):
+        line = text[stated.end() :].partition("\n")[0]
+        found = _NUMBER.search(line.rpartition("=")[2])
+        if found:
+            return _value(found)
+    last = [None, *_NUMBER.finditer(text)][-1]
+    return last and _value(last)
+
+
+def _value(found: re.Match[str]) -> Fraction:
+    # not int or Fraction of the text: Python refuses those beyond 4300 digits
+    value = Fraction(Decimal(found["value"].replace(",", ""))) * Fraction(10) ** int(found["power"] or 0)
+    divisor = Fraction(Decimal(found["divisor"] or 1))
+    return (value / divisor if divisor else value) * (-1 if found["sign"] else 1)
+
+
+def _plain(text: str) -> str:
+    """One form for each character, and single blanks or line ends, on which no pattern can run away."""
+    text = re.sub(r"[^\S\n]+", " ", unicodedata.normalize("NFKC", text))
+    return re.sub(r" ?\n\s*", "\n", text).strip()
+
+
+def _stated(form: str, text: str) -> str | None:
+    text = _plain(text)
+    form = f"{_OPENING}{form}"
+    stated = [None, *re.finditer(f"(?i:{_ANSWER}{_ASIDE}){form}", text, re.MULTILINE)][-1]
+    found = stated or re.match(f"(?i:{_ASIDE}){form}", text, re.MULTILINE)
+    return found and found[1]
+
+
+def _same(metric: str, find: Callable[[str], object], prediction: str, reference: str) -> float:
+    wanted = find(reference)
+    if wanted is None:
+        raise ConfigurationError(f"The reference {reference!r} states no answer for {metric}; use another metric.")
+    return float(find(prediction) == wanted)
+
+
+def _normal(text: str) -> str:
+    """The text as SQuAD's evaluation compares it, or, if nothing of it is left, in lower case."""
+    bare = re.sub(r"\b(a|an|the)\b", " ", "".join(c for c in text.lower() if c not in string.punctuation))
+    return " ".join(bare.split()) or " ".join(text.lower().split())
+
+
+def _f1(common: int, one: int, other: int) -> float:
+    return 2 * common / (one + other) if common else 0.0
+
+
+def _tokens(text: str) -> list[str]:
+    return re.findall(r"\w+|[^\w\s]", text.lower())
+
+
+def _n_grams(tokens: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
+    return Counter(zip(*(tokens[i:] for i in range(n)), strict=False))
+
+
+def _sari_of(old: Counter[tuple[str, ...]], new: Counter[tuple[str, ...]], *targets: Counter[tuple[str, ...]]) -> float:
+    target = sum(targets, Counter[tuple[str, ...]]())
+    # as often as there are references, so that counts compare with their sum
+    many_old, many_new = (Counter({gram: len(targets) * n for gram, n in grams.items()}) for grams in (old, new))
+
+    kept, to_keep = many_old & many_new, many_old & target
+    good = kept & target
+    keep = _harmonic(_ratio(sum(good[g] / kept[g] for g in good), len(kept)), _ratio(good.total(), to_keep.total()))
+
+    deleted = many_old - many_new
+    delete = _ratio(sum(n / deleted[g] for g, n in (deleted - target).items()), len(deleted))
+
+    added, to_add = set(new) - set(old), set(target) - set(old)
+    add = _harmonic(_ratio(len(added & to_add), len(added)), _ratio(len(added & to_add), len(to_add)))
+    return (keep + delete + add) / 3
+
+
+def _ratio(part: float, whole: int) -> float:
+    return part / whole if whole else 1.0
+
+
+def _harmonic(precision: float, recall: float) -> float:
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def _rapidfuzz() -> Any:
+    try:
+        import rapidfuzz
+        import rapidfuzz.distance
+    except ImportError as error:
+        raise ConfigurationError(
+            "ROUGE-L and edit similarity are rapidfuzz's, which is not installed; run pip install 'clkit[language]'."
+        ) from error
+    return rapidfuzz

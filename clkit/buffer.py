@@ -8,14 +8,13 @@ import numpy as np
 import torch
 from pytorch_lightning import Trainer
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from clkit.datasets import labels_of
 from clkit.distributed import local_share
 from clkit.errors import ConfigurationError
 from clkit.rng import private_rng, rng_state, set_rng_state
-
-Slots = np.ndarray[Any, np.dtype[np.int64]]
+from clkit.storage import DISK, Slots, Storage, make_storage
 
 
 class ReservoirBuffer:
@@ -28,7 +27,8 @@ class ReservoirBuffer:
     Args:
         capacity: :math:`M`, the largest number of samples held, at least 0.
         seed: Seed of the buffer's own random numbers, at least 0.
-        device: Where samples are kept; on the device of the first batch when ``None``.
+        device: Where samples are kept; on the device of the first batch when ``None``. Texts (batches with an
+            ``attention_mask``) are kept on the CPU, unpadded, or in a temporary file for ``"disk"``.
 
     Raises:
         ConfigurationError: If ``capacity`` is negative.
@@ -40,14 +40,16 @@ class ReservoirBuffer:
                 f"capacity={capacity!r} is not possible; use the number of samples to keep, 0 or more."
             )
         try:
-            torch.empty(0, device=device)
+            torch.empty(0, device=None if device == DISK else device)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
-            raise ConfigurationError(f"device={device!r} is not possible here ({reason}); use null or cpu.") from error
+            raise ConfigurationError(
+                f"device={device!r} is not possible here ({reason}); use null, cpu or disk."
+            ) from error
         self.capacity, self.device = capacity, device
         self.rng = private_rng(seed, 2)
         self.n_seen = 0
-        self.storage: Any = None
+        self.storage: Storage | None = None
 
     def __len__(self) -> int:
         return len(self.occupied())
@@ -60,18 +62,18 @@ class ReservoirBuffer:
         """Insert every sample of a batch: any pytree of tensors with the same first dimension ``B``.
 
         Raises:
-            ConfigurationError: If the samples' shapes differ from those already held.
+            ConfigurationError: If the samples' shapes differ from those already held, but for the lengths of texts.
         """
         n_new = _batch_size(batch)
         if self.storage is None:
-            self.storage = tree_map(self._allocate, batch)
+            self.storage = make_storage(batch, self.capacity, self.device)
         slots = self._choose_slots(batch, n_new)
         self.n_seen += n_new
         kept = np.flatnonzero(slots < self.capacity)
         # of several samples for one slot the last one stays, as if they came one by one
         targets, last = np.unique(slots[kept][::-1], return_index=True)
         if len(targets):
-            _copy_rows(self.storage, targets, batch, kept[::-1][last])
+            self.storage.write(targets, batch, kept[::-1][last])
 
     def sample(self, n: int) -> Any:
         """Return ``min(n, len(self))`` different samples drawn uniformly, as a batch; ``None`` when there are none."""
@@ -81,7 +83,7 @@ class ReservoirBuffer:
 
     def contents(self) -> Any:
         """Return all samples held, as a batch; ``None`` when there are none."""
-        return None if self.storage is None or not len(self) else self._read(self.occupied())
+        return self._read(self.occupied()) if len(self) else None
 
     def clear(self) -> None:
         """Drop all samples and start over; the random numbers go on."""
@@ -90,8 +92,8 @@ class ReservoirBuffer:
 
     def to(self, device: torch.device) -> None:
         """Move the samples to ``device``, unless the buffer was made with a device of its own."""
-        if self.device is None:
-            self.storage = tree_map_only(Tensor, lambda held: held.to(device), self.storage)
+        if self.device is None and self.storage is not None:
+            self.storage.to(device)
 
     def _choose_slots(self, batch: Any, n_new: int) -> Slots:
         """Slot for each new sample, shape ``[B]``; numbers from ``capacity`` on mean that it is not kept."""
@@ -102,15 +104,11 @@ class ReservoirBuffer:
         return (self.rng.random(len(numbers)) * (numbers + 1)).astype(np.int64)
 
     def _read(self, slots: Slots) -> Any:
-        index = torch.from_numpy(slots)
-        return tree_map(lambda held: held[index.to(held.device)], self.storage)
-
-    def _allocate(self, tensor: Tensor) -> Tensor:
-        device = tensor.device if self.device is None else self.device
-        return torch.zeros((self.capacity, *tensor.shape[1:]), dtype=tensor.dtype, device=device)
+        assert self.storage is not None
+        return self.storage.read(slots)
 
     def state_dict(self) -> dict[str, Any]:
-        samples = None if self.storage is None else self._read(self.occupied())
+        samples = None if self.storage is None else self.storage.packed(self.occupied())
         return {"samples": samples, "n_seen": self.n_seen, "rng": rng_state(self.rng)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -118,9 +116,8 @@ class ReservoirBuffer:
         set_rng_state(self.rng, state["rng"])
         self.storage = None
         if state["samples"] is not None:
-            self.storage = tree_map(self._allocate, state["samples"])
-            occupied = self.occupied()
-            _copy_rows(self.storage, occupied, state["samples"], np.arange(len(occupied)))
+            self.storage = make_storage(state["samples"], self.capacity, self.device)
+            self.storage.unpack(self.occupied(), state["samples"])
 
 
 class ClassBalancedBuffer(ReservoirBuffer):
@@ -144,6 +141,11 @@ class ClassBalancedBuffer(ReservoirBuffer):
 
     def _choose_slots(self, batch: Any, n_new: int) -> Slots:
         labels = labels_of(batch).cpu().numpy()
+        if labels.ndim != 1:
+            raise ConfigurationError(
+                f"A class-balanced buffer needs one label a sample and got labels of shape {labels.shape}; use a "
+                "reservoir."
+            )
         for label in dict.fromkeys(labels.tolist()):
             self.slots.setdefault(label, np.empty(0, dtype=np.int64))
             self.seen.setdefault(label, 0)
@@ -191,11 +193,6 @@ def draw_replay(trainer: Trainer, buffer: ReservoirBuffer, batch: Any, size: int
     return None if drawn is None else local_share(trainer, drawn)
 
 
-def concatenate(first: Any, second: Any) -> Any:
-    """Concatenate two batches of the same structure along their first dimension, on the first one's device."""
-    return tree_map(lambda a, b: torch.cat([a, b.to(a.device, non_blocking=True)]), first, second)
-
-
 def _batch_size(batch: Any) -> int:
     leaves = tree_leaves(batch)
     if not leaves or not all(isinstance(leaf, Tensor) and leaf.dim() > 0 for leaf in leaves):
@@ -204,17 +201,3 @@ def _batch_size(batch: Any) -> int:
             f"got {[type(leaf).__name__ for leaf in leaves]}."
         )
     return len(leaves[0])
-
-
-def _copy_rows(storage: Any, targets: Slots, batch: Any, sources: Slots) -> None:
-    to, of = torch.from_numpy(targets), torch.from_numpy(sources)
-
-    def copy(held: Tensor, new: Tensor) -> None:
-        if held.shape[1:] != new.shape[1:]:
-            raise ConfigurationError(
-                f"The buffer holds samples of shape {tuple(held.shape[1:])} and got {tuple(new.shape[1:])}; "
-                "samples must have one shape: resize or pad them in the dataset."
-            )
-        held[to.to(held.device)] = new.detach()[of.to(new.device)].to(held.device)
-
-    tree_map(copy, storage, batch)

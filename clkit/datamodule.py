@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
 from clkit.checkpoint import CLOCK, VerifiedCheckpointIO
+from clkit.datasets import lengths_of
 from clkit.driver import StreamDriver
 from clkit.errors import ConfigurationError, check_whole
 from clkit.loader import StreamLoader
@@ -39,7 +40,9 @@ class StreamDataModule(pl.LightningDataModule):
         drop_last: Leave out the last batch of an epoch if it is not full (it is kept, smaller, by default).
         num_workers: Worker processes for datasets that are not held as tensors.
         pin_memory: Pin such batches.
-        collate_fn: Turns a list of samples into a batch; torch's default when ``None``.
+        collate_fn: Turns a list of samples into a batch; the stream's own, or torch's default, when ``None``.
+        group_by_length: Put samples of similar length into a batch, to save padding: within every 50 shuffled batches,
+            samples are sorted by length, and the batches shuffled. The datasets must have ``lengths``.
 
     Raises:
         ConfigurationError: If a number is out of range, or lists do not have one entry for each experience.
@@ -63,13 +66,15 @@ class StreamDataModule(pl.LightningDataModule):
         num_workers: int = 0,
         pin_memory: bool = False,
         collate_fn: Callable[[list[Any]], Any] | None = None,
+        group_by_length: bool = False,
     ) -> None:
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0), ("num_workers", num_workers, 0)):
             check_whole(name, value, least)
         self.stream, self.batch_size, self.seed = stream, batch_size, seed
         self.drop_last, self.num_workers, self.pin_memory = drop_last, num_workers, pin_memory
-        self.collate_fn = collate_fn
+        self.collate_fn = collate_fn or stream.collate_fn
+        self.group_by_length = group_by_length
         self.steps = None if steps is None else _for_each(stream, "steps", steps)
         self.epochs = _for_each(stream, "epochs", epochs) if self.steps is None else [1] * len(stream)
         self._ends = list(accumulate(self.epochs))
@@ -175,6 +180,8 @@ class StreamDataModule(pl.LightningDataModule):
         else:
             accumulated = self.trainer.accumulate_grad_batches if self.trainer is not None else 1
             order = _passes(seeds, n, self.steps[k] * accumulated * self.batch_size * self._world_size)
+        if self.group_by_length:
+            order = _grouped(seeds, order, lengths_of(dataset)[order], self.batch_size * self._world_size)
         loader = self._loader(dataset, order, seed=int(seeds.integers(2**31)), drop_last=self.drop_last)
         if len(loader) == 0:
             raise ConfigurationError(
@@ -227,6 +234,7 @@ class StreamDataModule(pl.LightningDataModule):
             "global_batch_size": self.batch_size * self._world_size,
             "seed": self.seed,
             "drop_last": self.drop_last,
+            "group_by_length": self.group_by_length,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -262,3 +270,15 @@ def _for_each(stream: Stream, name: str, value: int | Sequence[int]) -> list[int
 def _passes(rng: Any, n: int, length: int) -> Tensor:
     passes = [torch.from_numpy(rng.permutation(n)) for _ in range(-(-length // n))]
     return torch.cat(passes)[:length]
+
+
+def _grouped(rng: Any, order: Tensor, lengths: Tensor, size: int) -> Tensor:
+    """Sort each run of 50 batches by length and shuffle its batches; a last batch that is not full stays last."""
+    pieces = []
+    for start in range(0, len(order), 50 * size):
+        run = order[start : start + 50 * size]
+        run = run[lengths[start : start + 50 * size].argsort(stable=True)]
+        whole = len(run) // size * size
+        batches = run[:whole].view(-1, size)
+        pieces += [batches[torch.from_numpy(rng.permutation(len(batches)))].flatten(), run[whole:]]
+    return torch.cat(pieces)

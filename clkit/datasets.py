@@ -123,3 +123,21 @@ def targets_of(dataset: Dataset[Any]) -> Tensor:
     if hasattr(dataset, "targets"):
         return torch.as_tensor([int(label) for label in cast(Any, dataset).targets])
     return torch.as_tensor([int(labels_of(dataset[i])) for i in range(len(cast(Sequence[Any], dataset)))])
+
+
+def lengths_of(dataset: Dataset[Any]) -> Tensor:
+    """Return the length of each sample of a dataset, ``int64`` ``[N]``.
+
+    Raises:
+        ConfigurationError: If the dataset has no ``lengths``.
+    """
+    if isinstance(dataset, Subset):
+        return lengths_of(dataset.dataset)[torch.as_tensor(dataset.indices)]
+    if isinstance(dataset, ConcatDataset):
+        return torch.cat([lengths_of(part) for part in dataset.datasets])
+    if hasattr(dataset, "lengths"):
+        return torch.as_tensor(cast(Any, dataset).lengths)
+    raise ConfigurationError(
+        f"{type(dataset).__name__} has no lengths; give it an attribute 'lengths' with one number a sample, or use "
+        "group_by_length=False."
+    )

@@ -9,11 +9,20 @@ from pytorch_lightning import Trainer
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from clkit.batch import is_text, widened
+
 
 def gather_batch(trainer: Trainer, batch: Any) -> Any:
-    """Return the global batch: the processes' batches (equal sizes) one after another, the same on every process."""
+    """Return the global batch: the processes' batches (equal sizes) one after another, the same on every process.
+
+    Texts are padded to the longest of all processes.
+    """
     if trainer.world_size == 1:
         return batch
+    if is_text(batch):
+        length = batch["attention_mask"].new_tensor(batch["attention_mask"].shape[1], dtype=torch.int64)
+        torch.distributed.all_reduce(length, torch.distributed.ReduceOp.MAX)
+        batch = widened(batch, int(length))
 
     def gather(tensor: Tensor) -> Tensor:
         parts = [torch.empty_like(tensor) for _ in range(trainer.world_size)]

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 
 import hydra
@@ -18,6 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from clkit import plugins
+from clkit.errors import ConfigurationError
 from clkit.mistakes import complain, explain
 
 _failures: list[tuple[str, int]] = []
@@ -102,6 +104,24 @@ def run_name(overrides: str) -> str:
     return "-".join(filter(None, (name, hashlib.sha256(overrides.encode()).hexdigest()[:8])))
 
 
+def file_of(package: str, pattern: str) -> str:
+    """Return the path of a package's file by a pattern (``glob``); the package is not imported.
+
+    Raises:
+        ConfigurationError: If the package is not installed, or has not one such file.
+    """
+    found = find_spec(package)
+    if found is None or found.origin is None:
+        raise ConfigurationError(f"The package {package} is not installed; install it, or give the path of a file.")
+    files = sorted(Path(found.origin).parent.glob(pattern))
+    if len(files) != 1:
+        raise ConfigurationError(
+            f"The package {package} has {len(files)} files {pattern}; name one ({', '.join(p.name for p in files)})."
+        )
+    return str(files[0])
+
+
 # at import, so that the worker processes of any launcher have both
 plugins.register()
 OmegaConf.register_new_resolver("clkit.run_name", run_name, replace=True)
+OmegaConf.register_new_resolver("clkit.file_of", file_of, replace=True)

@@ -139,6 +139,22 @@ def views_of(trainer: Trainer) -> dict[str, View]:
     return {"live": lambda module: nullcontext(), **offered}
 
 
+def chosen_view(trainer: Trainer, name: str | None) -> tuple[str, View]:
+    """Return the name of a view and the view; for ``None`` what the last strategy with a ``prediction`` predicts with.
+
+    Raises:
+        ConfigurationError: If no strategy offers it.
+    """
+    views = views_of(trainer)
+    predicting = [c.prediction for c in callbacks_of(trainer) if isinstance(c, Strategy) and c.prediction]
+    found = name or ["live", *predicting][-1]
+    if found not in views:
+        raise ConfigurationError(
+            f"No strategy offers the view {found!r}; known: {', '.join(views)}. Add the strategy, or leave view out."
+        )
+    return found, views[found]
+
+
 def random_samples(trainer: Trainer, dataset: Dataset[Any], n: int, rng: np.random.Generator) -> Any:
     """Return ``n`` different random samples of a dataset (all if it has fewer) as one batch on the module's device."""
     size = len(cast(Sequence[Any], dataset))
@@ -157,12 +173,22 @@ def check_pairs(trainer: Trainer, name: str, instead: str) -> None:
     Raises:
         ConfigurationError: If they have another form.
     """
-    data = stream_data(trainer)
-    batch = read_samples(data.stream[0].train, torch.tensor([0]), collate_fn=data.collate_fn)
-    if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
+    if not gives_pairs(trainer):
+        batch = _first(trainer)
         raise ConfigurationError(
             f"{name} needs (x, y) or (x, y, task) batches, but the stream gives {type(batch).__name__}; {instead}."
         )
+
+
+def gives_pairs(trainer: Trainer) -> bool:
+    """Tell whether the stream's batches are ``(x, y)`` or ``(x, y, task)``."""
+    batch = _first(trainer)
+    return isinstance(batch, (tuple, list)) and len(batch) in (2, 3)
+
+
+def _first(trainer: Trainer) -> Any:
+    data = stream_data(trainer)
+    return read_samples(data.stream[0].train, torch.tensor([0]), collate_fn=data.collate_fn)
 
 
 def stream_data(trainer: Trainer) -> StreamDataModule:

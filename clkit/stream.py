@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args, overload
 
@@ -49,6 +49,7 @@ class Stream(Sequence[Experience]):
         name: Name for tables and run folders.
         kind: What changes from one experience to the next, and what is known at test time.
         n_classes: Number of classes over the whole stream (the size of the output layer); ``None`` without labels.
+        collate_fn: Turns a list of samples into a batch; torch's default when ``None``.
 
     Raises:
         ConfigurationError: If there is no experience, an index is out of order, a training set is empty, or the kind
@@ -56,10 +57,16 @@ class Stream(Sequence[Experience]):
     """
 
     def __init__(
-        self, experiences: Iterable[Experience], *, name: str, kind: Kind, n_classes: int | None = None
+        self,
+        experiences: Iterable[Experience],
+        *,
+        name: str,
+        kind: Kind,
+        n_classes: int | None = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
     ) -> None:
         self._experiences = tuple(experiences)
-        self.name, self.kind, self.n_classes = name, kind, n_classes
+        self.name, self.kind, self.n_classes, self.collate_fn = name, kind, n_classes, collate_fn
         if kind not in get_args(Kind):
             raise ConfigurationError(f"kind={kind!r} is unknown; use one of {', '.join(get_args(Kind))}.")
         if not self._experiences:
@@ -90,6 +97,7 @@ class Stream(Sequence[Experience]):
         kind: Kind = "class-incremental",
         n_classes: int | None = None,
         classes: Sequence[Sequence[int]] | None = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
     ) -> Stream:
         """Build a stream from one training set and one test set for each experience.
 
@@ -118,7 +126,7 @@ class Stream(Sequence[Experience]):
             )
             for k in range(len(train))
         ]
-        return cls(experiences, name=name, kind=kind, n_classes=n_classes)
+        return cls(experiences, name=name, kind=kind, n_classes=n_classes, collate_fn=collate_fn)
 
     def __len__(self) -> int:
         return len(self._experiences)
@@ -133,7 +141,7 @@ class Stream(Sequence[Experience]):
         chosen = self._experiences[index]
         if [e.index for e in chosen] != list(range(len(chosen))):
             raise ConfigurationError(f"A slice of a stream starts at its first experience; got {index}.")
-        return Stream(chosen, name=self.name, kind=self.kind, n_classes=self.n_classes)
+        return Stream(chosen, name=self.name, kind=self.kind, n_classes=self.n_classes, collate_fn=self.collate_fn)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, {len(self)} experiences, {self.kind}, {self.n_classes} classes)"
@@ -143,6 +151,13 @@ class Stream(Sequence[Experience]):
         """Shape of one model input, without the batch dimension."""
         sample = self[0].train[0]
         return tuple(sample[0].shape)
+
+    @property
+    def model_arguments(self) -> dict[str, Any]:
+        """What a model must know of the stream, as arguments of its class: nothing for streams of texts."""
+        if isinstance(self[0].train[0], Mapping):
+            return {} if self.n_classes is None else {"n_classes": self.n_classes}
+        return {"input_shape": self.input_shape, "n_classes": self.n_classes}
 
     def classes_seen(self, index: int) -> tuple[int, ...]:
         """Sorted labels of experiences 0 to ``index``, both included."""

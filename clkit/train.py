@@ -94,7 +94,7 @@ def build_module(config: Any) -> tuple[pl.LightningModule, StreamDataModule]:
     pl.seed_everything(config.seed, workers=True)
     stream = instantiate(config.scenario)
     data: StreamDataModule = instantiate(config.data, _partial_=True)(stream)
-    module = instantiate(config.model, input_shape=stream.input_shape, n_classes=stream.n_classes)
+    module = instantiate(config.model, **stream.model_arguments)
     return module, data
 
 

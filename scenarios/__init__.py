@@ -8,6 +8,7 @@ from clkit.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .avalanche import AvalancheStream as AvalancheStream
+    from .instructions import Instructions as Instructions
     from .permuted import Permuted as Permuted
     from .rotated import Rotated as Rotated
     from .split import Split as Split
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "AvalancheStream": ".avalanche",
+    "Instructions": ".instructions",
     "Permuted": ".permuted",
     "Rotated": ".rotated",
     "Split": ".split",

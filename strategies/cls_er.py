@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from clkit.buffer import ReservoirBuffer, concatenate, draw_replay
+from clkit.batch import concatenate
+from clkit.buffer import ReservoirBuffer, draw_replay
 from clkit.distributed import gather_batch
 from clkit.errors import ConfigurationError
 from clkit.evaluation.mode import evaluation_mode
@@ -121,7 +122,7 @@ class CLSER(Strategy):
             return batch
         first = len(tree_leaves(batch)[0])
         self._replayed = slice(first, first + len(tree_leaves(drawn)[0]))
-        return concatenate(batch, drawn)
+        return concatenate([batch, drawn])
 
     def loss_term(self, trainer: Trainer, module: LightningModule, batch: Any, loss: Tensor) -> Tensor | None:
         if self._replayed is None or self.weight == 0:

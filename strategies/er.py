@@ -9,7 +9,8 @@ from lightning_fabric.utilities import move_data_to_device
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
-from clkit.buffer import ClassBalancedBuffer, ReservoirBuffer, concatenate, draw_replay
+from clkit.batch import concatenate
+from clkit.buffer import ClassBalancedBuffer, ReservoirBuffer, draw_replay
 from clkit.distributed import gather_batch
 from clkit.errors import ConfigurationError
 from clkit.forward import task_loss
@@ -71,7 +72,7 @@ class ExperienceReplay(Strategy):
         self._replayed = draw_replay(trainer, self.buffer, batch, self.batch_size)
         if self._replayed is None or self.alpha is not None:
             return batch
-        return concatenate(batch, self._replayed)
+        return concatenate([batch, self._replayed])
 
     def loss_term(self, trainer: Trainer, module: LightningModule, batch: Any, loss: Tensor) -> Tensor | None:
         if self.alpha is None:

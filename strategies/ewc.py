@@ -20,7 +20,7 @@ from clkit.penalty import (
     sample_gradients,
     sum_over_samples,
 )
-from clkit.strategy import check_pairs, stream_data
+from clkit.strategy import check_pairs, gives_pairs, stream_data
 from clkit.stream import Experience
 
 FISHERS = ("empirical", "true", "batch")
@@ -37,13 +37,14 @@ class EWC(QuadraticPenalty):
 
     Fisher information at the end of an experience, in evaluation mode:
 
-    - ``"empirical"``: :math:`E_{(x,y)}[(\partial_j \log p_y)^2]` from per-sample gradients;
+    - ``"empirical"``: :math:`E_{(x,y)}[(\partial_j \log p_y)^2]` from per-sample gradients. Where batches are no
+      ``(x, y)``, as with language models, :math:`-\log p_y` is the module's own loss of one sample at a time;
     - ``"true"``: :math:`E_x \sum_c p_c (\partial_j \log p_c)^2`, as many backward passes as there are classes;
     - ``"batch"``: the squared gradient of the module's own mean loss, averaged over batches. It works for any loss,
       is cheap, depends on the batch size and is biased low: an approximation that much public code uses.
 
-    The first two are computed without autocast; they need ``(x, y)`` batches and a ``forward`` that returns class
-    logits, shape ``[B, C]``.
+    With ``(x, y)`` batches the first two are computed without autocast and need a ``forward`` that returns class
+    logits, shape ``[B, C]``; the second one needs such batches.
 
     Args:
         strength: :math:`\lambda`, at least 0.
@@ -88,8 +89,8 @@ class EWC(QuadraticPenalty):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if self.fisher != "batch":
-            check_pairs(trainer, f"EWC(fisher={self.fisher!r})", "use fisher='batch'")
+        if self.fisher == "true":
+            check_pairs(trainer, "EWC(fisher='true')", "use fisher='empirical' or 'batch'")
 
     @torch.no_grad()
     def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
@@ -105,16 +106,23 @@ class EWC(QuadraticPenalty):
     def _fisher(self, trainer: Trainer, module: LightningModule, experience: Experience) -> Tensor:
         params = self.held(module)
         rows = choose_samples(experience, self.samples, self.seed)
-        size = stream_data(trainer).batch_size if self.fisher == "batch" else gradient_batch_size(params)
+        if self.fisher == "batch":
+            size, own_loss = stream_data(trainer).batch_size, True
+        elif gives_pairs(trainer):
+            size, own_loss = gradient_batch_size(params), False
+        else:
+            size, own_loss = 1, True
 
         def measure(batch: Any) -> Iterator[Tensor]:
-            return self._squared_gradients(module, params, batch)
+            return self._squared_gradients(module, params, batch, own_loss)
 
         total = sum_over_samples(trainer, module, experience, params, measure, rows=rows, size=size)
-        return total / (-(-len(rows) // size) if self.fisher == "batch" else len(rows))
+        return total / (-(-len(rows) // size) if own_loss else len(rows))
 
-    def _squared_gradients(self, module: LightningModule, params: Mapping[str, Tensor], batch: Any) -> Iterator[Tensor]:
-        if self.fisher == "batch":
+    def _squared_gradients(
+        self, module: LightningModule, params: Mapping[str, Tensor], batch: Any, own_loss: bool
+    ) -> Iterator[Tensor]:
+        if own_loss:
             with torch.enable_grad():
                 grads = torch.autograd.grad(task_loss(module, batch), list(params.values()), materialize_grads=True)
             yield flat(grads).square()

@@ -41,7 +41,7 @@ def test_inserting_batches_equals_algorithm_r_one_by_one(capacity, sizes, seed):
     buffer = ReservoirBuffer(capacity, seed=seed)
     for batch in batches(sizes):
         buffer.insert(batch)
-    held = [] if buffer.storage is None else buffer.storage[0][: len(buffer), 0].tolist()
+    held = [] if buffer.storage is None else buffer.storage.tensors[0][: len(buffer), 0].tolist()
     assert held == one_by_one(capacity, sizes, seed)
     assert len(buffer) == min(sum(sizes), capacity)
 
@@ -53,7 +53,7 @@ def test_each_sample_is_kept_with_probability_capacity_over_seen():
         buffer = ReservoirBuffer(capacity, seed=seed)
         for batch in batches([7] * 8 + [4]):
             buffer.insert(batch)
-        counts[buffer.storage[0][:, 0].long()] += 1
+        counts[buffer.storage.tensors[0][:, 0].long()] += 1
     p = capacity / n
     four_standard_errors = 4 * math.sqrt(p * (1 - p) / trials)
     assert ((counts / trials - p).abs() < four_standard_errors).all()

@@ -78,9 +78,9 @@ def test_a_number_of_samples_bounds_the_work():
     seen = []
 
     class Counting(EWC):
-        def _squared_gradients(self, module, params, batch):
+        def _squared_gradients(self, module, params, batch, own_loss):
             seen.append(len(batch[0]))
-            return super()._squared_gradients(module, params, batch)
+            return super()._squared_gradients(module, params, batch, own_loss)
 
     fisher_of(Counting(samples=5), torch.zeros(2, 3), torch.randn(9, 3), torch.randint(2, (9,)))
     assert sum(seen) == 5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,15 +17,39 @@ Score = Callable[[LightningModule, Any], Tensor]
 Mask = Literal["none", "seen", "experience"]
 
 
+def named(score: str | Score) -> Score:
+    """Return a score function by its name: ``accuracy``, or ``token_accuracy`` and ``answer_loss`` of language models.
+
+    Raises:
+        ConfigurationError: If the name is unknown.
+    """
+    from clkit.language.scores import answer_loss, token_accuracy
+
+    known: dict[str, Score] = {"accuracy": accuracy, "token_accuracy": token_accuracy, "answer_loss": answer_loss}
+    if not isinstance(score, str):
+        return score
+    if score not in known:
+        raise ConfigurationError(
+            f"score={score!r} is unknown; use one of {', '.join(known)}, or a function of (module, batch)."
+        )
+    return known[score]
+
+
 def logits_of(module: LightningModule, batch: Any, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return logits ``[B, C]`` and labels ``[B]`` of a batch for :func:`accuracy`, which see."""
-    if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
+    if isinstance(batch, Mapping) and "labels" in batch and batch["labels"].dim() == 1:
+        y = batch["labels"]
+        output = module(**{key: part for key, part in batch.items() if key != "labels"})
+        logits = getattr(output, "logits", output)
+    elif isinstance(batch, (tuple, list)) and len(batch) in (2, 3):
+        x, y, *task = batch
+        logits = module(x, *task)
+    else:
         raise ConfigurationError(
-            f"The accuracy score needs (x, y) or (x, y, task) batches and got {type(batch).__name__}; "
-            "pass StabilityGap(score=...) a function of (module, batch) with one value a sample."
+            f"The accuracy score needs (x, y) or (x, y, task) batches, or a mapping with one label a sample, and got "
+            f"{type(batch).__name__}; use StabilityGap(score='token_accuracy') for language models, or a function of "
+            "(module, batch) with one value a sample."
         )
-    x, y, *task = batch
-    logits = module(x, *task)
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         raise ConfigurationError(
             f"The accuracy score needs {type(module).__name__}.forward to return logits of shape [B, C]; "
@@ -39,7 +63,8 @@ def logits_of(module: LightningModule, batch: Any, allowed: Tensor | None = None
 def accuracy(module: LightningModule, batch: Any, allowed: Tensor | None = None) -> Tensor:
     """Return 1 where the largest logit is the label, else 0, ``float32``, shape ``[B]``; NaN where a logit is NaN.
 
-    The batch is ``(x, y)`` or ``(x, y, task)`` and ``module(x)`` or ``module(x, task)`` returns logits ``[B, C]``. The
+    The batch is ``(x, y)`` or ``(x, y, task)`` and ``module(x)`` or ``module(x, task)`` returns logits ``[B, C]``; or
+    it is a mapping with ``labels`` ``[B]``, and the module called with the rest returns an object with ``logits``. The
     argmax is over all logits as they are; ties go to the lowest class.
 
     Args:

@@ -26,12 +26,12 @@ from clkit.evaluation.lazy import LazyEvaluator
 from clkit.evaluation.mode import untouched
 from clkit.evaluation.prefix import FrozenPrefix
 from clkit.evaluation.schedule import Every, Schedule
-from clkit.evaluation.scores import Mask, Score, Scorer, accuracy
+from clkit.evaluation.scores import Mask, Score, Scorer, named
 from clkit.evaluation.subsets import Subsets, choose
 from clkit.evaluation.summary import summary
 from clkit.forward import to_device
 from clkit.loader import StreamLoader, read_samples
-from clkit.strategy import Strategy, View, callbacks_of, stream_data, views_of
+from clkit.strategy import chosen_view, stream_data
 from clkit.stream import Experience, Stream
 
 
@@ -50,7 +50,9 @@ class StabilityGap(Callback):
             :class:`~clkit.evaluation.schedule.Schedule`.
         subset: Held-out samples of each experience that are evaluated each time; all when ``None`` or more than there
             are.
-        score: ``"accuracy"``, or a function of the module and a batch that returns one value a sample, shape ``[B]``.
+        score: ``"accuracy"``; ``"token_accuracy"`` or ``"answer_loss"`` for language models
+            (:mod:`clkit.language.scores`); or a function of the module and a batch that returns one value a sample,
+            shape ``[B]``.
         mask: Which logits compete: all (``"none"``), those of the classes seen so far (``"seen"``), or those of the
             classes of the sample's own experience (``"experience"``).
         split: ``"test"`` or ``"val"``.
@@ -85,7 +87,7 @@ class StabilityGap(Callback):
         every: int | Schedule = 1,
         subset: int | None = 1000,
         *,
-        score: Score | Literal["accuracy"] = "accuracy",
+        score: Score | str = "accuracy",
         mask: Mask = "none",
         split: Literal["test", "val"] = "test",
         zero_shot: bool = True,
@@ -111,15 +113,13 @@ class StabilityGap(Callback):
         for setting, chosen, known in (("split", split, ("test", "val")), ("mask", mask, get_args(Mask))):
             if chosen not in known:
                 raise ConfigurationError(f"{setting}={chosen!r} is unknown; use {', '.join(known)}.")
-        if isinstance(score, str) and score != "accuracy":
-            raise ConfigurationError(f"score={score!r} is unknown; use 'accuracy' or a function of (module, batch).")
         for window in windows:
             check_whole("windows", window, 2)
         if asynchronous + (snapshots > 1) + lazy > 1:
             raise ConfigurationError("asynchronous, snapshots above 1 and lazy exclude each other; use one of them.")
         self.schedule = every if isinstance(every, Schedule) else Every(every)
         self.subset, self.split, self.windows, self.zero_shot = subset, split, tuple(windows), zero_shot
-        self.score: Score = accuracy if isinstance(score, str) else score
+        self.score: Score = named(score)
         self.mask: Mask = mask
         self.batch_size, self.seed, self.flush_every = batch_size, seed, flush_every
         self.prefix_cache, self.prefix_cache_limit = prefix_cache, prefix_cache_limit
@@ -157,23 +157,13 @@ class StabilityGap(Callback):
             )
         log_dir = trainer.log_dir if self._own_dir is None else None
         self.dir = self._own_dir or Path(log_dir or trainer.default_root_dir, self.name or "")
-        self._evaluated, self._shown = self._find_view(trainer)
+        self._evaluated, self._shown = chosen_view(trainer, self.view)
         self._trainer = trainer
         self._module_mask = bool(getattr(pl_module, "mask_unseen", False))
 
     @property
     def state_key(self) -> str:
         return self._generate_state_key(name=self.name)
-
-    def _find_view(self, trainer: Trainer) -> tuple[str, View]:
-        views = views_of(trainer)
-        predicting = [c.prediction for c in callbacks_of(trainer) if isinstance(c, Strategy) and c.prediction]
-        name = self.view or ["live", *predicting][-1]
-        if name not in views:
-            raise ConfigurationError(
-                f"No strategy offers the view {name!r}; known: {', '.join(views)}. Add the strategy, or leave view out."
-            )
-        return name, views[name]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._pending, self.latest = [], []

@@ -1,0 +1,192 @@
+"""Records as token numbers: encoded once, stored compactly, padded by the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from pytorch_lightning.utilities import rank_zero_warn
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from clkit.batch import IGNORED
+from clkit.errors import ConfigurationError, check_whole
+from clkit.language.records import Record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TooLong = Literal["drop", "cut_prompt"]
+Side = Literal["right", "left"]
+Sample = dict[str, Tensor]
+
+
+class InstructionDataset(Dataset[Sample]):
+    """Prompts with their answers as samples ``{"input_ids": [S], "labels": [S]}``, ``int64``.
+
+    Labels are the tokens of the answer and of the end after it, and -100 before. With a chat template of the tokenizer
+    the answer is what the template appends to the prompt; without one a sample is BOS (if the tokenizer has it), the
+    prompt, the answer, EOS.
+
+    Args:
+        records: The records.
+        tokenizer: A tokenizer of transformers.
+        max_length: Most tokens of a sample.
+        too_long: ``"drop"`` samples that are longer, or ``"cut_prompt"``: leave out the beginning of the prompt. The
+            answer is never cut: samples whose answer alone is too long are dropped. A warning counts them.
+        chat: Use the tokenizer's chat template; when ``None``, if it has one.
+        name: Name for messages.
+        metric: How answers to these records are scored, see :mod:`clkit.language.answers`.
+
+    Attributes:
+        records: The records that are left, in order.
+        lengths: Tokens of each sample, ``int64`` ``[N]``.
+        n_dropped: Samples that were too long.
+        n_cut: Samples whose prompt was cut.
+
+    Raises:
+        ConfigurationError: If there is no chat template, messages need one, or nothing is left.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int = 1024,
+        too_long: TooLong = "drop",
+        chat: bool | None = None,
+        name: str = "dataset",
+        metric: str = "exact_match",
+    ) -> None:
+        check_whole("max_length", max_length, 2)
+        if too_long not in ("drop", "cut_prompt"):
+            raise ConfigurationError(f"too_long={too_long!r} is unknown; use drop or cut_prompt.")
+        self.metric, self.tokenizer = metric, tokenizer
+        prompts, answers = encode(records, tokenizer, chat)
+        room = [max_length - len(answer) for answer in answers]
+        least = 1 if too_long == "cut_prompt" else 0
+        kept = [i for i, prompt in enumerate(prompts) if room[i] >= (least or len(prompt))]
+        cut = [prompts[i][max(len(prompts[i]) - room[i], 0) :] for i in kept]
+        self.n_dropped = len(prompts) - len(kept)
+        self.n_cut = sum(len(short) < len(prompts[i]) for short, i in zip(cut, kept, strict=True))
+        self._report(name, max_length)
+        if not kept:
+            raise ConfigurationError(
+                f"{name}: none of {len(records)} samples has {max_length} tokens or fewer; raise max_length, or use "
+                "too_long=cut_prompt."
+            )
+        self.records = [records[i] for i in kept]
+        texts = [prompt + answers[i] for prompt, i in zip(cut, kept, strict=True)]
+        self.lengths = np.array([len(text) for text in texts])
+        self._starts = np.concatenate([[0], np.cumsum(self.lengths)])
+        self._prompts = np.array([len(prompt) for prompt in cut])
+        self._tokens = torch.from_numpy(np.concatenate(texts).astype(np.int32))
+
+    def _report(self, name: str, max_length: int) -> None:
+        for number, what in ((self.n_dropped, "left out"), (self.n_cut, "cut at the beginning of the prompt")):
+            if number:
+                rank_zero_warn(f"{name}: {number} samples have more than {max_length} tokens and are {what}.")
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Sample:
+        index = range(len(self))[index]
+        tokens = self._tokens[self._starts[index] : self._starts[index + 1]].long()
+        labels = tokens.clone()
+        labels[: self._prompts[index]] = IGNORED
+        return {"input_ids": tokens, "labels": labels}
+
+    def prompt(self, index: int) -> Tensor:
+        """Return the tokens before the answer, ``int64`` ``[S]``."""
+        start = self._starts[index]
+        return self._tokens[start : start + self._prompts[index]].long()
+
+
+def encode(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, chat: bool | None = None
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Return the tokens before each answer, and those of the answer with its end; see :class:`InstructionDataset`."""
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    chat = has_template if chat is None else chat
+    if chat and not has_template:
+        raise ConfigurationError(
+            f"{type(tokenizer).__name__} has no chat template; use chat=false, or set tokenizer.chat_template."
+        )
+    if tokenizer.eos_token_id is None:
+        raise ConfigurationError(f"{type(tokenizer).__name__} has no EOS token, which ends an answer; set one.")
+    if not chat:
+        return _plain(records, tokenizer)
+    prompts, ends = [], []
+    for record in records:
+        messages = [{"role": role, "content": text} for role, text in record.messages]
+        prompt: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        answered = [*messages, {"role": "assistant", "content": record.answer}]
+        whole: Any = tokenizer.apply_chat_template(answered, tokenize=False)
+        if not whole.startswith(prompt):
+            raise ConfigurationError(
+                f"The chat template of {type(tokenizer).__name__} writes a prompt in another way before an answer "
+                "(reasoning marks?), so the answer cannot be told apart; use chat=false, or another template."
+            )
+        prompts.append(prompt)
+        ends.append(whole[len(prompt) :])
+    answers = [_until_end(tokens, tokenizer.eos_token_id) for tokens in _tokens(tokenizer, ends)]
+    return _tokens(tokenizer, prompts), answers
+
+
+def _plain(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[int]], list[list[int]]]:
+    if any(len(record.messages) > 1 for record in records):
+        raise ConfigurationError(
+            "Some records have several messages, which only a chat template can put together; use a tokenizer with "
+            "one, or chat=null."
+        )
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    prompts = _tokens(tokenizer, [record.prompt for record in records])
+    answers = _tokens(tokenizer, [record.answer for record in records])
+    return [begin + tokens for tokens in prompts], [[*tokens, tokenizer.eos_token_id] for tokens in answers]
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    found: Any = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"] if texts else []
+    return list(found)
+
+
+def _until_end(tokens: list[int], end: int) -> list[int]:
+    """Leave out what a template writes after the end of a message, which no model need learn."""
+    return tokens[: len(tokens) - tokens[::-1].index(end)] if end in tokens else [*tokens, end]
+
+
+class Pad:
+    """Collates samples ``{"input_ids": [S], "labels": [S] or scalar, ...}`` into a batch padded to its longest.
+
+    Adds ``attention_mask``, and ``position_ids`` where texts are padded on the left, so that each begins at position 0.
+
+    Args:
+        side: ``"right"`` or ``"left"``.
+    """
+
+    def __init__(self, side: Side = "right") -> None:
+        if side not in ("right", "left"):
+            raise ConfigurationError(f"side={side!r} is unknown; use right or left.")
+        self.side = side
+
+    def __call__(self, samples: list[Sample]) -> Sample:
+        lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
+        columns = torch.arange(int(lengths.max()))
+        if self.side == "left":
+            columns = columns.flip(0)
+        mask = columns < lengths[:, None]
+        batch: Sample = {"attention_mask": mask.long()}
+        for key, first in samples[0].items():
+            parts = [sample[key] for sample in samples]
+            if first.dim() == 0:
+                batch[key] = torch.stack(parts)
+            else:
+                filled = torch.full(mask.shape, IGNORED if key == "labels" else 0, dtype=first.dtype)
+                batch[key] = filled.masked_scatter(mask, torch.cat(parts))
+        if self.side == "left":
+            batch["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        return batch

@@ -1,0 +1,241 @@
+"""Greedy generation of answers, and their scores at the end of every experience."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from clkit.errors import ConfigurationError, check_whole
+from clkit.evaluation.functional import language_summary
+from clkit.evaluation.mode import untouched
+from clkit.evaluation.subsets import choose
+from clkit.language.answers import score_answer
+from clkit.language.dataset import InstructionDataset, Pad
+from clkit.language.models import transformers
+from clkit.language.scores import language_model
+from clkit.strategy import chosen_view, stream_data
+from clkit.stream import Experience
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@torch.no_grad()
+def generate(
+    module: nn.Module,
+    prompts: Sequence[Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 16,
+) -> list[str]:
+    """Return the greedy answer to each prompt, without special tokens and outer white space.
+
+    Prompts of similar length are padded on the left to one batch, with a cache of keys and values; each answer ends at
+    the end token or after ``max_new_tokens``.
+
+    Args:
+        module: A language model of transformers or peft, or a module that holds one.
+        prompts: Token numbers, ``int64`` ``[S]`` each.
+        tokenizer: The model's.
+        max_new_tokens: Most tokens of an answer.
+        batch_size: Prompts at once.
+    """
+    model = language_model(module)
+    device = model.get_input_embeddings().weight.device
+    config = _greedy(model, tokenizer, max_new_tokens)
+    pad, answers = Pad("left"), [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = pad([{"input_ids": prompts[i]} for i in chosen])
+        width = batch["input_ids"].shape[1]
+        inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
+        written = model.generate(**inputs, generation_config=config)[:, width:]
+        for i, text in zip(chosen, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
+            answers[i] = text.strip()
+    return answers
+
+
+def _greedy(model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Any:
+    own = getattr(model, "generation_config", None)
+    ends = getattr(own, "eos_token_id", None)
+    ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends]) | {tokenizer.eos_token_id}
+    return transformers().GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=sorted(ends),
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    )
+
+
+class AnswerScores(Callback):
+    """Lets the model answer held-out prompts of every experience seen, after each one, and scores the answers.
+
+    With greedy generation, for streams of :class:`~clkit.language.dataset.InstructionDataset`. Each answer is scored by
+    the dataset's metric twice: by its content, and strictly, where its format counts too; see
+    :func:`~clkit.language.answers.score_answer`. The training goes on as if nothing had happened, bit for bit.
+
+    Writes ``answers.csv`` (experience learned, experience scored, metric, score, strict score, number of answers), the
+    answers themselves to ``answers/after_K.jsonl``, and at the end ``answers.json``: the score matrices and their
+    summary, see :func:`~clkit.evaluation.functional.language_summary`.
+
+    Args:
+        subset: Held-out samples of each experience; all when ``None`` or more than there are.
+        max_new_tokens: Most tokens of an answer.
+        batch_size: Prompts at once.
+        split: ``"test"`` or ``"val"``.
+        view: Weights to answer with: a view that a strategy offers, or ``"live"``. When ``None``, what the last
+            strategy with a ``prediction`` predicts with, else the live ones.
+        dir: Folder of the files; the trainer's log or root folder when ``None``.
+        seed: Seed of the choice of the samples.
+
+    Attributes:
+        rows: What ``answers.csv`` holds.
+
+    Raises:
+        ConfigurationError: If a number is out of range, or the stream has other datasets.
+    """
+
+    def __init__(
+        self,
+        subset: int | None = 100,
+        *,
+        max_new_tokens: int = 64,
+        batch_size: int = 16,
+        split: str = "test",
+        view: str | None = None,
+        dir: str | Path | None = None,
+        seed: int = 0,
+    ) -> None:
+        for name, value in (("subset", subset), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+            if value is not None:
+                check_whole(name, value, 1)
+        if split not in ("test", "val"):
+            raise ConfigurationError(f"split={split!r} is unknown; use test or val.")
+        self.subset, self.max_new_tokens, self.batch_size = subset, max_new_tokens, batch_size
+        self.split, self.view, self.seed = split, view, seed
+        self._own_dir = None if dir is None else Path(dir)
+        self.dir = Path()
+        self.rows: list[dict[str, Any]] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for experience in stream_data(trainer).stream:
+            if not isinstance(getattr(experience, self.split), InstructionDataset):
+                raise ConfigurationError(
+                    f"AnswerScores needs prompts and answers, but the {self.split} data of experience "
+                    f"{experience.index} ({experience.name}) is {type(getattr(experience, self.split)).__name__}; use "
+                    "a stream such as Instructions, or another split."
+                )
+        self._evaluated, self._shown = chosen_view(trainer, self.view)
+        log_dir = trainer.log_dir if self._own_dir is None else None
+        self.dir = self._own_dir or Path(log_dir or trainer.default_root_dir)
+        self.rows = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        language_model(pl_module)
+
+    def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
+        with untouched(trainer, module), self._shown(module):
+            found = [self._answers(trainer, module, k) for k in range(experience.index + 1)]
+        if not trainer.is_global_zero:
+            return
+        for k, answers in enumerate(found):
+            row = {"after": experience.index, "experience": k, "metric": self._data(trainer, k).metric}
+            for reading in ("score", "strict"):
+                row[reading] = sum(answer[reading] for answer in answers) / len(answers)
+            self.rows.append({**row, "n": len(answers)})
+        lines = [json.dumps({"experience": k, **answer}) for k, answers in enumerate(found) for answer in answers]
+        _write(self.dir / "answers" / f"after_{experience.index}.jsonl", "".join(line + "\n" for line in lines))
+        self._write_rows()
+
+    def _answers(self, trainer: Trainer, module: LightningModule, k: int) -> list[dict[str, Any]]:
+        """Answers to the chosen samples of experience ``k``, all of them on every process."""
+        data = self._data(trainer, k)
+        chosen = choose(len(data), self.subset, self.seed, k).tolist()
+        own = chosen[trainer.global_rank :: trainer.world_size]
+        settings = {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
+        texts = generate(module, [data.prompt(i) for i in own], data.tokenizer, **settings)
+        scored = [self._scored(data, i, text) for i, text in zip(own, texts, strict=True)]
+        if trainer.world_size == 1:
+            return scored
+        parts: list[Any] = [None] * trainer.world_size
+        torch.distributed.all_gather_object(parts, scored)
+        return sorted((answer for part in parts for answer in part), key=lambda answer: int(answer["sample"]))
+
+    def _scored(self, data: InstructionDataset, i: int, text: str) -> dict[str, Any]:
+        record = data.records[i]
+        choices = record.extra.get("choices")
+        about: dict[str, Any] = {
+            "source": record.extra.get("source", record.prompt),
+            "choices": len(choices) if isinstance(choices, list) else None,
+        }
+        score, strict = (score_answer(data.metric, text, record.answer, strict=s, **about) for s in (False, True))
+        return {"sample": i, "answer": text, "reference": record.answer, "score": score, "strict": strict}
+
+    def _data(self, trainer: Trainer, k: int) -> InstructionDataset:
+        return cast(InstructionDataset, getattr(stream_data(trainer).stream[k], self.split))
+
+    def matrix(self, reading: str = "score") -> Tensor:
+        """Return :math:`R_{t,i}`, the mean score on experience ``i`` after experience ``t``, ``[T, T]``, else NaN.
+
+        Args:
+            reading: ``"score"`` or ``"strict"``.
+        """
+        n = 1 + max((row["after"] for row in self.rows), default=-1)
+        found = torch.full((n, n), torch.nan, dtype=torch.float64)
+        for row in self.rows:
+            found[row["after"], row["experience"]] = row[reading]
+        return found
+
+    def _write_rows(self) -> None:
+        text = io.StringIO()
+        table = csv.DictWriter(text, list(self.rows[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(self.rows)
+        _write(self.dir / "answers.csv", text.getvalue())
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero or not self.rows:
+            return
+        stream = stream_data(trainer).stream
+        content: dict[str, Any] = {
+            "experiences": [experience.name for experience in stream],
+            "metrics": [self._data(trainer, k).metric for k in range(len(stream))],
+            "view": self._evaluated,
+            "subset": self.subset,
+        }
+        for reading in ("score", "strict"):
+            matrix = self.matrix(reading)
+            rows = [[_number(value) for value in row] for row in matrix.tolist()]
+            numbers = {name: _number(value) for name, value in language_summary(matrix).items()}
+            content[reading] = {"matrix": rows, **numbers}
+        _write(self.dir / "answers.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows = list(state_dict["rows"])
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)

@@ -1,0 +1,176 @@
+"""Models and tokenizers of transformers by name, and a Lightning module around them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from clkit.adapters import add_adapter
+from clkit.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+_ADAMW = functools.partial(torch.optim.AdamW, lr=2e-4, weight_decay=0.0)
+
+
+def transformers() -> Any:
+    """Return the package.
+
+    Raises:
+        ConfigurationError: If it is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ConfigurationError(
+            "Language models are those of transformers, which is not installed; run pip install 'clkit[language]'."
+        ) from error
+    return transformers
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer by the name or path of its model, or from a ``.gguf`` file.
+
+    Without a padding token the one of the end stands in; padding is masked.
+
+    Raises:
+        ConfigurationError: If it cannot be loaded.
+    """
+    tokenizer = _load(transformers().AutoTokenizer, name)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+def _load(kind: Any, name: str, **options: Any) -> Any:
+    path = Path(name)
+    try:
+        if path.suffix != ".gguf":
+            return kind.from_pretrained(name, **options)
+        loaded = kind.from_pretrained(path.parent, gguf_file=path.name, **options)
+        if isinstance(loaded, nn.Module):
+            # the weights are plain numbers now, but transformers would still refuse to save them
+            cast(Any, loaded).hf_quantizer = None
+            del cast(Any, loaded).config.quantization_config
+        return loaded
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigurationError(
+            f"{kind.__name__} cannot load {name!r}: {str(error).splitlines()[0]} Give a name of the Hugging Face "
+            "hub, a folder made by save_pretrained, or a .gguf file."
+        ) from error
+
+
+class LanguageModule(pl.LightningModule):
+    """A model of transformers with its own loss and an optimizer.
+
+    Batches are mappings, which the model is called with; they have ``labels``. Logs ``train_loss`` and ``val_loss``.
+
+    Args:
+        net: A model of transformers (or of peft, around one); a configuration, for random weights; or the name or path
+            of one (also a ``.gguf`` file).
+        adapter: A configuration of peft, such as :func:`~clkit.adapters.lora` makes: everything but the adapter and its
+            ``modules_to_save`` is frozen.
+        optimizer: Makes the optimizer from the trainable parameters; AdamW with learning rate 2e-4 by default.
+        scheduler: Makes a learning-rate scheduler from the optimizer, stepped after every optimizer step.
+        gradient_checkpointing: Compute activations anew in the backward pass, to save memory.
+        dtype: Name of the dtype of the weights, such as ``"bfloat16"``; ``"float32"`` by default. Mixed precision is
+            the trainer's: ``Trainer(precision="bf16-mixed")``.
+        **options: More arguments of the model's ``from_pretrained`` or ``from_config``.
+
+    Raises:
+        ConfigurationError: If the model cannot be loaded, or nothing of it is trainable.
+    """
+
+    auto = ""
+
+    def __init__(
+        self,
+        net: nn.Module | PretrainedConfig | str,
+        *,
+        adapter: PeftConfig | None = None,
+        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] = _ADAMW,
+        scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+        gradient_checkpointing: bool = False,
+        dtype: str = "float32",
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        number = getattr(torch, dtype, None)
+        if not isinstance(number, torch.dtype) or not number.is_floating_point:
+            raise ConfigurationError(f"dtype={dtype!r} is unknown; use float32, bfloat16 or float16.")
+        if not isinstance(net, nn.Module):
+            auto = getattr(transformers(), self.auto)
+            if isinstance(net, str):
+                net = _load(auto, net, dtype=number, **options)
+            else:
+                net = auto.from_config(net, dtype=number, **options)
+        assert isinstance(net, nn.Module)
+        self.net: Any = net if adapter is None else add_adapter(net, adapter)
+        self.optimizer, self.scheduler = optimizer, scheduler
+        if gradient_checkpointing:
+            cast(Any, self.net).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def forward(self, **inputs: Tensor) -> Any:
+        """Return the model's output, with ``logits`` and, where there are ``labels``, ``loss``."""
+        return self.net(**inputs)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss: Tensor = self(**batch).loss
+        self.log("train_loss", loss, batch_size=len(batch["labels"]))
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.log("val_loss", self(**batch).loss, batch_size=len(batch["labels"]))
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.log("test_loss", self(**batch).loss, batch_size=len(batch["labels"]))
+
+    def configure_optimizers(self) -> Any:
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if not parameters:
+            raise ConfigurationError(
+                f"No parameter of {type(self.net).__name__} has requires_grad=True, so there is nothing to train; "
+                "unfreeze some of them, or give the model an adapter."
+            )
+        optimizer = self.optimizer(parameters)
+        if self.scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
+
+
+class CausalLM(LanguageModule):
+    """Any ``AutoModelForCausalLM`` as a Lightning module; see :class:`LanguageModule`.
+
+    The loss is the mean cross-entropy over the tokens of a batch whose label is not -100.
+    """
+
+    auto = "AutoModelForCausalLM"
+
+
+class TextClassifier(LanguageModule):
+    """Any ``AutoModelForSequenceClassification`` as a Lightning module; see :class:`LanguageModule`.
+
+    Batches have one label a text, ``int64`` ``[B]``; the loss is the cross-entropy.
+
+    Args:
+        net: As in :class:`LanguageModule`; the output layer of an encoder by name is new.
+        n_classes: Number of outputs.
+        **options: As in :class:`LanguageModule`.
+    """
+
+    auto = "AutoModelForSequenceClassification"
+
+    def __init__(self, net: nn.Module | PretrainedConfig | str, n_classes: int, **options: Any) -> None:
+        if isinstance(net, str):
+            options["num_labels"] = n_classes
+        elif not isinstance(net, nn.Module):
+            net.num_labels = n_classes
+        super().__init__(net, **options)

@@ -1,0 +1,202 @@
+"""Instruction tasks, one after another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+
+from clkit.errors import ConfigurationError
+from clkit.language.dataset import InstructionDataset, Pad, Side, TooLong
+from clkit.language.models import load_tokenizer
+from clkit.language.records import OnError, Record, read_records
+from clkit.language.styles import AnswerStyles, StyleReport
+from clkit.stream import Experience, Stream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Split = Literal["train", "eval", "test"]
+SPLITS: tuple[Split, ...] = ("train", "eval", "test")
+
+
+class Instructions(Stream):
+    """A stream of instruction tasks: each experience trains on the prompts and answers of one.
+
+    Samples are ``{"input_ids": [S], "labels": [S]}``, see :class:`~clkit.language.dataset.InstructionDataset`; batches
+    have ``attention_mask`` too. A task is
+
+    - a folder with ``train``, ``test`` and, if there is one, ``eval`` as ``.json`` (a list) or ``.jsonl`` files, as
+      TRACE has them, of records ``{"prompt": ..., "answer": ...}`` or ``{"messages": [...]}``; a ``task.json`` beside
+      them may say more, see below;
+    - a mapping with files ``train``, ``test`` and ``eval``: paths, or lists of them;
+    - a mapping with ``hub``, a data set of Hugging Face (needs ``datasets``): its ``name``, the ``splits`` that stand
+      for train, test and eval, and ``keys``, which column is ``prompt`` and which ``answer`` (or ``messages``);
+      ``options`` are more arguments of ``datasets.load_dataset``.
+
+    A ``task.json``, or the mapping, may have the task's ``metric`` (see :mod:`clkit.language.answers`; ``exact_match``
+    otherwise), its answers' ``style`` (see :class:`~clkit.language.styles.AnswerStyles`; ``short_answer`` otherwise)
+    and the ``format``, the sentence in its prompts that asks for this style.
+
+    Args:
+        tasks: Tasks in order, by name; or names of folders in ``root``. All folders of ``root`` in alphabetical order
+            when ``None``.
+        tokenizer: A tokenizer of transformers, or the name or path of one (also a ``.gguf`` file).
+        root: Where folders and files are.
+        max_length: Most tokens of a sample.
+        too_long: What happens to longer ones: ``"drop"``, or ``"cut_prompt"``; counted in a warning.
+        chat: Use the tokenizer's chat template; when ``None``, if it has one.
+        on_error: What happens to bad records: ``"raise"``, or ``"skip"``; counted in a warning.
+        side: Side of the padding, ``"right"`` or ``"left"``.
+        limit: Most records of each split, the first ones: one number, or one for each split (``train``, ``eval``,
+            ``test``); all when ``None``.
+        metrics: Metrics by task, instead of what the task says.
+        styles: Rewrites a part of each task's training records into other answer styles.
+
+    Attributes:
+        style_reports: What ``styles`` did, by task.
+
+    Raises:
+        ConfigurationError: If a file or folder is missing, a record is bad, or two tasks have one name; with file and
+            line.
+    """
+
+    def __init__(
+        self,
+        tasks: Mapping[str, Any] | Sequence[str] | None = None,
+        *,
+        tokenizer: str | PreTrainedTokenizerBase,
+        root: str | Path = ".",
+        max_length: int = 1024,
+        too_long: TooLong = "drop",
+        chat: bool | None = None,
+        on_error: OnError = "raise",
+        side: Side = "right",
+        limit: int | Mapping[Split, int] | None = None,
+        metrics: Mapping[str, str] | None = None,
+        styles: AnswerStyles | None = None,
+        name: str = "instructions",
+    ) -> None:
+        root = Path(root)
+        sources = _sources(tasks, root)
+        loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        limits = limit if isinstance(limit, Mapping) else dict.fromkeys(SPLITS, limit)
+        unknown = [task for task in metrics or {} if task not in sources]
+        if unknown:
+            raise ConfigurationError(f"metrics names {unknown[0]!r}, which is no task; tasks are {', '.join(sources)}.")
+        self.style_reports: dict[str, StyleReport] = {}
+        experiences = []
+        for index, (task, source) in enumerate(sources.items()):
+            splits, about = _read(task, source, root, on_error)
+            metric = (metrics or {}).get(task, about.get("metric", "exact_match"))
+            data: dict[str, InstructionDataset] = {}
+            for split, records in splits.items():
+                records = records[: limits.get(split)]
+                if split == "train" and styles is not None:
+                    native = about.get("style", "short_answer")
+                    records, report = styles(records, task, native, about.get("format"))
+                    self.style_reports[task] = report
+                    rank_zero_info(f"{task}: answer styles {dict(report.counts)}, failed {dict(report.failed)}.")
+                data[split] = InstructionDataset(
+                    records,
+                    loaded,
+                    max_length=max_length,
+                    too_long=too_long,
+                    chat=chat,
+                    name=f"{task}/{split}",
+                    metric=metric,
+                )
+            experiences.append(Experience(index, task, data["train"], data["test"], data.get("eval")))
+        super().__init__(experiences, name=name, kind="instruction", collate_fn=Pad(side))
+
+
+def _sources(tasks: Mapping[str, Any] | Sequence[str] | None, root: Path) -> dict[str, Any]:
+    if isinstance(tasks, str):
+        raise ConfigurationError(f"tasks={tasks!r} is one text; use a list of names, [{tasks}].")
+    if tasks is None:
+        found = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+        if not found:
+            raise ConfigurationError(
+                f"{root} holds no folder of a task; make ROOT/TASK/train.json and test.json, or name another root."
+            )
+        tasks = found
+    if isinstance(tasks, Mapping):
+        return {str(name): name if source is None else source for name, source in tasks.items()}
+    twice = sorted({name for name in tasks if list(tasks).count(name) > 1})
+    if twice:
+        raise ConfigurationError(
+            f"tasks names {twice[0]!r} twice; give names of their own: tasks={{first: {twice[0]}, second: {twice[0]}}}."
+        )
+    return {name: name for name in tasks}
+
+
+def _read(task: str, source: Any, root: Path, on_error: OnError) -> tuple[dict[Split, list[Record]], dict[str, Any]]:
+    """The records of each split, and what else is said of the task."""
+    if isinstance(source, Mapping) and "hub" in source:
+        return _from_hub(task, source), dict(source)
+    if isinstance(source, Mapping):
+        files = about = dict(source)
+    else:
+        folder = root / str(source)
+        if not folder.is_dir():
+            there = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+            raise ConfigurationError(f"There is no folder {folder}; {root} has {', '.join(there) or 'none'}.")
+        files = {split: path for split in SPLITS if (path := _file(folder, split)) is not None}
+        described = folder / "task.json"
+        about = json.loads(described.read_text()) if described.is_file() else {}
+    missing = [split for split in ("train", "test") if split not in files]
+    if missing:
+        raise ConfigurationError(
+            f"Task {task!r} has no {missing[0]} split; give it {missing[0]}.json or {missing[0]}.jsonl, a list of "
+            "records."
+        )
+    splits: dict[Split, list[Record]] = {}
+    for split in SPLITS:
+        if split in files:
+            paths = [files[split]] if isinstance(files[split], (str, Path)) else list(files[split])
+            parts = [read_records(root / path, on_error) for path in paths]
+            n_bad = sum(bad for _, bad in parts)
+            if n_bad:
+                rank_zero_warn(f"{task}/{split}: {n_bad} bad records are left out.")
+            splits[split] = [record for records, _ in parts for record in records]
+    return splits, about
+
+
+def _file(folder: Path, split: str) -> Path | None:
+    return next((path.absolute() for end in ("json", "jsonl") if (path := folder / f"{split}.{end}").is_file()), None)
+
+
+def _from_hub(task: str, source: Mapping[str, Any]) -> dict[Split, list[Record]]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigurationError(
+            "Data sets of Hugging Face need the package datasets; run pip install 'clkit[language]'."
+        ) from error
+    keys = dict(source.get("keys") or {"prompt": "prompt", "answer": "answer"})
+    names = dict(source.get("splits") or {"train": "train", "test": "test"})
+    splits: dict[Split, list[Record]] = {}
+    for split in SPLITS:
+        if split not in names:
+            continue
+        try:
+            table = datasets.load_dataset(
+                source["hub"], source.get("name"), split=names[split], **dict(source.get("options") or {})
+            )
+            rows = [{**row, **{own: row[theirs] for own, theirs in keys.items()}} for row in table]
+        except Exception as error:
+            raise ConfigurationError(
+                f"Task {task!r}: datasets cannot load split {names[split]!r} of {source['hub']!r} with columns "
+                f"{', '.join(map(str, keys.values()))} ({type(error).__name__}: {error}). Check hub, name, splits and "
+                "keys."
+            ) from error
+        splits[split] = []
+        for number, row in enumerate(rows):
+            try:
+                splits[split].append(Record.from_object(row))
+            except ValueError as error:
+                raise ConfigurationError(f"Task {task!r}, {split}, row {number}: {error}.") from error
+    return splits

@@ -1,0 +1,245 @@
+"""Instruction records, their encoding and padding, and the stream made of them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from language import make_tokenizer, objects, write_tasks
+from torch.utils.data import ConcatDataset
+
+from clkit import ConfigurationError, StreamDataModule
+from clkit.batch import concatenate, widened
+from clkit.language.dataset import InstructionDataset, Pad
+from clkit.language.records import Record, read_records, write_records
+from clkit.language.styles import AnswerStyles
+from clkit.scenarios import Instructions
+
+
+def records(*pairs):
+    return [Record((("user", prompt),), answer) for prompt, answer in pairs]
+
+
+def test_a_prompt_and_an_answer_without_a_template_by_hand():
+    # BOS p p p a a EOS with labels -100 x4, a, a, EOS: worked example 6 of the I-LoRA sheet
+    tokenizer = make_tokenizer(chat=False)
+    sample = InstructionDataset(records(("say yes no", "red blue")), tokenizer)[0]
+    numbers = tokenizer.convert_tokens_to_ids(["<s>", "say", "yes", "no", "red", "blue", "</s>"])
+    assert sample["input_ids"].tolist() == numbers
+    assert sample["labels"].tolist() == [-100] * 4 + numbers[4:]
+
+
+def test_the_chat_template_puts_the_roles_and_the_answer_ends_with_eos():
+    tokenizer = make_tokenizer()
+    record = Record((("system", "say"), ("user", "yes"), ("assistant", "no"), ("user", "name")), "red")
+    dataset = InstructionDataset([record], tokenizer)
+    text = "<system> say <user> yes <assistant> no </s> <user> name <assistant> red </s>"
+    words = text.split()
+    assert tokenizer.convert_ids_to_tokens(dataset[0]["input_ids"].tolist()) == words
+    assert dataset[0]["labels"].tolist()[:-2] == [-100] * 10
+    assert tokenizer.convert_ids_to_tokens(dataset[0]["labels"].tolist()[-2:]) == ["red", "</s>"]
+    assert tokenizer.convert_ids_to_tokens(dataset.prompt(0).tolist()) == words[:-2]
+
+
+def test_long_samples_are_dropped_or_lose_the_start_of_their_prompt_and_are_counted():
+    tokenizer = make_tokenizer(chat=False)
+    data = records(("yes yes", "red"), ("1 2 3 4 5", "blue"), ("no", "1 2 3 4 5 6 7"))
+    with pytest.warns(UserWarning, match="few: 2 samples have more than 6 tokens and are left out"):
+        dropped = InstructionDataset(data, tokenizer, max_length=6, name="few")
+    assert (dropped.n_dropped, [record.answer for record in dropped.records]) == (2, ["red"])
+    with pytest.warns(UserWarning, match="1 samples .* cut at the beginning"):
+        cut = InstructionDataset(data, tokenizer, max_length=6, too_long="cut_prompt")
+    assert (cut.n_dropped, cut.n_cut) == (1, 1)
+    assert tokenizer.convert_ids_to_tokens(cut[1]["input_ids"].tolist()) == ["2", "3", "4", "5", "blue", "</s>"]
+    assert cut[1]["labels"].tolist()[:4] == [-100] * 4
+    with (
+        pytest.raises(ConfigurationError, match="none of 3 samples has 2 tokens or fewer"),
+        pytest.warns(match="3 samples"),
+    ):
+        InstructionDataset(data, tokenizer, max_length=2)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.sampled_from(["right", "left"]))
+def test_padding_keeps_every_token_and_each_text_begins_at_position_0(lengths, side):
+    samples = [{"input_ids": torch.arange(1, n + 1) * 7, "labels": torch.arange(n)} for n in lengths]
+    batch = Pad(side)(samples)
+    for row, sample in enumerate(samples):
+        used = batch["attention_mask"][row].bool()
+        assert used.sum() == len(sample["input_ids"])
+        assert bool(used[0] if side == "right" else used[-1])
+        assert torch.equal(batch["input_ids"][row][used], sample["input_ids"])
+        assert torch.equal(batch["labels"][row][used], sample["labels"])
+        assert (batch["labels"][row][~used] == -100).all()
+        if side == "left":
+            assert batch["position_ids"][row][used].tolist() == list(range(len(sample["input_ids"])))
+
+
+def test_batches_of_different_widths_are_concatenated_with_labels_ignored_in_the_padding():
+    short, long = (Pad()([{"input_ids": torch.full((n,), n), "labels": torch.full((n,), n)}]) for n in (2, 4))
+    both = concatenate([short, long])
+    assert both["input_ids"].tolist() == [[2, 2, 0, 0], [4, 4, 4, 4]]
+    assert both["labels"].tolist() == [[2, 2, -100, -100], [4, 4, 4, 4]]
+    assert both["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    assert widened(long, 4)["input_ids"] is long["input_ids"]
+
+
+def test_files_of_either_kind_are_read_and_written_back(tmp_path):
+    plain = objects("options", 4)
+    chat = [{"messages": [{"role": "user", "content": "yes"}, {"role": "assistant", "content": "no"}], "id": 3}]
+    for name, items in (("plain.json", plain), ("chat.jsonl", chat)):
+        path = tmp_path / name
+        path.write_text(json.dumps(items) if name.endswith("json") else "\n\n".join(map(json.dumps, items)) + "\n")
+        read, bad = read_records(path)
+        assert bad == 0
+        assert [record.answer for record in read] == [
+            item["answer"] if "answer" in item else item["messages"][-1]["content"] for item in items
+        ]
+        write_records(path, read)
+        assert read_records(path)[0] == read
+    assert read_records(tmp_path / "plain.json")[0][0].extra == {"choices": ["A", "B", "C"]}
+    assert read_records(tmp_path / "chat.jsonl")[0][0].extra == {"id": 3}
+
+
+BAD = {
+    '{"prompt": "a"}': "line 2: it has no 'answer'; its keys are 'prompt'",
+    '{"prompt": 3, "answer": "b"}': "line 2: its prompt is int and must be text",
+    '{"prompt": "a", "answer": "  "}': "line 2: its answer is empty",
+    '{"prompt": "a" "answer"}': "line 2: no JSON",
+    '["a", "b"]': "line 2: a record is an object, not list",
+    '{"messages": [{"role": "user", "content": "a"}]}': "line 2: the last of its messages is the user's",
+    '{"messages": [{"role": "human", "content": "a"}]}': "line 2: message 0 has the role 'human'",
+    '{"messages": [{"role": "assistant", "content": "a"}]}': "line 2: nothing is asked",
+}
+
+
+@pytest.mark.parametrize(("line", "message"), BAD.items())
+def test_a_bad_record_is_named_by_file_and_line_or_skipped_and_counted(tmp_path, line, message):
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"prompt": "a", "answer": "b"}\n' + line + '\n{"answer": "d", "prompt": "c"}\n')
+    with pytest.raises(ConfigurationError, match=f"train.jsonl, {message}"):
+        read_records(path)
+    kept, bad = read_records(path, on_error="skip")
+    assert ([record.answer for record in kept], bad) == (["b", "d"], 1)
+
+
+def test_a_bad_item_of_a_json_list_is_named_by_its_line(tmp_path):
+    path = tmp_path / "train.json"
+    path.write_text('[\n  {"prompt": "a",\n   "answer": "b"},\n\n  {"prompt": "c"},\n  {"prompt":"e","answer":"f"}\n]')
+    with pytest.raises(ConfigurationError, match="line 5: it has no 'answer'"):
+        read_records(path)
+    assert read_records(path, on_error="skip")[1] == 1
+    for text, message in (
+        ('[{"prompt": "a", "answer": "b"}', "line 1: .*',' or the closing"),
+        ('[\n{"prompt": "a" "answer": "b"}]', "line 2: .*delimiter"),
+        ('{"prompt": "a", "answer": "b"}', "starts with no"),
+        ("[]", "no usable record"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigurationError, match=message):
+            read_records(path, on_error="skip")
+
+
+def make_stream(root, **options):
+    return Instructions(tokenizer=make_tokenizer(), root=write_tasks(root), **options)
+
+
+def test_a_folder_of_tasks_in_alphabetical_or_given_order(tmp_path):
+    root = write_tasks(tmp_path)
+    (root / "sums" / "task.json").write_text('{"metric": "number"}')
+    stream = Instructions(tokenizer=make_tokenizer(), root=root, metrics={"options": "letter"})
+    assert [experience.name for experience in stream] == ["colours", "options", "sums"]
+    assert [experience.test.metric for experience in stream] == ["exact_match", "letter", "number"]
+    assert [len(part) for e in stream for part in (e.train, e.val, e.test)] == [24, 6, 9] * 3
+    assert (stream.kind, stream.n_classes, stream.model_arguments) == ("instruction", None, {})
+    shorter = Instructions(["sums", "colours"], tokenizer=make_tokenizer(), root=root, limit={"train": 5})
+    assert [(e.name, len(e.train), len(e.test)) for e in shorter] == [("sums", 5, 9), ("colours", 5, 9)]
+    assert shorter[:1].collate_fn is shorter.collate_fn
+
+
+def test_files_and_hub_data_sets_as_tasks(tmp_path):
+    pytest.importorskip("datasets")
+    root = write_tasks(tmp_path)
+    lines = "".join(json.dumps({"q": item["prompt"], "a": item["answer"]}) + "\n" for item in objects("sums", 7))
+    (tmp_path / "sums.jsonl").write_text(lines)
+    files = {split: str(tmp_path / "sums.jsonl") for split in ("train", "validation")}
+    hub = {"hub": "json", "splits": {"train": "train", "test": "validation"}, "keys": {"prompt": "q", "answer": "a"}}
+    tasks = {
+        "files": {"train": ["options/train.json", "options/eval.json"], "test": "options/test.json"},
+        "hub": {**hub, "options": {"data_files": files, "cache_dir": str(tmp_path / "cache")}},
+    }
+    stream = Instructions(tasks, tokenizer=make_tokenizer(), root=root)
+    assert [(e.name, len(e.train), len(e.test)) for e in stream] == [("files", 30, 9), ("hub", 7, 7)]
+    assert [record.answer for record in stream[1].train.records] == [item["answer"] for item in objects("sums", 7)]
+    with pytest.raises(ConfigurationError, match="columns question, a"):
+        Instructions(
+            {"hub": {**tasks["hub"], "keys": {"prompt": "question", "answer": "a"}}}, tokenizer=make_tokenizer()
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tasks": ["sum"]}, "There is no folder .*sum; .* has colours, options, sums"),
+        ({"tasks": ["sums", "sums"]}, "names 'sums' twice"),
+        ({"tasks": "sums"}, "one text"),
+        ({"tasks": {"mine": {"train": "sums/train.json"}}}, "'mine' has no test split"),
+        ({"metrics": {"sum": "number"}}, "metrics names 'sum', which is no task"),
+        ({"side": "both"}, "side='both'"),
+        ({"chat": True, "tokenizer": make_tokenizer(chat=False)}, "no chat template"),
+    ],
+)
+def test_what_cannot_be_a_stream_is_refused(tmp_path, options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        Instructions(**{"tokenizer": make_tokenizer(), "root": write_tasks(tmp_path), **options})
+
+
+def test_an_empty_root_is_refused(tmp_path):
+    with pytest.raises(ConfigurationError, match="holds no folder of a task"):
+        Instructions(tokenizer=make_tokenizer(), root=tmp_path / "none")
+
+
+def test_answer_styles_change_training_records_alone(tmp_path):
+    root = write_tasks(tmp_path)
+    (root / "colours" / "task.json").write_text('{"style": "short_answer", "format": "name the colour :"}')
+    stream = Instructions(["colours"], tokenizer=make_tokenizer(), root=root, styles=AnswerStyles(50.0))
+    styles = [record.extra["style"] for record in stream[0].train.records]
+    assert {style: styles.count(style) for style in stream.style_reports["colours"].counts} == (
+        stream.style_reports["colours"].counts
+    )
+    assert styles.count("short_answer") == 12
+    rewritten = [record for record in stream[0].train.records if record.extra["style"] == "yes_no"]
+    assert {record.answer for record in rewritten} == {"Yes", "No"}
+    assert not any("name the colour" in record.prompt for record in rewritten)
+    assert all("style" not in record.extra for record in stream[0].test.records)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=300), st.integers(1, 7))
+def test_grouping_by_length_is_a_permutation_with_less_padding(lengths, size):
+    from clkit.datamodule import _grouped
+    from clkit.rng import private_rng
+
+    given_order, n = torch.arange(len(lengths)).flip(0), torch.tensor(lengths)
+    order = _grouped(private_rng(0), given_order, n[given_order], size)
+    assert sorted(order.tolist()) == list(range(len(lengths)))
+
+    def padded(chosen):
+        return sum(int(n[part].max()) * len(part) for part in chosen.split(size))
+
+    if len(lengths) <= 50 * size and len(lengths) % size == 0:
+        assert padded(order) <= padded(given_order)
+
+
+def test_a_stream_is_served_in_padded_batches_grouped_by_length(tmp_path):
+    stream = make_stream(tmp_path)
+    data = StreamDataModule(stream, batch_size=4, group_by_length=True)
+    batches = list(data.train_dataloader())
+    assert sum(len(batch["input_ids"]) for batch in batches) == 24
+    spread = [int(b["attention_mask"].sum(1).max() - b["attention_mask"].sum(1).min()) for b in batches]
+    assert max(spread) <= 2 < max(stream[0].train.lengths) - min(stream[0].train.lengths)
+    joint = StreamDataModule(stream, batch_size=4, group_by_length=True)
+    joint.train_sets = [ConcatDataset([e.train for e in stream])] * 3
+    assert sum(len(batch["input_ids"]) for batch in joint.train_dataloader()) == 72

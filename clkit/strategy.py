@@ -47,6 +47,8 @@ class Strategy(Callback):
         renews_weights: Whether it starts new trainable weights at an experience's start. What carries weights cannot be
             combined with it, and what offers ``views`` must come after it.
         replaces_data: Whether it replaces what the experiences train on; one strategy alone can.
+        is_new_group: Whether the current experience trains weights of which no earlier one has trained any; see
+            :class:`~clkit.routing.Router`.
     """
 
     views: Mapping[str, View] = MappingProxyType({})
@@ -54,6 +56,7 @@ class Strategy(Callback):
     carries_weights = False
     renews_weights = False
     replaces_data = False
+    is_new_group = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what the strategy cannot work with; overriding methods call ``super().setup(...)`` first.

@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from .gdumb import GDumb as GDumb
     from .gem import GEM as GEM
     from .ilora import InterpolatedLoRA as InterpolatedLoRA
+    from .instruction_groups import InstructionGroups as InstructionGroups
     from .joint import Joint as Joint
     from .l2 import L2Anchor as L2Anchor
     from .lwf import LwF as LwF
     from .mas import MAS as MAS
     from .naive import Naive as Naive
+    from .per_task import PerTask as PerTask
     from .reglora import RegLoRA as RegLoRA
     from .si import SynapticIntelligence as SynapticIntelligence
 
@@ -40,6 +42,7 @@ _PUBLIC = {
     "FeatureDistillation": ".feature_distillation",
     "GDumb": ".gdumb",
     "GEM": ".gem",
+    "InstructionGroups": ".instruction_groups",
     "InterpolatedLoRA": ".ilora",
     "Joint": ".joint",
     "KFPF": ".fpf",
@@ -47,6 +50,7 @@ _PUBLIC = {
     "LwF": ".lwf",
     "MAS": ".mas",
     "Naive": ".naive",
+    "PerTask": ".per_task",
     "RegLoRA": ".reglora",
     "SynapticIntelligence": ".si",
 }

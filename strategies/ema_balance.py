@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from clkit.errors import ConfigurationError, check_whole
 from clkit.parameters import assign, swapped, trainable
-from clkit.strategy import Strategy
+from clkit.strategy import Strategy, callbacks_of
 from clkit.stream import Experience
 
 PRESETS = ("reference", "paper", "fixed")
@@ -40,7 +40,8 @@ class EMABalance(Strategy):
 
     The average starts at the weights of the experience's start (``init="task_start"``) or, as the published code does,
     after its first step (``"after_first_step"``). At the experience's end it replaces the weights. Training runs on the
-    live weights all along; ``StabilityGap(view="averaged")`` evaluates the average.
+    live weights all along; ``StabilityGap(view="averaged")`` evaluates the average. Behind a strategy that gives groups
+    of experiences weights of their own (``InstructionGroups``), nothing is averaged in the first experience of a group.
 
     Logged at the trainer's pace: ``ema_balance/fallback`` (share of tensors that fell back) and
     ``ema_balance/live/GROUP`` (mean of :math:`1 - \beta` over the tensors of a block or layer).
@@ -87,8 +88,11 @@ class EMABalance(Strategy):
     def on_experience_start(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
         self._forget()
         self._last_step = trainer.global_step
-        if self.init == "task_start":
+        if self.init == "task_start" and not self._rests(trainer):
             self._begin(trainable(module))
+
+    def _rests(self, trainer: Trainer) -> bool:
+        return any(isinstance(other, Strategy) and other.is_new_group for other in callbacks_of(trainer))
 
     def _begin(self, parameters: dict[str, Any]) -> None:
         for name, parameter in parameters.items():
@@ -101,7 +105,7 @@ class EMABalance(Strategy):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if step == self._last_step or step % self.every:
+        if step == self._last_step or step % self.every or self._rests(trainer):
             return
         self._last_step = step
         parameters = trainable(pl_module)

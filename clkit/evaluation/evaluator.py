@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from clkit.evaluation.prefix import FrozenPrefix
 from clkit.evaluation.scores import Scorer
 from clkit.evaluation.subsets import Subsets
 from clkit.parameters import trainable
+from clkit.strategy import views_of
 
 Result = Callable[[], Tensor]
 """Gives the sums ``[2, K]`` of an evaluation, see :meth:`Subsets.sums`; waits for it if need be."""
@@ -65,8 +67,12 @@ class Evaluator:
     def now(self, index: int, experiences: range, prefix: FrozenPrefix | None = None) -> Result:
         """Evaluate some experiences at once."""
         with untouched(self.trainer, self.module):
-            sums = _sums(self.module, self.subsets, self.scorer, self.chunks(experiences), index, prefix)
+            sums = _sums(self.module, self.subsets, self.scorer, self.chunks(experiences), index, prefix, self._weights)
         return lambda: sums
+
+    def _weights(self, chunk: slice) -> AbstractContextManager[None]:
+        name = self.subsets.view(chunk)
+        return nullcontext() if name is None else views_of(self.trainer)[name](self.module)
 
     def chunks(self, experiences: range) -> list[slice]:
         """Return the chunks that this process evaluates."""
@@ -350,12 +356,14 @@ def _sums(
     chunks: list[slice],
     index: int,
     prefix: FrozenPrefix | None,
+    weights: Callable[[slice], AbstractContextManager[None]] = lambda chunk: nullcontext(),
 ) -> Tensor:
     def scores(chunk: slice) -> Tensor:
         def forward() -> Tensor:
             return scorer(module, subsets.batch(chunk), index)
 
-        return forward() if prefix is None else prefix.run((chunk.start, chunk.stop), forward)
+        with weights(chunk):
+            return forward() if prefix is None else prefix.run((chunk.start, chunk.stop), forward)
 
     return subsets.sums(chunks, scores)
 

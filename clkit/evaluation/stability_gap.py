@@ -31,7 +31,8 @@ from clkit.evaluation.subsets import Subsets, choose
 from clkit.evaluation.summary import summary
 from clkit.forward import to_device
 from clkit.loader import StreamLoader, read_samples
-from clkit.strategy import chosen_view, stream_data
+from clkit.routing import by_route, route_of
+from clkit.strategy import chosen_view, stream_data, views_of
 from clkit.stream import Experience, Stream
 
 
@@ -193,8 +194,9 @@ class StabilityGap(Callback):
         stream, device = stream_data(trainer).stream, pl_module.device
         with untouched(trainer, pl_module):
             parts = [self._choose_subset(trainer, experience) for experience in stream]
-        sizes, batches = (list(column) for column in zip(*parts, strict=True))
-        self._subsets = Subsets(batches, sizes, self.batch_size, device)
+        self._chosen, batches = (list(column) for column in zip(*parts, strict=True))
+        self._subsets = Subsets(batches, [len(rows) for rows in self._chosen], self.batch_size, device)
+        self._route(trainer)
         self._full_counts = self._subsets.counts.new_tensor([_size(self._held_out(e)) for e in stream])
         self._scorer = Scorer.of(self.score, self.mask, stream, device)
         self._evaluator = self._build(trainer, pl_module)
@@ -209,6 +211,11 @@ class StabilityGap(Callback):
 
     def _build(self, trainer: Trainer, module: LightningModule) -> Evaluator:
         parts = (trainer, module, self._subsets, self._scorer)
+        if self._subsets.views is not None and (self.asynchronous or self.lazy or self.snapshots > 1):
+            raise ConfigurationError(
+                "A strategy predicts some samples with other weights than others, which asynchronous, lazy and "
+                "snapshots cannot follow; leave them out."
+            )
         if self.asynchronous:
             limit = self.prefix_cache_limit
             return ProcessEvaluator(*parts, use_prefix=self.prefix_cache, limit=limit, queue=self.queue)
@@ -218,14 +225,21 @@ class StabilityGap(Callback):
             return SnapshotEvaluator(*parts, self.snapshots)
         return Evaluator(*parts, FrozenPrefix(module, self.prefix_cache_limit) if self.prefix_cache else None)
 
-    def _choose_subset(self, trainer: Trainer, experience: Experience) -> tuple[int, Any]:
+    def _choose_subset(self, trainer: Trainer, experience: Experience) -> tuple[Tensor, Any]:
         dataset = self._held_out(experience)
         chosen = choose(_size(dataset), self.subset, self.seed, experience.index)
         batch = read_samples(dataset, chosen, collate_fn=stream_data(trainer).collate_fn)
-        return len(chosen), to_device(trainer, batch)
+        return chosen, to_device(trainer, batch)
+
+    def _route(self, trainer: Trainer) -> None:
+        route = route_of(trainer)
+        if route is not None:
+            pairs = zip(stream_data(trainer).stream, self._chosen, strict=True)
+            self._subsets.views = [name for e, rows in pairs for name in route(e, self._held_out(e), rows)]
 
     def on_experience_start(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
         assert self._evaluator is not None
+        self._route(trainer)
         self._start_step, index = trainer.global_step, experience.index
         if self.zero_shot and index > 0:
             this = range(index, index + 1)
@@ -273,14 +287,17 @@ class StabilityGap(Callback):
 
     def _full_sums(self, trainer: Trainer, module: LightningModule, seen: range) -> Tensor:
         total = self._subsets.counts.new_zeros(2, len(self._full_counts))
+        data, route, views = stream_data(trainer), route_of(trainer), views_of(trainer)
         with self._shown(module), untouched(trainer, module):
             for k in seen:
-                dataset = self._held_out(stream_data(trainer).stream[k])
-                order = torch.arange(_size(dataset))[trainer.global_rank :: trainer.world_size]
-                for batch in StreamLoader(dataset, order, self.batch_size, collate_fn=stream_data(trainer).collate_fn):
-                    values = self._scorer(module, to_device(trainer, batch), seen[-1]).to(total.dtype)
-                    undefined = values.isnan()
-                    total[:, k] += torch.stack([values.masked_fill(undefined, 0.0).sum(), undefined.sum()])
+                dataset = self._held_out(data.stream[k])
+                own = torch.arange(_size(dataset))[trainer.global_rank :: trainer.world_size]
+                for name, rows in by_route(route, data.stream[k], dataset, own).items():
+                    with views[name](module):
+                        for batch in StreamLoader(dataset, rows, self.batch_size, collate_fn=data.collate_fn):
+                            values = self._scorer(module, to_device(trainer, batch), seen[-1]).to(total.dtype)
+                            undefined = values.isnan()
+                            total[:, k] += torch.stack([values.masked_fill(undefined, 0.0).sum(), undefined.sum()])
         return total
 
     def _held_out(self, experience: Experience) -> Dataset[Any]:

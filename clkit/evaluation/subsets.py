@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -29,6 +29,10 @@ class Subsets:
         sizes: Number of samples :math:`n_k` of each.
         batch_size: Samples in one forward.
         device: Where they are.
+
+    Attributes:
+        views: The view that predicts each sample, see :func:`~clkit.routing.route_of`; ``None`` if it is the same for
+            all.
     """
 
     def __init__(self, batches: list[Any], sizes: list[int], batch_size: int, device: torch.device) -> None:
@@ -40,11 +44,20 @@ class Subsets:
         self.dtype = torch.float32 if device.type == "mps" else torch.float64
         self.owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(device)
         self.counts = torch.tensor(sizes, dtype=self.dtype, device=device)
+        self.views: list[str] | None = None
 
     def chunks(self, experiences: range) -> list[slice]:
-        """Split the samples of neighbouring experiences into slices of at most ``batch_size``."""
+        """Split the samples of neighbouring experiences into slices of at most ``batch_size`` and of one view."""
         start, end = self.ends[experiences.start] - self.sizes[experiences.start], self.ends[experiences.stop - 1]
-        return [slice(at, min(at + self.batch_size, end)) for at in range(start, end, self.batch_size)]
+        cuts = [start, end]
+        if self.views is not None:
+            cuts[1:1] = [at for at in range(start + 1, end) if self.views[at] != self.views[at - 1]]
+        pieces = [(at, stop) for low, stop in pairwise(cuts) for at in range(low, stop, self.batch_size)]
+        return [slice(at, min(at + self.batch_size, stop)) for at, stop in pieces]
+
+    def view(self, chunk: slice) -> str | None:
+        """Return the view that predicts the samples of one of the :meth:`chunks`; ``None`` without routing."""
+        return None if self.views is None else self.views[chunk.start]
 
     def batch(self, chunk: slice | Tensor) -> Any:
         """Return the samples of a slice or of rows; texts of a slice without columns of padding alone."""

@@ -23,7 +23,8 @@ from clkit.language.answers import score_answer
 from clkit.language.dataset import InstructionDataset, Pad
 from clkit.language.models import transformers
 from clkit.language.scores import language_model
-from clkit.strategy import chosen_view, stream_data
+from clkit.routing import by_route, route_of
+from clkit.strategy import chosen_view, stream_data, views_of
 from clkit.stream import Experience
 
 if TYPE_CHECKING:
@@ -166,12 +167,14 @@ class AnswerScores(Callback):
         chosen = choose(len(data), self.subset, self.seed, k).tolist()
         own = chosen[trainer.global_rank :: trainer.world_size]
         settings = {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
-        texts = generate(module, [data.prompt(i) for i in own], data.tokenizer, **settings)
-        scored = [self._scored(data, i, text) for i, text in zip(own, texts, strict=True)]
-        if trainer.world_size == 1:
-            return scored
-        parts: list[Any] = [None] * trainer.world_size
-        torch.distributed.all_gather_object(parts, scored)
+        scored, views = [], views_of(trainer)
+        for name, rows in by_route(route_of(trainer), stream_data(trainer).stream[k], data, torch.tensor(own)).items():
+            with views[name](module):
+                texts = generate(module, [data.prompt(i) for i in rows.tolist()], data.tokenizer, **settings)
+            scored += [self._scored(data, i, text) for i, text in zip(rows.tolist(), texts, strict=True)]
+        parts: list[Any] = [scored] * trainer.world_size
+        if trainer.world_size > 1:
+            torch.distributed.all_gather_object(parts, scored)
         return sorted((answer for part in parts for answer in part), key=lambda answer: int(answer["sample"]))
 
     def _scored(self, data: InstructionDataset, i: int, text: str) -> dict[str, Any]:

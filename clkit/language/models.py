@@ -44,13 +44,18 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         ConfigurationError: If it cannot be loaded.
     """
-    tokenizer = _load(transformers().AutoTokenizer, name)
+    tokenizer = load(transformers().AutoTokenizer, name)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 
-def _load(kind: Any, name: str, **options: Any) -> Any:
+def load(kind: Any, name: str, **options: Any) -> Any:
+    """Return ``kind.from_pretrained(name, **options)``; ``name`` may be a ``.gguf`` file.
+
+    Raises:
+        ConfigurationError: If it cannot be loaded.
+    """
     path = Path(name)
     try:
         if path.suffix != ".gguf":
@@ -109,7 +114,7 @@ class LanguageModule(pl.LightningModule):
         if not isinstance(net, nn.Module):
             auto = getattr(transformers(), self.auto)
             if isinstance(net, str):
-                net = _load(auto, net, dtype=number, **options)
+                net = load(auto, net, dtype=number, **options)
             else:
                 net = auto.from_config(net, dtype=number, **options)
         assert isinstance(net, nn.Module)

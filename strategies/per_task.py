@@ -1,0 +1,40 @@
+"""Weights of its own for every experience."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pytorch_lightning import LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from clkit.errors import ConfigurationError
+from clkit.routing import Router
+from clkit.stream import Experience
+
+
+class PerTask(Router):
+    """Learn every experience with trainable weights of its own, and predict its samples with them.
+
+    Each starts from the initial weights, so nothing is carried over and nothing forgotten: what a model reaches on one
+    task alone ("ONE"). It must be told at test time which experience a sample is of. With LoRA it is an adapter a task.
+
+    Args:
+        start: What each experience starts from: the ``"initial"`` weights, or the ``"last"`` ones.
+
+    Raises:
+        ConfigurationError: If a value is unknown.
+    """
+
+    def __init__(self, start: Literal["initial", "last"] = "initial") -> None:
+        super().__init__()
+        if start not in ("initial", "last"):
+            raise ConfigurationError(f"start={start!r} is unknown; use initial or last.")
+        self.start = start
+
+    def on_experience_start(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
+        self.enter(trainer, module, f"task {experience.index}", start=self.start)
+
+    def route(self, experience: Experience, dataset: Dataset[Any], rows: Tensor) -> Sequence[str]:
+        return [f"task {experience.index}"] * len(rows)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .lwf import LwF as LwF
     from .mas import MAS as MAS
     from .naive import Naive as Naive
+    from .olora import OLoRA as OLoRA
     from .reglora import RegLoRA as RegLoRA
     from .si import SynapticIntelligence as SynapticIntelligence
 
@@ -47,6 +48,7 @@ _PUBLIC = {
     "LwF": ".lwf",
     "MAS": ".mas",
     "Naive": ".naive",
+    "OLoRA": ".olora",
     "RegLoRA": ".reglora",
     "SynapticIntelligence": ".si",
 }

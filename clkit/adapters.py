@@ -14,8 +14,9 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from clkit.errors import ConfigurationError, check_whole
+from clkit.optimizer import forget_state
 from clkit.rng import private_rng
-from clkit.strategy import stream_data, views_of
+from clkit.strategy import Strategy, stream_data, views_of
 from clkit.stream import Experience
 
 if TYPE_CHECKING:
@@ -195,6 +196,58 @@ def merge_adapters(layers: list[LowRank], *seeds: int) -> None:
     with torch.no_grad():
         for entry in layers:
             entry.merge(generator)
+
+
+class AdapterPerExperience(Strategy):
+    """A strategy that gives each experience a LoRA adapter of its own, and merges it into the weights afterwards.
+
+    After an experience (before the next one, or at the end of the fit) it calls :meth:`remember`, merges the adapters,
+    starts new ones and drops the optimizer's momentum of the old ones. The module must hold plain LoRA adapters of
+    peft; those in training are merged.
+
+    Args:
+        seed: Seed of the new adapters.
+
+    Attributes:
+        layers: The adapted layers, from the start of the fit.
+    """
+
+    renews_weights = True
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+        self.layers: list[LowRank] = []
+        self._last: int | None = None
+
+    def remember(self) -> None:
+        """Called right before the adapters are merged."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.layers = lora_layers(pl_module)
+
+    def on_experience_start(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
+        if experience.index > 0:
+            self._finish(experience.index - 1)
+            forget_state(trainer, [parameter for entry in self.layers for parameter in entry.weights])
+
+    def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
+        self._last = experience.index if experience.index == len(stream_data(trainer).stream) - 1 else None
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._last is not None:
+            self._finish(self._last)
+            self._last = None
+
+    @torch.no_grad()
+    def _finish(self, index: int) -> None:
+        self.remember()
+        merge_adapters(self.layers, self.seed, 21, index)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last": self._last}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._last = state_dict["last"]
 
 
 def adapter_models(module: nn.Module) -> Iterator[tuple[str, PeftModel]]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .mas import MAS as MAS
     from .naive import Naive as Naive
     from .per_task import PerTask as PerTask
+    from .olora import OLoRA as OLoRA
     from .reglora import RegLoRA as RegLoRA
     from .si import SynapticIntelligence as SynapticIntelligence
 
@@ -51,6 +52,7 @@ _PUBLIC = {
     "MAS": ".mas",
     "Naive": ".naive",
     "PerTask": ".per_task",
+    "OLoRA": ".olora",
     "RegLoRA": ".reglora",
     "SynapticIntelligence": ".si",
 }

@@ -12,14 +12,11 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from clkit.adapters import LowRank, lora_layers, merge_adapters
+from clkit.adapters import AdapterPerExperience, LowRank
 from clkit.errors import ConfigurationError
-from clkit.optimizer import forget_state
-from clkit.strategy import Strategy, stream_data
-from clkit.stream import Experience
 
 
-class RegLoRA(Strategy):
+class RegLoRA(AdapterPerExperience):
     r"""Merge the adapter after each experience, and keep the next one small where it moved the weights most.
 
     After experience :math:`t` (before the next one, or at the end of the fit), for each adapted layer: remember the
@@ -57,8 +54,6 @@ class RegLoRA(Strategy):
     Tuning*, arXiv 2505.02486.
     """
 
-    renews_weights = True
-
     def __init__(
         self,
         strength: float = 100.0,
@@ -76,15 +71,11 @@ class RegLoRA(Strategy):
             raise ConfigurationError(f"duplicates={duplicates!r} is unknown; use union or multiset.")
         if product not in ("auto", "dense", "sparse"):
             raise ConfigurationError(f"product={product!r} is unknown; use auto, dense or sparse.")
+        super().__init__(seed)
         self.strength, self.percent, self.duplicates = strength, percent, duplicates
-        self.product, self.seed = product, seed
+        self.product = product
         self.positions: dict[str, Positions] = {}
-        self._layers: list[LowRank] = []
         self._penalties: dict[str, Penalty] = {}
-        self._last: int | None = None
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._layers = lora_layers(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._prepare()
@@ -92,7 +83,7 @@ class RegLoRA(Strategy):
     def _prepare(self) -> None:
         self._penalties = {}
         self._bytes = float(sum(positions.n_bytes for positions in self.positions.values()))
-        for entry in self._layers:
+        for entry in self.layers:
             if entry.name in self.positions:
                 b, a = entry.factors
                 positions, shape = self.positions[entry.name], (b.shape[0], a.shape[1])
@@ -108,9 +99,9 @@ class RegLoRA(Strategy):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if not self._penalties or self.strength == 0:
             return
-        weight = self.strength / len(self._layers)
+        weight = self.strength / len(self.layers)
         values = []
-        for entry in self._layers:
+        for entry in self.layers:
             if entry.name in self._penalties:
                 value, *gradients = self._penalties[entry.name](*entry.factors)
                 values.append(value)
@@ -118,31 +109,16 @@ class RegLoRA(Strategy):
                     if parameter.grad is not None:
                         parameter.grad.add_(gradient.view_as(parameter), alpha=weight)
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self._log(pl_module, torch.stack(values).sum() / len(self._layers))
+            self._log(pl_module, torch.stack(values).sum() / len(self.layers))
 
     def _log(self, module: LightningModule, penalty: Tensor) -> None:
         density = max(positions.density for positions in self.positions.values())
         for name, value in (("penalty", penalty), ("density", density), ("bytes", self._bytes)):
             module.log(f"reglora/{name}", value, batch_size=1)
 
-    def on_experience_start(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
-        if experience.index > 0:
-            self._finish(experience.index - 1)
-            forget_state(trainer, [parameter for entry in self._layers for parameter in entry.weights])
-
-    def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
-        self._last = experience.index if experience.index == len(stream_data(trainer).stream) - 1 else None
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._last is not None:
-            self._finish(self._last)
-            self._last = None
-
-    @torch.no_grad()
-    def _finish(self, index: int) -> None:
-        for entry in self._layers:
+    def remember(self) -> None:
+        for entry in self.layers:
             self._record(entry)
-        merge_adapters(self._layers, self.seed, 21, index)
         self._prepare()
         if any(positions.density > 0.5 for positions in self.positions.values()):
             rank_zero_warn(
@@ -161,11 +137,11 @@ class RegLoRA(Strategy):
             self.positions[entry.name] = new if old is None else old.joined(new, self.duplicates == "multiset")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"positions": {name: p.packed() for name, p in self.positions.items()}, "last": self._last}
+        return {**super().state_dict(), "positions": {name: p.packed() for name, p in self.positions.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
         self.positions = {name: Positions.unpacked(packed) for name, packed in state_dict["positions"].items()}
-        self._last = state_dict["last"]
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ STRATEGIES = {
     "lwf": (strategies.LwF, WEIGHTS),
     "ema": (lambda: strategies.EMABalance("paper"), 3 * WEIGHTS),
     "kfpf": (lambda: strategies.KFPF(5, capacity=16, steps=3, distillation=0.5), 16 * (SAMPLE + 6 * 4)),
+    "per_task": (strategies.PerTask, 4 * WEIGHTS),
     "l2": (lambda: strategies.L2Anchor(1.0, from_start=True), 2 * WEIGHTS + 8),
     "si": (lambda: strategies.SynapticIntelligence(0.5), 5 * WEIGHTS + 8),
     "mas": (lambda: strategies.MAS(0.1), 2 * WEIGHTS + 8),
@@ -41,6 +42,10 @@ STRATEGIES = {
     "er+fpf": (lambda: [strategies.ExperienceReplay(16), strategies.FPF(steps=3)], 16 * SAMPLE),
 }
 
+NEED_LORA = {
+    "reglora": (lambda: strategies.RegLoRA(1.0, percent=20), 6 * 16 * 5),
+    "olora": (lambda: strategies.OLoRA(0.1, l2=0.01), 3 * 4 * 3 * 6),
+}
 
 UNLIKE_ONE_PROCESS = {
     "er_balanced": "an odd number of replayed samples cannot be shared equally",
@@ -70,12 +75,12 @@ def lora_module():
 
 
 @pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("name", ["reglora", "ema", "ilora", "naive"])
+@pytest.mark.parametrize("name", [*NEED_LORA, "ema", "ilora", "naive"])
 def test_strategy_with_lora(name, check):
-    if (name, check) == ("reglora", "refusals"):
+    if name in NEED_LORA and check == "refusals":
         pytest.skip("it refuses the suite's modules without LoRA")
-    builds = {"reglora": lambda: strategies.RegLoRA(1.0, percent=20)} | {n: b for n, (b, _) in STRATEGIES.items()}
-    check_strategy(builds[name], module=lora_module, only=[check])
+    build, limit = (NEED_LORA | STRATEGIES)[name]
+    check_strategy(build, module=lora_module, only=[check], state_limit=limit if name in NEED_LORA else None)
 
 
 def test_every_public_strategy_is_here():
@@ -83,8 +88,9 @@ def test_every_public_strategy_is_here():
         built = build()
         return {type(one) for one in (built if isinstance(built, list) else [built])}
 
-    covered = {strategies.RegLoRA}.union(*(classes(build) for build, _ in STRATEGIES.values()))
-    assert covered == {getattr(strategies, name) for name in strategies.__all__}
+    covered = set().union(*(classes(build) for build, _ in (STRATEGIES | NEED_LORA).values()))
+    # it needs texts: tests/test_language_routing.py
+    assert covered == {getattr(strategies, name) for name in strategies.__all__} - {strategies.InstructionGroups}
 
 
 class Forgets(Strategy):

@@ -289,8 +289,8 @@ def test_more_than_half_of_a_layer_warns():
 
 def test_a_layer_of_another_shape_is_refused():
     strategy = RegLoRA()
-    strategy._layers = lora_layers(lora_module())
-    strategy.positions = {strategy._layers[0].name: Positions.largest(torch.rand(3, 3), 2)}
+    strategy.layers = lora_layers(lora_module())
+    strategy.positions = {strategy.layers[0].name: Positions.largest(torch.rand(3, 3), 2)}
     with pytest.raises(ConfigurationError, match=r"\(16, 6\) now"):
         strategy._prepare()
 

@@ -36,6 +36,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     "plain": s.Naive,
     "ema_balance": s.EMABalance,
     "reglora": lambda: s.RegLoRA(1.0),
+    "olora": s.OLoRA,
     "ilora": s.InterpolatedLoRA,
     "ilora, last block": lambda: s.InterpolatedLoRA(layers="last"),
     "er": s.ExperienceReplay,

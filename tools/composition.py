@@ -41,7 +41,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "composition.md"
 INTRODUCTION = """# Which strategies work together
 
 `strategy=[a,b]` runs both, in this order. Every pair below was trained for two experiences on a small network (one with
-LoRA where RegLoRA takes part) by `python tools/composition.py`; a test keeps the table true.
+LoRA where RegLoRA or OLoRA takes part) by `python tools/composition.py`; a test keeps the table true.
 
 ✓ works in either order. → works with the row's strategy first, ↓ with the column's first. A letter: `setup` refuses
 both orders, for the reason below. What works together need not help: two memories cost twice, two penalties add up.
@@ -65,7 +65,7 @@ def attempt(*chosen: str) -> str:
     """Train strategies together; return an empty text, or why they were refused."""
     torch.manual_seed(0)
     module: Any = SmallModule()
-    if "reglora" in chosen:
+    if {"reglora", "olora"} & set(chosen):
         module.net = add_adapter(module.net, lora(3, target_modules=["1"], modules_to_save=["3"]))
     data = StreamDataModule(small_stream(2), batch_size=8)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():

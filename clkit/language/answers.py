@@ -83,13 +83,13 @@ def f1(prediction: str, reference: str) -> float:
 def rouge_l(prediction: str, reference: str) -> float:
     """ROUGE-L: F1 of the longest common subsequence of words (Lin, 2004).
 
-    Words are runs of letters and digits of any script, in lower case, without stemming. A text without spaces between
-    its words is one word.
+    Words are runs of letters and digits of any script, in lower case, without stemming (or, if there are none, of
+    anything else). A text without spaces between its words is one word.
 
     Raises:
         ConfigurationError: If rapidfuzz is not installed.
     """
-    words, wanted = (re.findall(r"[^\W_]+", text.lower()) for text in (prediction, reference))
+    words, wanted = (re.findall(r"[^\W_]+", text.lower()) or text.split() for text in (prediction, reference))
     return _f1(_rapidfuzz().distance.LCSseq.similarity(words, wanted), len(words), len(wanted))
 
 

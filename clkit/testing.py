@@ -11,13 +11,14 @@ In a test of your package::
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -26,15 +27,30 @@ from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
+from clkit.adapters import lora
 from clkit.checkpoint import StreamCheckpoint, checkpoints
 from clkit.datamodule import StreamDataModule
 from clkit.datasets import InMemoryDataset
 from clkit.errors import ConfigurationError
 from clkit.evaluation.stability_gap import StabilityGap
+from clkit.language.dataset import InstructionDataset, Pad
+from clkit.language.models import CausalLM, transformers
+from clkit.language.records import Record
 from clkit.strategy import Strategy, stream_data
 from clkit.stream import Experience, Stream
 
-__all__ = ["CHECKS", "SmallModule", "check_strategy", "small_stream"]
+__all__ = [
+    "CHECKS",
+    "SmallModule",
+    "check_strategy",
+    "small_instructions",
+    "small_language_module",
+    "small_stream",
+    "small_tokenizer",
+]
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Build = Callable[[], Strategy | Sequence[pl.Callback]]
 
@@ -105,11 +121,90 @@ def small_stream(n_experiences: int = 3, per_class: int = 24, mapping: bool = Fa
     return Stream(experiences, name="mappings", kind="class-incremental", n_classes=6)
 
 
+_TEXT = """what is plus minus the sum of name colour yes no true false red green blue pick say answer option one two
+three A B C D ( ) : . , ? ! <user> <assistant> <system>"""
+_WORDS = ["<unk>", "<s>", "</s>", *_TEXT.split(), *map(str, range(40))]
+_TEMPLATE = """{%- for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] }}
+{%- if m['role'] == 'assistant' %}{{ ' </s> ' }}{% else %}{{ ' ' }}{% endif %}{% endfor -%}
+{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif -%}"""
+
+
+def small_tokenizer(chat: bool = True) -> PreTrainedTokenizerBase:
+    """Build a tokenizer of few words, one token each; needs ``pip install clkit[language]``.
+
+    Args:
+        chat: With a chat template.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(_WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = transformers().PreTrainedTokenizerFast
+    built = fast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    if chat:
+        built.chat_template = _TEMPLATE
+    return cast("PreTrainedTokenizerBase", built)
+
+
+def small_language_module(**options: Any) -> CausalLM:
+    """Build a two-layer Llama with random weights and LoRA for :func:`small_instructions`; SGD with momentum.
+
+    Args:
+        **options: More arguments of :class:`~clkit.language.models.CausalLM`.
+    """
+    config = transformers().LlamaConfig(
+        vocab_size=len(_WORDS),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    adapter = lora(4, target_modules="all-linear", modules_to_save=None, task_type="CAUSAL_LM")
+    optimizer = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+    return CausalLM(config, **{"adapter": adapter, "optimizer": optimizer, **options})
+
+
+def small_instructions(n_experiences: int = 3, n: int = 24) -> Stream:
+    """Build a stream of instruction tasks: to repeat a colour, an option or a number.
+
+    Args:
+        n_experiences: Number of experiences, at most 3.
+        n: Training samples of each; half as many are held out.
+    """
+    tasks = {
+        "colours": ("name the colour :", ["red", "green", "blue"]),
+        "options": ("pick option of ( A B C ) :", ["A", "B", "C"]),
+        "numbers": ("what is plus two of :", [str(number) for number in range(12)]),
+    }
+    tokenizer, experiences = small_tokenizer(), []
+    for k, (name, (asks, answers)) in enumerate(list(tasks.items())[:n_experiences]):
+        parts: list[Any] = []
+        for size, first in ((n, 0), (n // 2, 1)):
+            chosen = [answers[(first + 5 * i) % len(answers)] for i in range(size)]
+            texts = [f"{asks} {' '.join([answer] * (1 + i % 4))}" for i, answer in enumerate(chosen)]
+            records = [
+                Record((("user", text),), answer, {"instruction": asks})
+                for text, answer in zip(texts, chosen, strict=True)
+            ]
+            parts.append(InstructionDataset(records, tokenizer))
+        experiences.append(Experience(k, name, *parts))
+    return Stream(experiences, name="instructions", kind="instruction", collate_fn=Pad())
+
+
 class _Suite:
     def __init__(
-        self, build: Build, module: Callable[[], pl.LightningModule] | None, batch_size: int, state_limit: int | None
+        self,
+        build: Build,
+        module: Callable[[], pl.LightningModule] | None,
+        stream: Callable[[], Stream],
+        batch_size: int,
+        state_limit: int | None,
     ) -> None:
-        self._build, self._module = build, module
+        self._build, self._module, self._stream = build, module, stream
         self.batch_size, self.state_limit = batch_size, state_limit
 
     def strategies(self) -> list[Any]:
@@ -132,7 +227,7 @@ class _Suite:
         **settings: Any,
     ) -> pl.LightningModule:
         module = self.module() if module is None else module
-        data = StreamDataModule(stream or small_stream(), batch_size=batch_size or self.batch_size, epochs=2)
+        data = StreamDataModule(stream or self._stream(), batch_size=batch_size or self.batch_size, epochs=2)
         chosen = self.strategies() if strategies is None else strategies
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -164,7 +259,8 @@ class _Suite:
         """Training with per-iteration evaluation ends in the same bits as without."""
         noisy = {} if self._module is not None else {"noisy": True}
         with tempfile.TemporaryDirectory() as folder:
-            gap = StabilityGap(every=1, subset=10, dir=folder, plot=False)
+            score = "token_accuracy" if self._stream().kind == "instruction" else "accuracy"
+            gap = StabilityGap(every=1, subset=10, score=score, dir=folder, plot=False)
             evaluated = self.fit(module=self.module(**noisy), callbacks=[gap])
         _same(self.fit(module=self.module(**noisy)).state_dict(), evaluated.state_dict(), "weights with evaluation on")
 
@@ -230,13 +326,13 @@ class _Suite:
             trainer = pl.Trainer(max_epochs=1, callbacks=self.strategies(), **_QUIET)
             refused = ""
             try:
-                trainer.fit(self.module(), DataLoader(small_stream()[0].train))
+                trainer.fit(self.module(), DataLoader(self._stream()[0].train))
             except ConfigurationError as error:
                 refused = str(error)
         if "datamodule" not in refused:
             raise AssertionError(f"data without a stream must be refused with what to do; {refused!r} was said")
         for wanted, arguments in (
-            ("manual optimization", {"module": lambda: SmallModule(manual=True)}),
+            ("manual optimization", {"stream": small_stream, "module": lambda: SmallModule(manual=True)}),
             ("mappings as batches", {"stream": lambda: small_stream(mapping=True), "module": SmallModule}),
         ):
             try:
@@ -291,6 +387,7 @@ def check_strategy(
     build: Build,
     *,
     module: Callable[[], pl.LightningModule] | None = None,
+    stream: Callable[[], Stream] = small_stream,
     batch_size: int = 8,
     state_limit: int | None = None,
     only: Sequence[str] | None = None,
@@ -308,7 +405,10 @@ def check_strategy(
 
     Args:
         build: Makes the strategy afresh, or a list of callbacks with it.
-        module: Makes the module, with 6 inputs and 6 classes, from the global seed; :class:`SmallModule` by default.
+        module: Makes the module for the stream from the global seed; :class:`SmallModule` by default, of 6 inputs and 6
+            classes.
+        stream: Makes the stream; for strategies of language models :func:`small_instructions`, with
+            ``module=small_language_module``.
         batch_size: Samples in a batch.
         state_limit: Most bytes of tensors in the state, as the strategy documents.
         only: Run these of :data:`CHECKS` only.
@@ -321,7 +421,7 @@ def check_strategy(
     unknown = {*(only or ()), *skip} - set(CHECKS)
     if unknown:
         raise ValueError(f"unknown checks {', '.join(sorted(unknown))}; known: {', '.join(CHECKS)}")
-    suite = _Suite(build, module, batch_size, state_limit)
+    suite = _Suite(build, module, stream, batch_size, state_limit)
     for name in only or CHECKS:
         if name not in skip:
             try:

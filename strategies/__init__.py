@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from .lwf import LwF as LwF
     from .mas import MAS as MAS
     from .naive import Naive as Naive
-    from .per_task import PerTask as PerTask
     from .olora import OLoRA as OLoRA
+    from .per_task import PerTask as PerTask
     from .reglora import RegLoRA as RegLoRA
     from .si import SynapticIntelligence as SynapticIntelligence
 

@@ -1,4 +1,4 @@
-"""A tokenizer, a two-layer random Llama and instruction tasks, small enough for tests in seconds."""
+"""Instruction tasks in files, and the small tokenizer and model of clkit.testing for them."""
 
 from __future__ import annotations
 
@@ -6,46 +6,18 @@ import json
 import random
 
 import torch
-from peft import LoraConfig
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from clkit.language.models import CausalLM
-
-TEXT = """what is plus minus the sum of name colour yes no true false red green blue pick say answer option one two
-three A B C D ( ) : . , ? ! <user> <assistant> <system>"""
-WORDS = [*TEXT.split(), *(str(number) for number in range(40))]
-TEMPLATE = (
-    "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] }}"
-    "{% if m['role'] == 'assistant' %}{{ ' </s> ' }}{% else %}{{ ' ' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
-)
+from clkit.testing import small_language_module
 
 
-def make_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
-    """One token a word."""
-    names = ["<unk>", "<s>", "</s>", *WORDS]
-    words = Tokenizer(models.WordLevel({name: number for number, name in enumerate(names)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.decoder = decoders.WordPiece(prefix="")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-    tokenizer.pad_token = "</s>"
-    if chat:
-        tokenizer.chat_template = TEMPLATE
-    return tokenizer
-
-
-def make_config(**options) -> LlamaConfig:
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
-    return LlamaConfig(vocab_size=len(WORDS) + 3, max_position_embeddings=128, **{**sizes, **ends, **options})
-
-
-def make_module(adapter: bool = True, lr: float = 0.01, seed: int = 0, **options) -> CausalLM:
+def make_module(seed: int = 0, lr: float = 0.01, **options) -> CausalLM:
     torch.manual_seed(seed)
-    chosen = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM") if adapter else None
-    optimizer = lambda parameters: torch.optim.SGD(parameters, lr=lr)  # noqa: E731
-    return CausalLM(make_config(), adapter=chosen, optimizer=optimizer, **options)
+    return small_language_module(**{"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=lr), **options})
+
+
+def make_config():
+    return small_language_module(adapter=None).net.config
 
 
 def objects(task: str, n: int, seed: int = 0) -> list[dict[str, str]]:

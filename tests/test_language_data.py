@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from language import make_tokenizer, objects, write_tasks
+from language import objects, write_tasks
 from torch.utils.data import ConcatDataset
 
 from clkit import ConfigurationError, StreamDataModule
@@ -17,6 +17,7 @@ from clkit.language.dataset import InstructionDataset, Pad
 from clkit.language.records import Record, read_records, write_records
 from clkit.language.styles import AnswerStyles
 from clkit.scenarios import Instructions
+from clkit.testing import small_tokenizer
 
 
 def records(*pairs):
@@ -25,7 +26,7 @@ def records(*pairs):
 
 def test_a_prompt_and_an_answer_without_a_template_by_hand():
     # BOS p p p a a EOS with labels -100 x4, a, a, EOS: worked example 6 of the I-LoRA sheet
-    tokenizer = make_tokenizer(chat=False)
+    tokenizer = small_tokenizer(chat=False)
     sample = InstructionDataset(records(("say yes no", "red blue")), tokenizer)[0]
     numbers = tokenizer.convert_tokens_to_ids(["<s>", "say", "yes", "no", "red", "blue", "</s>"])
     assert sample["input_ids"].tolist() == numbers
@@ -33,7 +34,7 @@ def test_a_prompt_and_an_answer_without_a_template_by_hand():
 
 
 def test_the_chat_template_puts_the_roles_and_the_answer_ends_with_eos():
-    tokenizer = make_tokenizer()
+    tokenizer = small_tokenizer()
     record = Record((("system", "say"), ("user", "yes"), ("assistant", "no"), ("user", "name")), "red")
     dataset = InstructionDataset([record], tokenizer)
     text = "<system> say <user> yes <assistant> no </s> <user> name <assistant> red </s>"
@@ -45,7 +46,7 @@ def test_the_chat_template_puts_the_roles_and_the_answer_ends_with_eos():
 
 
 def test_long_samples_are_dropped_or_lose_the_start_of_their_prompt_and_are_counted():
-    tokenizer = make_tokenizer(chat=False)
+    tokenizer = small_tokenizer(chat=False)
     data = records(("yes yes", "red"), ("1 2 3 4 5", "blue"), ("no", "1 2 3 4 5 6 7"))
     with pytest.warns(UserWarning, match="few: 2 samples have more than 6 tokens and are left out"):
         dropped = InstructionDataset(data, tokenizer, max_length=6, name="few")
@@ -143,18 +144,18 @@ def test_a_bad_item_of_a_json_list_is_named_by_its_line(tmp_path):
 
 
 def make_stream(root, **options):
-    return Instructions(tokenizer=make_tokenizer(), root=write_tasks(root), **options)
+    return Instructions(tokenizer=small_tokenizer(), root=write_tasks(root), **options)
 
 
 def test_a_folder_of_tasks_in_alphabetical_or_given_order(tmp_path):
     root = write_tasks(tmp_path)
     (root / "sums" / "task.json").write_text('{"metric": "number"}')
-    stream = Instructions(tokenizer=make_tokenizer(), root=root, metrics={"options": "letter"})
+    stream = Instructions(tokenizer=small_tokenizer(), root=root, metrics={"options": "letter"})
     assert [experience.name for experience in stream] == ["colours", "options", "sums"]
     assert [experience.test.metric for experience in stream] == ["exact_match", "letter", "number"]
     assert [len(part) for e in stream for part in (e.train, e.val, e.test)] == [24, 6, 9] * 3
     assert (stream.kind, stream.n_classes, stream.model_arguments) == ("instruction", None, {})
-    shorter = Instructions(["sums", "colours"], tokenizer=make_tokenizer(), root=root, limit={"train": 5})
+    shorter = Instructions(["sums", "colours"], tokenizer=small_tokenizer(), root=root, limit={"train": 5})
     assert [(e.name, len(e.train), len(e.test)) for e in shorter] == [("sums", 5, 9), ("colours", 5, 9)]
     assert shorter[:1].collate_fn is shorter.collate_fn
 
@@ -170,12 +171,12 @@ def test_files_and_hub_data_sets_as_tasks(tmp_path):
         "files": {"train": ["options/train.json", "options/eval.json"], "test": "options/test.json"},
         "hub": {**hub, "options": {"data_files": files, "cache_dir": str(tmp_path / "cache")}},
     }
-    stream = Instructions(tasks, tokenizer=make_tokenizer(), root=root)
+    stream = Instructions(tasks, tokenizer=small_tokenizer(), root=root)
     assert [(e.name, len(e.train), len(e.test)) for e in stream] == [("files", 30, 9), ("hub", 7, 7)]
     assert [record.answer for record in stream[1].train.records] == [item["answer"] for item in objects("sums", 7)]
     with pytest.raises(ConfigurationError, match="columns question, a"):
         Instructions(
-            {"hub": {**tasks["hub"], "keys": {"prompt": "question", "answer": "a"}}}, tokenizer=make_tokenizer()
+            {"hub": {**tasks["hub"], "keys": {"prompt": "question", "answer": "a"}}}, tokenizer=small_tokenizer()
         )
 
 
@@ -188,23 +189,23 @@ def test_files_and_hub_data_sets_as_tasks(tmp_path):
         ({"tasks": {"mine": {"train": "sums/train.json"}}}, "'mine' has no test split"),
         ({"metrics": {"sum": "number"}}, "metrics names 'sum', which is no task"),
         ({"side": "both"}, "side='both'"),
-        ({"chat": True, "tokenizer": make_tokenizer(chat=False)}, "no chat template"),
+        ({"chat": True, "tokenizer": small_tokenizer(chat=False)}, "no chat template"),
     ],
 )
 def test_what_cannot_be_a_stream_is_refused(tmp_path, options, message):
     with pytest.raises(ConfigurationError, match=message):
-        Instructions(**{"tokenizer": make_tokenizer(), "root": write_tasks(tmp_path), **options})
+        Instructions(**{"tokenizer": small_tokenizer(), "root": write_tasks(tmp_path), **options})
 
 
 def test_an_empty_root_is_refused(tmp_path):
     with pytest.raises(ConfigurationError, match="holds no folder of a task"):
-        Instructions(tokenizer=make_tokenizer(), root=tmp_path / "none")
+        Instructions(tokenizer=small_tokenizer(), root=tmp_path / "none")
 
 
 def test_answer_styles_change_training_records_alone(tmp_path):
     root = write_tasks(tmp_path)
     (root / "colours" / "task.json").write_text('{"style": "short_answer", "format": "name the colour :"}')
-    stream = Instructions(["colours"], tokenizer=make_tokenizer(), root=root, styles=AnswerStyles(50.0))
+    stream = Instructions(["colours"], tokenizer=small_tokenizer(), root=root, styles=AnswerStyles(50.0))
     styles = [record.extra["style"] for record in stream[0].train.records]
     assert {style: styles.count(style) for style in stream.style_reports["colours"].counts} == (
         stream.style_reports["colours"].counts

@@ -7,7 +7,7 @@ import json
 import pytest
 import pytorch_lightning as pl
 import torch
-from language import make_config, make_module, make_tokenizer, write_tasks
+from language import make_config, make_module, write_tasks
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
@@ -19,6 +19,7 @@ from clkit.language.generation import AnswerScores, generate
 from clkit.language.models import CausalLM, TextClassifier, load_tokenizer
 from clkit.language.scores import answer_loss, language_model, token_accuracy
 from clkit.scenarios import Instructions
+from clkit.testing import small_tokenizer
 
 QUIET = {
     **{"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"},
@@ -30,7 +31,7 @@ QUIET = {
 def stream(tmp_path):
     metrics = {"sums": "number", "colours": "exact_match", "options": "letter"}
     order = ["colours", "sums", "options"]
-    return Instructions(order, tokenizer=make_tokenizer(), root=write_tasks(tmp_path / "tasks"), metrics=metrics)
+    return Instructions(order, tokenizer=small_tokenizer(), root=write_tasks(tmp_path / "tasks"), metrics=metrics)
 
 
 def fit(stream, callbacks, module=None, steps=6, batch_size=4, ckpt_path=None, **options):
@@ -141,7 +142,7 @@ def test_generation_in_batches_is_greedy_decoding_one_by_one(stream):
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.mul_(4)
-    tokenizer, dataset = make_tokenizer(), stream[0].test
+    tokenizer, dataset = small_tokenizer(), stream[0].test
     prompts = [dataset.prompt(i) for i in range(7)]
     together = generate(module, prompts, tokenizer, max_new_tokens=5, batch_size=3)
     for prompt, text in zip(prompts, together, strict=True):
@@ -294,21 +295,21 @@ def test_what_cannot_be_loaded_is_refused(tmp_path, monkeypatch):
         load_tokenizer(str(tmp_path / "model.gguf"))
     with pytest.raises(ConfigurationError, match="dtype='int8'"):
         CausalLM(make_config(), dtype="int8")
-    module = make_module(adapter=False)
+    module = make_module(adapter=None)
     module.requires_grad_(False)
     with pytest.raises(ConfigurationError, match="nothing to train"):
         module.configure_optimizers()
 
 
 def test_a_saved_model_and_tokenizer_are_loaded_by_path(tmp_path, stream):
-    module = make_module(adapter=False).eval()
+    module = make_module(adapter=None).eval()
     module.net.save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
+    small_tokenizer().save_pretrained(tmp_path / "model")
     again = CausalLM(str(tmp_path / "model")).eval()
     batch = batch_of(stream)
     assert torch.equal(again(**batch).loss, module(**batch).loss)
     tokenizer = load_tokenizer(str(tmp_path / "model"))
-    assert tokenizer("red blue")["input_ids"] == make_tokenizer()("red blue")["input_ids"]
+    assert tokenizer("red blue")["input_ids"] == small_tokenizer()("red blue")["input_ids"]
 
 
 def test_answers_need_prompts(tmp_path):

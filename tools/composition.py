@@ -21,7 +21,7 @@ from clkit import ConfigurationError, StreamDataModule
 from clkit.adapters import add_adapter, lora
 from clkit.jobs import task as task  # registers the resolver of run names
 from clkit.plugins import choices
-from clkit.testing import SmallModule, small_stream
+from clkit.testing import SmallModule, small_instructions, small_language_module, small_stream
 
 SMALL = {
     "agem": ["samples_per_experience=8", "batch_size=8"],
@@ -41,9 +41,10 @@ PAGE = Path(__file__).parents[1] / "docs" / "composition.md"
 INTRODUCTION = """# Which strategies work together
 
 `strategy=[a,b]` runs both, in this order. Every pair below was trained for two experiences on a small network (one with
-LoRA where RegLoRA or OLoRA takes part) by `python tools/composition.py`; a test keeps the table true.
+LoRA where RegLoRA or OLoRA takes part, a language model with InstructionGroups) by `python tools/composition.py`; a test
+keeps the table true.
 
-✓ works in either order. → works with the row's strategy first, ↓ with the column's first. A letter: `setup` refuses
+✓ works in either order. → works with the row's strategy first, ↓ with the column's first. A number: `setup` refuses
 both orders, for the reason below. What works together need not help: two memories cost twice, two penalties add up.
 """
 
@@ -64,10 +65,11 @@ def strategies(*chosen: str) -> list[Any]:
 def attempt(*chosen: str) -> str:
     """Train strategies together; return an empty text, or why they were refused."""
     torch.manual_seed(0)
-    module: Any = SmallModule()
-    if {"reglora", "olora"} & set(chosen):
+    texts = "instruction_groups" in chosen
+    module: Any = small_language_module() if texts else SmallModule()
+    if {"reglora", "olora"} & set(chosen) and not texts:
         module.net = add_adapter(module.net, lora(3, target_modules=["1"], modules_to_save=["3"]))
-    data = StreamDataModule(small_stream(2), batch_size=8)
+    data = StreamDataModule(small_instructions(2) if texts else small_stream(2), batch_size=8)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = pl.Trainer(
@@ -102,7 +104,7 @@ def page() -> str:
             continue
         forward, backward = attempt(a, b), attempt(b, a)
         if forward and backward:
-            cells[a, b] = reasons.setdefault(forward, chr(ord("a") + len(reasons)))
+            cells[a, b] = reasons.setdefault(forward, str(1 + len(reasons)))
         else:
             cells[a, b] = "✓" if not forward and not backward else "→" if not forward else "↓"
     lines = [INTRODUCTION, f"| | {' | '.join(listed[1:])} |", f"|---|{':-:|' * (len(listed) - 1)}"]
@@ -110,7 +112,7 @@ def page() -> str:
         marks = ["" if column <= row else cells[a, b] for column, b in enumerate(listed) if column > 0]
         lines.append(f"| **{a}** | {' | '.join(marks)} |")
     lines += ["", "= are two settings of the same class: one trainer takes one of them.", ""]
-    lines += [f"- {letter}: {reason}" for reason, letter in reasons.items()]
+    lines += [f"{number}. {reason}" for reason, number in reasons.items()]
     return "\n".join(lines) + "\n"
 
 

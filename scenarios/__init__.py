@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .rotated import Rotated as Rotated
     from .split import Split as Split
     from .split import SplitDigits as SplitDigits
+    from .texts import SplitTexts as SplitTexts
 
 _PUBLIC = {
     "AvalancheStream": ".avalanche",
@@ -21,6 +22,7 @@ _PUBLIC = {
     "Rotated": ".rotated",
     "Split": ".split",
     "SplitDigits": ".split",
+    "SplitTexts": ".texts",
 }
 __all__ = sorted(_PUBLIC)
 __getattr__, __dir__ = lazy_exports(__name__, _PUBLIC)

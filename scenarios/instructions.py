@@ -139,14 +139,30 @@ def _read(task: str, source: Any, root: Path, on_error: OnError) -> tuple[dict[S
         return _from_hub(task, source), dict(source)
     if isinstance(source, Mapping):
         files = about = dict(source)
-    else:
-        folder = root / str(source)
-        if not folder.is_dir():
-            there = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-            raise ConfigurationError(f"There is no folder {folder}; {root} has {', '.join(there) or 'none'}.")
-        files = {split: path for split in SPLITS if (path := _file(folder, split)) is not None}
-        described = folder / "task.json"
-        about = json.loads(described.read_text()) if described.is_file() else {}
+        return _read_files(task, files, root, on_error), about
+    return read_folder(root / str(source), task, on_error)
+
+
+def read_folder(folder: Path, task: str, on_error: OnError) -> tuple[dict[Split, list[Record]], dict[str, Any]]:
+    """Read a task's folder.
+
+    Returns:
+        The records of each split, and what its ``task.json`` says.
+
+    Raises:
+        ConfigurationError: If there is no such folder, or a file is missing or bad.
+    """
+    if not folder.is_dir():
+        root = folder.parent
+        there = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+        raise ConfigurationError(f"There is no folder {folder}; {root} has {', '.join(there) or 'none'}.")
+    files: dict[str, Any] = {split: path for split in SPLITS if (path := _file(folder, split)) is not None}
+    described = folder / "task.json"
+    about = json.loads(described.read_text()) if described.is_file() else {}
+    return _read_files(task, files, folder, on_error), about
+
+
+def _read_files(task: str, files: Mapping[str, Any], root: Path, on_error: OnError) -> dict[Split, list[Record]]:
     missing = [split for split in ("train", "test") if split not in files]
     if missing:
         raise ConfigurationError(
@@ -162,7 +178,7 @@ def _read(task: str, source: Any, root: Path, on_error: OnError) -> tuple[dict[S
             if n_bad:
                 rank_zero_warn(f"{task}/{split}: {n_bad} bad records are left out.")
             splits[split] = [record for records, _ in parts for record in records]
-    return splits, about
+    return splits
 
 
 def _file(folder: Path, split: str) -> Path | None:

@@ -146,6 +146,51 @@ def choose(what: str, value: Any, options: Sequence[str]) -> str:
     raise ConfigurationError(f"{what}={value!r} is unknown; {suggest(str(value), options)}")
 
 
+def divide_classes(title: str, n_classes: int, n_experiences: int, per_experience: Sequence[int] | None) -> list[int]:
+    """Return the number of classes of each experience.
+
+    Raises:
+        ConfigurationError: If they cannot be divided so.
+    """
+    if per_experience is not None:
+        sizes = list(per_experience)
+        for size in sizes:
+            check_whole("classes_per_experience", size, 1)
+        if sum(sizes) != n_classes:
+            raise ConfigurationError(
+                f"{title} has {n_classes} classes; classes_per_experience={sizes} adds up to {sum(sizes)}. "
+                f"Use numbers that add up to {n_classes}."
+            )
+        return sizes
+    check_whole("n_experiences", n_experiences, 1)
+    if n_classes % n_experiences:
+        *divisors, last = (str(n) for n in range(1, n_classes + 1) if n_classes % n == 0)
+        raise ConfigurationError(
+            f"{title} has {n_classes} classes; n_experiences={n_experiences} does not divide them. "
+            f"Use {', '.join(divisors)} or {last}, or pass classes_per_experience=[...]."
+        )
+    return [n_classes // n_experiences] * n_experiences
+
+
+def order_classes(title: str, n_classes: int, class_order: Sequence[int] | str | None, seed: int) -> list[int]:
+    """Return the classes in the order they arrive: 0, 1, 2, ..., drawn from the seed (``"shuffled"``), or as listed.
+
+    Raises:
+        ConfigurationError: If the list is not one of classes, each once.
+    """
+    if class_order is None:
+        return list(range(n_classes))
+    if class_order == "shuffled":
+        return [int(label) for label in private_rng(seed, CLASS_ORDER).permutation(n_classes)]
+    known = set(range(n_classes))
+    if isinstance(class_order, str) or not class_order or sorted(class_order) != sorted(known & set(class_order)):
+        raise ConfigurationError(
+            f"class_order={class_order!r} is not an order of classes of {title}; list some or all of 0 to "
+            f"{n_classes - 1}, each once, or use 'shuffled'."
+        )
+    return list(class_order)
+
+
 @lru_cache(maxsize=1)
 def _read_digits() -> tuple[Tensor, Tensor]:
     from sklearn.datasets import load_digits

@@ -7,11 +7,10 @@ from typing import Any, Literal
 
 import torch
 
-from clkit.errors import ConfigurationError, check_whole
-from clkit.rng import private_rng
+from clkit.errors import ConfigurationError
 from clkit.stream import Kind, Stream
 
-from .sources import CLASS_ORDER, choose, load
+from .sources import choose, divide_classes, load, order_classes
 
 KINDS = ("class-incremental", "task-incremental", "domain-incremental")
 
@@ -62,8 +61,8 @@ class Split(Stream):
         choose("kind", kind, KINDS)
         images = load(dataset, seed=seed, data_root=data_root, download=download, val_fraction=val_fraction)
         title = "Split" + dataset.title().replace("_", "")
-        order = _order(title, images.n_classes, class_order, seed)
-        sizes = _sizes(title, len(order), n_experiences, classes_per_experience)
+        order = order_classes(title, images.n_classes, class_order, seed)
+        sizes = divide_classes(title, len(order), n_experiences, classes_per_experience)
         groups = torch.split(torch.tensor(order), sizes)
         domains = kind == "domain-incremental"
         if domains and len(set(sizes)) > 1:
@@ -104,41 +103,6 @@ class SplitDigits(Split):
 
     def __init__(self, n_experiences: int = 5, kind: Kind = "class-incremental", **options: Any) -> None:
         super().__init__("digits", n_experiences, kind, **options)
-
-
-def _sizes(title: str, n_classes: int, n_experiences: int, per_experience: Sequence[int] | None) -> list[int]:
-    if per_experience is not None:
-        sizes = list(per_experience)
-        for size in sizes:
-            check_whole("classes_per_experience", size, 1)
-        if sum(sizes) != n_classes:
-            raise ConfigurationError(
-                f"{title} has {n_classes} classes; classes_per_experience={sizes} adds up to {sum(sizes)}. "
-                f"Use numbers that add up to {n_classes}."
-            )
-        return sizes
-    check_whole("n_experiences", n_experiences, 1)
-    if n_classes % n_experiences:
-        *divisors, last = (str(n) for n in range(1, n_classes + 1) if n_classes % n == 0)
-        raise ConfigurationError(
-            f"{title} has {n_classes} classes; n_experiences={n_experiences} does not divide them. "
-            f"Use {', '.join(divisors)} or {last}, or pass classes_per_experience=[...]."
-        )
-    return [n_classes // n_experiences] * n_experiences
-
-
-def _order(title: str, n_classes: int, class_order: Sequence[int] | str | None, seed: int) -> list[int]:
-    if class_order is None:
-        return list(range(n_classes))
-    if class_order == "shuffled":
-        return [int(label) for label in private_rng(seed, CLASS_ORDER).permutation(n_classes)]
-    known = set(range(n_classes))
-    if isinstance(class_order, str) or not class_order or sorted(class_order) != sorted(known & set(class_order)):
-        raise ConfigurationError(
-            f"class_order={class_order!r} is not an order of classes of {title}; list some or all of 0 to "
-            f"{n_classes - 1}, each once, or use 'shuffled'."
-        )
-    return list(class_order)
 
 
 def _name(classes: list[int]) -> str:

@@ -16,7 +16,7 @@ from clkit.batch import concatenate, widened
 from clkit.language.dataset import InstructionDataset, Pad
 from clkit.language.records import Record, read_records, write_records
 from clkit.language.styles import AnswerStyles
-from clkit.scenarios import Instructions
+from clkit.scenarios import Instructions, SplitTexts
 from clkit.testing import small_tokenizer
 
 
@@ -244,3 +244,51 @@ def test_a_stream_is_served_in_padded_batches_grouped_by_length(tmp_path):
     joint = StreamDataModule(stream, batch_size=4, group_by_length=True)
     joint.train_sets = [ConcatDataset([e.train for e in stream])] * 3
     assert sum(len(batch["input_ids"]) for batch in joint.train_dataloader()) == 72
+
+
+def write_classes(root, classes=("red", "green", "blue", "one"), n: int = 12):
+    for split, size in (("train", n), ("test", n // 3)):
+        items = [{"prompt": f"say {name} {'yes ' * (i % 5)}", "answer": name} for name in classes for i in range(size)]
+        root.mkdir(exist_ok=True)
+        (root / f"{split}.json").write_text(json.dumps(items))
+    return root
+
+
+def test_classes_of_texts_in_alphabetical_or_given_order(tmp_path):
+    folder = write_classes(tmp_path / "words")
+    stream = SplitTexts(folder, tokenizer=small_tokenizer(), n_experiences=2)
+    assert [e.name for e in stream] == ["blue green", "one red"]
+    assert [e.classes for e in stream] == [(0, 1), (2, 3)]
+    assert (stream.n_classes, stream.kind, stream.model_arguments) == (4, "class-incremental", {"n_classes": 4})
+    tokenizer = small_tokenizer()
+    for experience in stream:
+        assert (len(experience.train), len(experience.test)) == (24, 8)
+        for sample in (experience.train[i] for i in range(24)):
+            name = tokenizer.convert_ids_to_tokens(sample["input_ids"].tolist())[1]
+            assert ["blue", "green", "one", "red"][sample["labels"]] == name
+    other = SplitTexts(folder, tokenizer=tokenizer, class_order=["red", "blue", "one"], classes_per_experience=[1, 2])
+    assert [(e.name, e.classes) for e in other] == [("red", (3,)), ("blue one", (0, 2))]
+    with pytest.warns(UserWarning, match="texts fill all of 3 tokens"):
+        SplitTexts(folder, tokenizer=tokenizer, n_experiences=2, max_length=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_experiences": 3}, "words .blue, green, one, red. has 4 classes; n_experiences=3 does not divide"),
+        ({"class_order": ["red", "yellow"]}, "names 'yellow', which is no class of words"),
+        ({"class_order": "random"}, "'shuffled'"),
+    ],
+)
+def test_classes_that_cannot_be_divided_are_refused(tmp_path, options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        SplitTexts(write_classes(tmp_path / "words"), tokenizer=small_tokenizer(), **options)
+
+
+def test_a_class_that_is_only_held_out_is_refused(tmp_path):
+    folder = write_classes(tmp_path / "words")
+    (folder / "test.json").write_text('[{"prompt": "say two", "answer": "two"}]')
+    with pytest.raises(ConfigurationError, match="the class 'two' of test does not occur in train"):
+        SplitTexts(folder, tokenizer=small_tokenizer())
+    with pytest.raises(ConfigurationError, match="There is no folder"):
+        SplitTexts(tmp_path / "none", tokenizer=small_tokenizer())

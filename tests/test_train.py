@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from clkit.jobs import task as task  # registers the resolver of run names
 from clkit.mistakes import check
 from clkit.plugins import choices
 from clkit.strategies import EWC, ExperienceReplay
+from clkit.testing import small_language_module, small_tokenizer
 from clkit.train import build, fingerprint, run
 
 QUICK = ["trainer=cpu", "scenario.n_experiences=2", "data.epochs=1", "evaluation.every=3", "evaluation.subset=50"]
@@ -248,3 +250,31 @@ def test_progress_can_be_switched_off(tmp_path: Path) -> None:
     progress.disable()
     fit_with(progress, tmp_path)
     assert out.getvalue() == ""
+
+
+TRACE = ["C-STANCE", "FOMC", "MeetingBank", "Py150", "ScienceQA", "NumGLUE-cm", "NumGLUE-ds", "20Minuten"]
+COIN = ["ScienceQA", "TextVQA", "ImageNet", "GQA", "VizWiz", "Grounding", "VQAv2", "OCR-VQA"]
+
+
+@pytest.mark.parametrize(("experiment", "tasks"), [("trace_llama2_7b", TRACE), ("coin_text_llama2_7b", COIN)])
+def test_the_protocols_of_7b_models_run_dry_on_a_tiny_llama(tmp_path: Path, experiment: str, tasks: list[str]) -> None:
+    letters = {"C-STANCE", "FOMC", "ScienceQA"}
+    for name in tasks:
+        answers = "AB" if name in letters else ["1", "2"] if name.startswith("Num") else ["red", "blue"]
+        items = [{"prompt": f"what is {i} plus {i} ?", "answer": answers[i % 2]} for i in range(8)]
+        root = tmp_path / experiment.partition("_")[0] / name
+        root.mkdir(parents=True)
+        for split in ("train", "eval", "test"):
+            (root / f"{split}.json").write_text(json.dumps(items))
+    small_language_module(adapter=None).net.save_pretrained(tmp_path / "llama")
+    small_tokenizer().save_pretrained(tmp_path / "llama")
+    with initialize_config_module("clkit.conf", version_base="1.3"):
+        small = ["trainer=cpu", "logger=none", "data.epochs=1", "data.steps=2", "data.batch_size=2"]
+        small += ["model.dtype=float32", "trainer.precision=32", "callbacks.answers.max_new_tokens=4"]
+        paths = [f"model.net={tmp_path}/llama", f"data_root={tmp_path}"]
+        config = compose("train", overrides=[f"experiment={experiment}", *small, *paths])
+    run(config, tmp_path / "run")
+    found = json.loads((tmp_path / "run" / "answers.json").read_text())
+    assert found["experiences"] == tasks
+    assert len(found["score"]["matrix"]) == 8
+    assert "Generated answers" in (tmp_path / "run" / "report.md").read_text()

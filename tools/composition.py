@@ -40,9 +40,9 @@ SMALL = {
 PAGE = Path(__file__).parents[1] / "docs" / "composition.md"
 INTRODUCTION = """# Which strategies work together
 
-`strategy=[a,b]` runs both, in this order. Every pair below was trained for two experiences on a small network (one with
-LoRA where RegLoRA or OLoRA takes part, a language model with InstructionGroups) by `python tools/composition.py`; a test
-keeps the table true.
+`strategy=[a,b]` runs both, in this order. Every pair below was trained for two experiences on a small network (with
+LoRA where RegLoRA or OLoRA takes part, a language model with InstructionGroups) by `python tools/composition.py`; a
+test keeps the table true.
 
 ✓ works in either order. → works with the row's strategy first, ↓ with the column's first. A number: `setup` refuses
 both orders, for the reason below. What works together need not help: two memories cost twice, two penalties add up.

@@ -12,10 +12,10 @@ backward transfer of generated answers, and the curves' metrics. Started again, 
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from reproduce_stability_gap import groups_of, train
@@ -24,9 +24,8 @@ from rich.console import Console
 from clkit.jobs import file_of
 from clkit.language.models import CausalLM, load_tokenizer
 from clkit.report import write_report
-from clkit.report.estimate import Estimate
 from clkit.report.runs import Group
-from clkit.report.tables import Table
+from clkit.report.tables import Table, answers_table
 
 METHODS = {
     "sequential": ["strategy=naive"],
@@ -36,29 +35,13 @@ METHODS = {
     "EMA balance": ["strategy=ema_balance"],
     "joint": ["strategy=joint"],
 }
-ANSWERS = {"OP": "op", "BWT": "bwt_trace_t_minus_1", "MFT": "mft", "MAA": "maa"}
-CURVES = ("min-ACC", "WC-ACC")
+CURVES = ("ACC", "min-ACC", "WC-ACC")
 
 
-def answers(group: Group, reading: str, name: str) -> str:
-    """Mean over seeds of a number of ``answers.json``, in percent."""
-    found = [json.loads((run.directory / "answers.json").read_text())[reading][name] for run in group.counted]
-    return str(Estimate.of(found))
-
-
-def result_table(groups: dict[str, Group]) -> Table:
-    """Generated answers by content, strict OP, and the per-iteration token accuracy, percent."""
-    rows = [
-        (
-            method,
-            *(answers(group, "score", name) for name in ANSWERS.values()),
-            answers(group, "strict", "op"),
-            *(str(group.estimate(metric)) for metric in CURVES),
-        )
-        for method, group in groups.items()
-    ]
-    n = min(len(group.counted) for group in groups.values())
-    return Table(f"language: {n} seeds, percent", ("method", *ANSWERS, "strict OP", *CURVES), tuple(rows))
+def curves_table(groups: list[Group]) -> Table:
+    """Token accuracy of held-out answers along the training, percent."""
+    rows = [(group.label, *(str(group.estimate(metric)) for metric in CURVES)) for group in groups]
+    return Table("Token accuracy, percent", ("method", *CURVES), tuple(rows))
 
 
 def prepare(data_root: Path, folder: Path) -> Path:
@@ -98,10 +81,11 @@ def main() -> None:
         for (seed, name), job in jobs.items():
             job.result()
             console.print(f"{name}, seed {seed}: done", style="dim")
-    groups = {name: groups_of(folder)[0] for name, folder in folders.items()}
-    table = result_table(groups)
-    console.print(table.rich())
-    (args.folder / "tables.md").write_text(table.markdown())
+    groups = [replace(groups_of(folder)[0], label=name) for name, folder in folders.items()]
+    tables = [answers_table(groups), curves_table(groups)]
+    for table in tables:
+        console.print(table.rich())
+    (args.folder / "tables.md").write_text("\n".join(table.markdown() for table in tables))
     report = write_report(list(folders.values()))
     console.print(f"{report.files[0].parent}/report.html, {args.folder}/tables.md")
 

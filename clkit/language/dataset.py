@@ -159,6 +159,46 @@ def _until_end(tokens: list[int], end: int) -> list[int]:
     return tokens[: len(tokens) - tokens[::-1].index(end)] if end in tokens else [*tokens, end]
 
 
+class TextDataset(Dataset[Sample]):
+    """Texts with a class each, as samples ``{"input_ids": [S], "labels": scalar}``, ``int64``.
+
+    Args:
+        texts: The texts.
+        labels: Their classes.
+        tokenizer: A tokenizer of transformers; its special tokens are added.
+        max_length: Most tokens of a text; longer ones are cut at the end. A warning counts them.
+        name: Name for messages.
+
+    Attributes:
+        targets: The labels.
+        lengths: Tokens of each text.
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[str],
+        labels: Sequence[int],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int = 256,
+        name: str = "dataset",
+    ) -> None:
+        check_whole("max_length", max_length, 2)
+        found: Any = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"] if texts else []
+        n_cut = sum(len(text) == max_length for text in found)
+        if n_cut:
+            rank_zero_warn(f"{name}: {n_cut} texts fill all of {max_length} tokens; what is behind is cut off.")
+        self._texts = [torch.tensor(text, dtype=torch.int32) for text in found]
+        self.targets = list(labels)
+        self.lengths = [len(text) for text in found]
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __getitem__(self, index: int) -> Sample:
+        return {"input_ids": self._texts[index].long(), "labels": torch.tensor(self.targets[index])}
+
+
 class Pad:
     """Collates samples ``{"input_ids": [S], "labels": [S] or scalar, ...}`` into a batch padded to its longest.
 

@@ -89,7 +89,8 @@ def write_report(
     Writes ``report.md``, ``report.tex`` (needs booktabs), ``report.csv``, ``report.html`` (one self-contained page) and
     figures as PNG and SVG: ``stability_gap``, and ``zoom`` (the boundaries of one setting) and ``drift`` (where
     ``ModuleDrift`` measured), or ``overlay``, ``worst_case`` and ``time`` (several settings). Runs that differ in their
-    seed alone are averaged; unfinished runs are reported as such. The page also shows what ``clkit connect`` found.
+    seed alone are averaged; unfinished runs are reported as such. The page also shows what ``clkit connect`` found, and
+    the scores of generated answers (``AnswerScores``).
 
     Args:
         directories: Run folders, or folders of runs.
@@ -122,7 +123,9 @@ def write_report(
         tables.settings_table(groups),
         tables.definitions_table(groups),
     ]
-    each = [tables.runs_table(groups), *map(tables.experiences_table, groups)]
+    answers = tables.answers_table(groups)
+    main += [answers] if answers.rows else []
+    each = [answers, tables.runs_table(groups), *map(tables.experiences_table, groups)]
     with user_style(style):
         figures = _figures(groups, width)
         inline = {**figures, **_each(groups[:_MAX_SHOWN], width)} if len(groups) > 1 else _each(groups, width)
@@ -194,6 +197,11 @@ def _each(groups: Sequence[Group], width: float) -> dict[str, Figure]:
         figures[f"{group.label}: accuracy matrix"] = accuracy_matrix_figure(
             np.mean(matrices, axis=0), run.experiences, title=group.label, score=run.summary["score"]
         )
+        answered = [run.answers["score"]["matrix"] for run in group.counted if run.answers]
+        if answered:
+            title = f"{group.label}: generated answers"
+            mean = np.mean(np.array(answered, dtype=np.float64), axis=0)
+            figures[title] = accuracy_matrix_figure(mean, run.answers["experiences"], title=title, score="score")
         if (run.directory / "connectivity.csv").is_file():
             title = f"{group.label}: mode connectivity"
             lines = read_lines(run.directory / "connectivity.csv")

@@ -107,6 +107,11 @@ class Run:
         strategies = " + ".join(self.config.get("strategy") or ["no strategy"])
         return " · ".join(filter(None, (strategies, self.view, self.scenario)))
 
+    @cached_property
+    def answers(self) -> Mapping[str, Any]:
+        """Its ``answers.json`` (:class:`~clkit.language.generation.AnswerScores`); empty without one."""
+        return _json(self.directory / "answers.json") or {}
+
     def metric(self, name: str) -> float:
         """A metric by name; NaN if undefined."""
         value = self.summary["metrics"].get(name)

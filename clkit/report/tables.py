@@ -134,6 +134,31 @@ def results_table(groups: Sequence[Group], metrics: Sequence[str] | None = None)
     return Table(f"Results in percent ({over}{note}){_schedule_note(groups)}", ("run", "seeds", *header), rows)
 
 
+_ANSWERS = {
+    "OP": "op",
+    "BWT": "bwt_trace_t_minus_1",
+    "BWT (1/T)": "bwt_trace",
+    "MFT": "mft",
+    "MAA": "maa",
+}
+
+
+def answers_table(groups: Sequence[Group]) -> Table:
+    """Scores of generated answers, mean and interval over seeds: by content, and the last where the format counts."""
+    rows = []
+    for group in groups:
+        found = [run.answers for run in group.counted if run.answers]
+        if found:
+            cells = [Estimate.of(_defined(run["score"][key]) for run in found) for key in _ANSWERS.values()]
+            strict = Estimate.of(_defined(run["strict"]["op"]) for run in found)
+            rows.append((_mark(group), str(len(found)), *map(str, cells), str(strict)))
+    caption = (
+        "Generated answers in percent: final mean score (OP), its change since each task was learned (BWT), mean score "
+        "right after learning (MFT), mean over the stream (MAA); strict: the format counts too"
+    )
+    return Table(caption, ("run", "seeds", *_ANSWERS, "strict OP"), tuple(rows))
+
+
 def comparison_table(groups: Sequence[Group]) -> Table:
     """Corrected p-values of the paired comparison of each group with the best, for the main metrics."""
     metrics = [m for m in metric_names(groups) if m in HEADLINES]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 import tempfile
 import warnings
 from pathlib import Path
@@ -91,6 +92,14 @@ def attempt(*chosen: str) -> str:
     return ""
 
 
+def anonymous(reason: str, *names: str) -> str:
+    """Put "the one" and "the other" in place of two strategies' names, in the order they are named."""
+    mentioned = sorted((name for name in names if name in reason), key=reason.index)
+    for name, word in zip(mentioned, ("the one", "the other"), strict=False):
+        reason = re.sub(rf"\b{name}\b", word, reason)
+    return reason[0].upper() + reason[1:]
+
+
 def page() -> str:
     """Train every pair and return the page."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
@@ -104,7 +113,8 @@ def page() -> str:
             continue
         forward, backward = attempt(a, b), attempt(b, a)
         if forward and backward:
-            cells[a, b] = reasons.setdefault(forward, str(1 + len(reasons)))
+            reason = anonymous(forward, kinds[a].__name__, kinds[b].__name__)
+            cells[a, b] = reasons.setdefault(reason, str(1 + len(reasons)))
         else:
             cells[a, b] = "✓" if not forward and not backward else "→" if not forward else "↓"
     lines = [INTRODUCTION, f"| | {' | '.join(listed[1:])} |", f"|---|{':-:|' * (len(listed) - 1)}"]

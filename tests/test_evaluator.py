@@ -26,7 +26,7 @@ from clkit import (
     StreamCheckpoint,
     StreamDataModule,
 )
-from clkit.evaluation import evaluator
+from clkit.evaluation import evaluator, scores
 from clkit.evaluation.prefix import FrozenPrefix
 
 
@@ -35,10 +35,10 @@ def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def fit(gap, module, stream=None, callbacks=(), epochs=2):
+def fit(gap, module, stream=None, callbacks=(), epochs=2, **options):
     torch.manual_seed(1)
     data = StreamDataModule(stream or make_stream(), batch_size=8, epochs=epochs)
-    trainer = pl.Trainer(max_epochs=data.total_epochs, callbacks=[*callbacks, gap], **QUIET)
+    trainer = pl.Trainer(max_epochs=data.total_epochs, callbacks=[*callbacks, gap], **{**QUIET, **options})
     trainer.fit(module, datamodule=data)
     return (gap.dir / "history.csv").read_text()
 
@@ -293,6 +293,71 @@ def test_a_module_that_cannot_be_sent_is_refused(tmp_path):
     module.lock = threading.Lock()
     with pytest.raises(ConfigurationError, match="cannot be pickled"):
         fit(StabilityGap(dir=tmp_path, plot=False, asynchronous=True), module)
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("queue", [1, 4])
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_a_copy_of_the_module_beside_the_training_writes_the_same_history(tmp_path, device, queue, prefix_cache):
+    text, weights = {}, {}
+    settings = {"asynchronous": True, "device": device, "queue": queue, "prefix_cache": prefix_cache, "batch_size": 5}
+    for name, chosen in {"beside": settings, "plain": {"batch_size": 5}}.items():
+        module = seeded(Frozen, False)
+        gap = StabilityGap(dir=tmp_path / name, plot=False, **chosen)
+        text[name] = fit(gap, module, accelerator="cpu" if device == "cpu" else "gpu", devices=1)
+        weights[name] = list(module.cpu().parameters())
+    assert text["beside"] == text["plain"]
+    assert all(torch.equal(a, b) for a, b in zip(weights["beside"], weights["plain"], strict=True))
+
+
+class Thaw(pl.Callback):
+    """Writes to frozen weights in the middle of an experience."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 9:
+            with torch.no_grad():
+                next(p for p in pl_module.parameters() if not p.requires_grad).add_(0.5)
+
+
+def test_a_copy_follows_frozen_weights_that_change_and_batch_norm_statistics(tmp_path):
+    run = lambda name, **settings: fit(  # noqa: E731
+        StabilityGap(dir=tmp_path / name, plot=False, **settings), seeded(Frozen, True), callbacks=[Thaw()]
+    )
+    beside = run("beside", asynchronous=True, device="cpu")
+    assert beside == run("plain")
+    assert beside != fit(StabilityGap(dir=tmp_path / "unchanged", plot=False), seeded(Frozen, True))
+
+
+def test_no_memory_for_a_copy_is_reported_and_nothing_is_lost(tmp_path):
+    calls = []
+
+    def score(module, batch):
+        calls.append(module)
+        if len(calls) == 9:
+            raise torch.OutOfMemoryError("no room")
+        return scores.accuracy(module, batch)
+
+    gap = StabilityGap(dir=tmp_path / "short", plot=False, asynchronous=True, device="cpu", score=score)
+    module = make_module()
+    with pytest.warns(UserWarning, match="ran out of memory"):
+        short = fit(gap, module)
+    assert short == fit(StabilityGap(dir=tmp_path / "plain", plot=False, score=scores.accuracy), make_module())
+    assert calls[8] is not module
+    assert all(call is module for call in calls[9:])
+
+
+def test_a_device_needs_asynchronous_and_must_exist(tmp_path):
+    with pytest.raises(ConfigurationError, match="device='cpu' is for asynchronous=True"):
+        StabilityGap(device="cpu")
+    with pytest.raises(ConfigurationError, match="device='cuda:77' is not possible here"):
+        StabilityGap(asynchronous=True, device="cuda:77")
+    module = make_module()
+    module.lock = threading.Lock()
+    with pytest.raises(ConfigurationError, match="cannot be copied"):
+        fit(StabilityGap(dir=tmp_path, plot=False, asynchronous=True, device="cpu"), module)
 
 
 @pytest.mark.parametrize("accumulated", [1, 4, 7])

@@ -67,7 +67,9 @@ class Evaluator:
     def now(self, index: int, experiences: range, prefix: FrozenPrefix | None = None) -> Result:
         """Evaluate some experiences at once."""
         with untouched(self.trainer, self.module):
-            sums = _sums(self.module, self.subsets, self.scorer, self.chunks(experiences), index, prefix, self._weights)
+            sums = evaluate_chunks(
+                self.module, self.subsets, self.scorer, self.chunks(experiences), index, prefix, self._weights
+            )
         return lambda: sums
 
     def _weights(self, chunk: slice) -> AbstractContextManager[None]:
@@ -233,16 +235,13 @@ class ProcessEvaluator(Evaluator):
                 f"asynchronous=True sends the module to another process, but {type(self.module).__name__} cannot be "
                 f"pickled ({error}); use asynchronous=False."
             ) from error
-        self._path, self._signature = path, self._frozen()
+        self._path, self._signature = path, frozen_versions(self.module)
         self._slots = _slots(path, live_tensors(self.module), self._queue)
         self._free = deque(range(self._queue))
 
-    def _frozen(self) -> list[int | None]:
-        return [None if p.requires_grad else p._version for p in self.module.parameters()]
-
     def submit(self, index: int) -> Result:
         """Copy the weights and leave the rest to the process."""
-        if not self._broken and self._frozen() != self._signature:
+        if not self._broken and frozen_versions(self.module) != self._signature:
             self.start()
         while not self._free and not self._broken:
             self._finish(self._waiting[0])
@@ -318,7 +317,7 @@ class _Site:
                     own.copy_(new)
             if self.prefix is not None:
                 self.prefix.begin()
-            return _sums(self.module, self.subsets, self.scorer, chunks, index, self.prefix)
+            return evaluate_chunks(self.module, self.subsets, self.scorer, chunks, index, self.prefix)
 
 
 def _end_with(parent: int) -> None:
@@ -344,12 +343,17 @@ def _evaluate(path: Path, slot: int, index: int, chunks: list[slice]) -> Any:
     return site.evaluate(slot, index, chunks).numpy()
 
 
+def frozen_versions(module: nn.Module) -> list[int | None]:
+    """Return what tells whether a frozen parameter was written to, or another one froze."""
+    return [None if parameter.requires_grad else parameter._version for parameter in module.parameters()]
+
+
 def live_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return what changes in training, by name: parameters that require gradients, and all buffers."""
     return {**trainable(module), **dict(module.named_buffers())}
 
 
-def _sums(
+def evaluate_chunks(
     module: LightningModule,
     subsets: Subsets,
     scorer: Scorer,
@@ -358,6 +362,8 @@ def _sums(
     prefix: FrozenPrefix | None,
     weights: Callable[[slice], AbstractContextManager[None]] = lambda chunk: nullcontext(),
 ) -> Tensor:
+    """Return :meth:`Subsets.sums` over chunks, of the module as it is or, chunk by chunk, with other weights."""
+
     def scores(chunk: slice) -> Tensor:
         def forward() -> Tensor:
             return scorer(module, subsets.batch(chunk), index)

@@ -117,6 +117,10 @@ class Scorer:
             together[classes[:, None], classes] = True
         return cls(score, (together.to(device),) * len(stream))
 
+    def to(self, device: torch.device) -> Scorer:
+        """Return the score with its masks on a device."""
+        return Scorer(self.score, None if self.allowed is None else tuple(mask.to(device) for mask in self.allowed))
+
     def __call__(self, module: LightningModule, batch: Any, experience: int) -> Tensor:
         """Return the scores of a batch, ``[B]``, while ``experience`` is learned."""
         if self.allowed is None:

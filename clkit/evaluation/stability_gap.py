@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from clkit.distributed import sum_over_processes
 from clkit.errors import ConfigurationError, check_whole
+from clkit.evaluation.beside import DeviceEvaluator
 from clkit.evaluation.evaluator import Evaluator, ProcessEvaluator, Result, SnapshotEvaluator
 from clkit.evaluation.history import History, HistoryWriter, Phase
 from clkit.evaluation.lazy import LazyEvaluator
@@ -64,7 +65,9 @@ class StabilityGap(Callback):
             (:class:`~clkit.evaluation.prefix.FrozenPrefix`); results are the same.
         prefix_cache_limit: Most bytes to keep for that.
         snapshots: Copies of the trainable weights that are evaluated in one vectorised call, for very small networks.
-        asynchronous: Evaluate copies of the trainable weights in another process, on the CPU; results are the same.
+        asynchronous: Evaluate copies of the trainable weights beside the training, with the same results: in another
+            process on the CPU, in another stream on a GPU.
+        device: Another device to do that on, such as ``"cuda:1"``.
         queue: Copies that may wait for it.
         lazy: Evaluate only samples whose result can have changed (:class:`~clkit.evaluation.lazy.LazyEvaluator`):
             approximate, marked as such, with the audited error in ``metrics.json``.
@@ -98,6 +101,7 @@ class StabilityGap(Callback):
         prefix_cache_limit: int = 2**31,
         snapshots: int = 1,
         asynchronous: bool = False,
+        device: str | None = None,
         queue: int = 8,
         lazy: bool = False,
         view: str | None = None,
@@ -118,6 +122,9 @@ class StabilityGap(Callback):
             check_whole("windows", window, 2)
         if asynchronous + (snapshots > 1) + lazy > 1:
             raise ConfigurationError("asynchronous, snapshots above 1 and lazy exclude each other; use one of them.")
+        if device is not None and not asynchronous:
+            raise ConfigurationError(f"device={device!r} is for asynchronous=True; set that too, or leave it out.")
+        self.device = None if device is None else _device(device)
         self.schedule = every if isinstance(every, Schedule) else Every(every)
         self.subset, self.split, self.windows, self.zero_shot = subset, split, tuple(windows), zero_shot
         self.score: Score = named(score)
@@ -217,8 +224,14 @@ class StabilityGap(Callback):
                 "snapshots cannot follow; leave them out."
             )
         if self.asynchronous:
-            limit = self.prefix_cache_limit
-            return ProcessEvaluator(*parts, use_prefix=self.prefix_cache, limit=limit, queue=self.queue)
+            options: dict[str, Any] = {
+                "use_prefix": self.prefix_cache,
+                "limit": self.prefix_cache_limit,
+                "queue": self.queue,
+            }
+            if self.device is None and module.device.type == "cpu":
+                return ProcessEvaluator(*parts, **options)
+            return DeviceEvaluator(*parts, device=self.device or module.device, **options)
         if self.lazy:
             return LazyEvaluator(*parts, seed=self.seed)
         if self.snapshots > 1:
@@ -453,6 +466,14 @@ class _Row:
     phase: Phase
     experiences: range
     result: Result
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigurationError(f"device={name!r} is not possible here ({reason}); leave it out.") from error
 
 
 def _size(dataset: Dataset[Any]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from itertools import accumulate, pairwise
 from typing import Any
@@ -45,6 +46,15 @@ class Subsets:
         self.owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(device)
         self.counts = torch.tensor(sizes, dtype=self.dtype, device=device)
         self.views: list[str] | None = None
+
+    def to(self, device: torch.device) -> Subsets:
+        """Return these samples on a device; themselves if they are there."""
+        if self.counts.device == device:
+            return self
+        moved = copy.copy(self)
+        moved.samples = tree_map(lambda part: part.to(device), self.samples)
+        moved.owner, moved.counts = self.owner.to(device), self.counts.to(device)
+        return moved
 
     def chunks(self, experiences: range) -> list[slice]:
         """Split the samples of neighbouring experiences into slices of at most ``batch_size`` and of one view."""

@@ -120,7 +120,8 @@ def _sources(tasks: Mapping[str, Any] | Sequence[str] | None, root: Path) -> dic
         found = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
         if not found:
             raise ConfigurationError(
-                f"{root} holds no folder of a task; make ROOT/TASK/train.json and test.json, or name another root."
+                f"{root} holds no folder of a task; make {root}/TASK/train.json and test.json, or name another root "
+                "(scenario.root=DIR)."
             )
         tasks = found
     if isinstance(tasks, Mapping):

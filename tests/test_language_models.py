@@ -17,7 +17,7 @@ from clkit import strategies as s
 from clkit.language.dataset import Pad
 from clkit.language.generation import AnswerScores, generate
 from clkit.language.models import CausalLM, TextClassifier, load_tokenizer
-from clkit.language.scores import answer_loss, language_model, token_accuracy
+from clkit.language.scores import answer_loss, answer_probability, language_model, token_accuracy
 from clkit.scenarios import Instructions
 from clkit.testing import small_tokenizer
 
@@ -61,6 +61,7 @@ def test_scores_are_those_of_one_text_alone_token_by_token(stream, side):
             targets = sample["input_ids"][1:][answer]
             expected = [float(logits[answer][i, t]) for i, t in enumerate(targets)]
             assert float(losses[row]) == pytest.approx(-sum(expected) / len(expected), rel=1e-4)
+            assert float(answer_probability(module, batch)[row]) == pytest.approx(float(losses[row].neg().exp()))
             assert float(hits[row]) == float((logits[answer].argmax(-1) == targets).float().mean())
 
 
@@ -254,11 +255,11 @@ def test_gradient_checkpointing_and_accumulation_give_the_same_weights(stream):
 
 
 def test_bf16_mixed_precision_trains(stream, tmp_path):
-    gap = StabilityGap(every=3, subset=4, score="answer_loss", dir=tmp_path, plot=False)
+    gap = StabilityGap(every=3, subset=4, score="answer_probability", dir=tmp_path, plot=False)
     module = fit(stream, [s.InterpolatedLoRA(20), gap], make_module(lr=0.1), steps=20, precision="bf16-mixed")
     assert all(p.isfinite().all() for p in module.parameters())
-    losses = gap.history.select("step").scores[:, 0]
-    assert losses[6] < losses[0]
+    probabilities = gap.history.select("step").scores[:, 0]
+    assert probabilities[6] > probabilities[0]
 
 
 def test_texts_are_classified_by_an_encoder(tmp_path):
@@ -295,6 +296,8 @@ def test_what_cannot_be_loaded_is_refused(tmp_path, monkeypatch):
         load_tokenizer(str(tmp_path / "model.gguf"))
     with pytest.raises(ConfigurationError, match="dtype='int8'"):
         CausalLM(make_config(), dtype="int8")
+    with pytest.raises(ConfigurationError, match="takes texts, but the stream has samples of shape"):
+        CausalLM(make_config(), input_shape=(1, 8, 8), n_classes=10)
     module = make_module(adapter=None)
     module.requires_grad_(False)
     with pytest.raises(ConfigurationError, match="nothing to train"):
@@ -321,3 +324,25 @@ def test_answers_need_prompts(tmp_path):
     trainer = pl.Trainer(max_epochs=5, callbacks=[AnswerScores(dir=tmp_path)], **QUIET)
     with pytest.raises(ConfigurationError, match="AnswerScores needs prompts and answers"):
         trainer.fit(Classifier(MLP((1, 8, 8), 10)), datamodule=data)
+
+
+def test_frozen_first_layers_of_a_language_model_are_computed_once(stream, tmp_path):
+    def history(cached):
+        module = make_module(adapter=None)
+        module.requires_grad_(False)
+        module.net.model.layers[1].mlp.requires_grad_(True)
+        gap = StabilityGap(
+            1, 6, score="token_accuracy", dir=tmp_path / str(cached), plot=False, batch_size=4, prefix_cache=cached
+        )
+        seen = []
+
+        class Watch(pl.Callback):
+            def on_train_batch_end(self, *args):
+                seen.append(len(gap._evaluator.prefix.modules) if cached else 0)
+
+        fit(stream, [gap, Watch()], module, steps=3)
+        return (tmp_path / str(cached) / "history.csv").read_text(), max(seen)
+
+    (plain, _), (cached, n_modules) = history(False), history(True)
+    assert cached == plain
+    assert n_modules > 0

@@ -18,14 +18,20 @@ Mask = Literal["none", "seen", "experience"]
 
 
 def named(score: str | Score) -> Score:
-    """Return a score function by its name: ``accuracy``, or ``token_accuracy`` and ``answer_loss`` of language models.
+    """Return a score function by its name.
+
+    They are ``accuracy``, and ``token_accuracy`` and ``answer_probability`` of language models.
 
     Raises:
         ConfigurationError: If the name is unknown.
     """
-    from clkit.language.scores import answer_loss, token_accuracy
+    from clkit.language.scores import answer_probability, token_accuracy
 
-    known: dict[str, Score] = {"accuracy": accuracy, "token_accuracy": token_accuracy, "answer_loss": answer_loss}
+    known: dict[str, Score] = {
+        "accuracy": accuracy,
+        "token_accuracy": token_accuracy,
+        "answer_probability": answer_probability,
+    }
     if not isinstance(score, str):
         return score
     if score not in known:

@@ -52,7 +52,7 @@ class StabilityGap(Callback):
             :class:`~clkit.evaluation.schedule.Schedule`.
         subset: Held-out samples of each experience that are evaluated each time; all when ``None`` or more than there
             are.
-        score: ``"accuracy"``; ``"token_accuracy"`` or ``"answer_loss"`` for language models
+        score: ``"accuracy"``; ``"token_accuracy"`` or ``"answer_probability"`` for language models
             (:mod:`clkit.language.scores`); or a function of the module and a batch that returns one value a sample,
             shape ``[B]``.
         mask: Which logits compete: all (``"none"``), those of the classes seen so far (``"seen"``), or those of the

@@ -108,6 +108,11 @@ class LanguageModule(pl.LightningModule):
         **options: Any,
     ) -> None:
         super().__init__()
+        if "input_shape" in options:
+            raise ConfigurationError(
+                f"{type(self).__name__} takes texts, but the stream has samples of shape {options['input_shape']}; "
+                "choose a scenario of texts, such as instructions, or another model."
+            )
         number = getattr(torch, dtype, None)
         if not isinstance(number, torch.dtype) or not number.is_floating_point:
             raise ConfigurationError(f"dtype={dtype!r} is unknown; use float32, bfloat16 or float16.")
@@ -154,7 +159,8 @@ class LanguageModule(pl.LightningModule):
 class CausalLM(LanguageModule):
     """Any ``AutoModelForCausalLM`` as a Lightning module; see :class:`LanguageModule`.
 
-    The loss is the mean cross-entropy over the tokens of a batch whose label is not -100.
+    The loss is the mean cross-entropy over the tokens of a batch whose label is not -100. Over several processes, and
+    over accumulated batches, it is the mean of these means.
     """
 
     auto = "AutoModelForCausalLM"

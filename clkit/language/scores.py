@@ -52,6 +52,15 @@ def answer_loss(module: LightningModule, batch: Any) -> Tensor:
     return losses.sum(dim=1) / (targets != IGNORED).sum(dim=1)
 
 
+def answer_probability(module: LightningModule, batch: Any) -> Tensor:
+    """Return the geometric mean probability of each sample's answer tokens, in (0, 1], ``float32`` ``[B]``.
+
+    It is :math:`e^{-L}` of the loss :math:`L` of :func:`answer_loss`, which see, with the range that metrics, tables
+    and figures of the per-iteration evaluation are made for.
+    """
+    return (-answer_loss(module, batch)).exp()
+
+
 def _answer_logits(module: LightningModule, batch: Any) -> tuple[Tensor, Tensor]:
     """Logits ``[B, T, V]`` and targets ``[B, T]`` of the positions before those where any sample has a label."""
     if not is_text(batch) or "labels" not in batch or batch["labels"].dim() != 2:

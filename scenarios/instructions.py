@@ -49,6 +49,8 @@ class Instructions(Stream):
         max_length: Most tokens of a sample.
         too_long: What happens to longer ones: ``"drop"``, or ``"cut_prompt"``; counted in a warning.
         chat: Use the tokenizer's chat template; when ``None``, if it has one.
+        template_options: More variables of the chat template, such as ``enable_thinking``. Where a template writes the
+            date of the day (Llama 3), fix it: ``date_string``.
         on_error: What happens to bad records: ``"raise"``, or ``"skip"``; counted in a warning.
         side: Side of the padding, ``"right"`` or ``"left"``.
         limit: Most records of each split, the first ones: one number, or one for each split (``train``, ``eval``,
@@ -73,6 +75,7 @@ class Instructions(Stream):
         max_length: int = 1024,
         too_long: TooLong = "drop",
         chat: bool | None = None,
+        template_options: Mapping[str, Any] | None = None,
         on_error: OnError = "raise",
         side: Side = "right",
         limit: int | Mapping[Split, int] | None = None,
@@ -106,6 +109,7 @@ class Instructions(Stream):
                     max_length=max_length,
                     too_long=too_long,
                     chat=chat,
+                    template_options=template_options,
                     name=f"{task}/{split}",
                     metric=metric,
                 )

@@ -45,6 +45,19 @@ def test_the_chat_template_puts_the_roles_and_the_answer_ends_with_eos():
     assert tokenizer.convert_ids_to_tokens(dataset.prompt(0).tolist()) == words[:-2]
 
 
+def test_a_template_gets_more_variables_and_may_refuse_messages():
+    tokenizer = small_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no system here') if messages[0]['role'] == 'system' }}" + (
+        "{{ shade }} {% for m in messages %}{{ m['content'] }} {% endfor %}"
+    )
+    (record,) = records(("name", "red"))
+    sample = InstructionDataset([record], tokenizer, template_options={"shade": "blue"})[0]
+    assert tokenizer.convert_ids_to_tokens(sample["input_ids"].tolist()) == ["blue", "name", "red", "</s>"]
+    assert sample["labels"].tolist()[:2] == [-100, -100]
+    with pytest.raises(ConfigurationError, match="refuses messages of system, user .no system here."):
+        InstructionDataset([Record((("system", "say"), ("user", "yes")), "no")], tokenizer)
+
+
 def test_long_samples_are_dropped_or_lose_the_start_of_their_prompt_and_are_counted():
     tokenizer = small_tokenizer(chat=False)
     data = records(("yes yes", "red"), ("1 2 3 4 5", "blue"), ("no", "1 2 3 4 5 6 7"))

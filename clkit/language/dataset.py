@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 TooLong = Literal["drop", "cut_prompt"]
 Side = Literal["right", "left"]
 Sample = dict[str, Tensor]
+Tokens = np.ndarray[Any, np.dtype[np.int32]]
 
 
 class InstructionDataset(Dataset[Sample]):
@@ -37,6 +39,7 @@ class InstructionDataset(Dataset[Sample]):
         too_long: ``"drop"`` samples that are longer, or ``"cut_prompt"``: leave out the beginning of the prompt. The
             answer is never cut: samples whose answer alone is too long are dropped. A warning counts them.
         chat: Use the tokenizer's chat template; when ``None``, if it has one.
+        template_options: More variables of the chat template, such as ``enable_thinking`` or ``date_string``.
         name: Name for messages.
         metric: How answers to these records are scored, see :mod:`clkit.language.answers`.
 
@@ -58,6 +61,7 @@ class InstructionDataset(Dataset[Sample]):
         max_length: int = 1024,
         too_long: TooLong = "drop",
         chat: bool | None = None,
+        template_options: Mapping[str, Any] | None = None,
         name: str = "dataset",
         metric: str = "exact_match",
     ) -> None:
@@ -65,7 +69,7 @@ class InstructionDataset(Dataset[Sample]):
         if too_long not in ("drop", "cut_prompt"):
             raise ConfigurationError(f"too_long={too_long!r} is unknown; use drop or cut_prompt.")
         self.metric, self.tokenizer = metric, tokenizer
-        prompts, answers = encode(records, tokenizer, chat)
+        prompts, answers = encode(records, tokenizer, chat, template_options)
         room = [max_length - len(answer) for answer in answers]
         least = 1 if too_long == "cut_prompt" else 0
         kept = [i for i, prompt in enumerate(prompts) if room[i] >= (least or len(prompt))]
@@ -79,11 +83,11 @@ class InstructionDataset(Dataset[Sample]):
                 "too_long=cut_prompt."
             )
         self.records = [records[i] for i in kept]
-        texts = [prompt + answers[i] for prompt, i in zip(cut, kept, strict=True)]
-        self.lengths = np.array([len(text) for text in texts])
-        self._starts = np.concatenate([[0], np.cumsum(self.lengths)])
         self._prompts = np.array([len(prompt) for prompt in cut])
-        self._tokens = torch.from_numpy(np.concatenate(texts).astype(np.int32))
+        self.lengths = self._prompts + np.array([len(answers[i]) for i in kept])
+        self._starts = np.concatenate([[0], np.cumsum(self.lengths)])
+        pairs = (part for prompt, i in zip(cut, kept, strict=True) for part in (prompt, answers[i]))
+        self._tokens = torch.from_numpy(np.concatenate(list(pairs)))
 
     def _report(self, name: str, max_length: int) -> None:
         for number, what in ((self.n_dropped, "left out"), (self.n_cut, "cut at the beginning of the prompt")):
@@ -107,9 +111,15 @@ class InstructionDataset(Dataset[Sample]):
 
 
 def encode(
-    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, chat: bool | None = None
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Return the tokens before each answer, and those of the answer with its end; see :class:`InstructionDataset`."""
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    chat: bool | None = None,
+    template_options: Mapping[str, Any] | None = None,
+) -> tuple[list[Tokens], list[Tokens]]:
+    """Return the tokens before each answer, and those of the answer with its end, ``int32`` ``[S]`` each.
+
+    See :class:`InstructionDataset`.
+    """
     has_template = bool(getattr(tokenizer, "chat_template", None))
     chat = has_template if chat is None else chat
     if chat and not has_template:
@@ -123,9 +133,17 @@ def encode(
     prompts, ends = [], []
     for record in records:
         messages = [{"role": role, "content": text} for role, text in record.messages]
-        prompt: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         answered = [*messages, {"role": "assistant", "content": record.answer}]
-        whole: Any = tokenizer.apply_chat_template(answered, tokenize=False)
+        options: dict[str, Any] = {**(template_options or {}), "tokenize": False}
+        try:
+            prompt: Any = tokenizer.apply_chat_template(messages, **options, add_generation_prompt=True)
+            whole: Any = tokenizer.apply_chat_template(answered, **options)
+        except TemplateError as error:
+            roles = ", ".join(role for role, _ in record.messages)
+            raise ConfigurationError(
+                f"The chat template of {type(tokenizer).__name__} refuses messages of {roles} ({error}); change the "
+                "records, or use chat=false."
+            ) from error
         if not whole.startswith(prompt):
             raise ConfigurationError(
                 f"The chat template of {type(tokenizer).__name__} writes a prompt in another way before an answer "
@@ -133,30 +151,37 @@ def encode(
             )
         prompts.append(prompt)
         ends.append(whole[len(prompt) :])
-    answers = [_until_end(tokens, tokenizer.eos_token_id) for tokens in _tokens(tokenizer, ends)]
+    end = int(cast(int, tokenizer.eos_token_id))
+    answers = [_until_end(tokens, end) for tokens in _tokens(tokenizer, ends)]
     return _tokens(tokenizer, prompts), answers
 
 
-def _plain(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[int]], list[list[int]]]:
+def _plain(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> tuple[list[Tokens], list[Tokens]]:
     if any(len(record.messages) > 1 for record in records):
         raise ConfigurationError(
             "Some records have several messages, which only a chat template can put together; use a tokenizer with "
             "one, or chat=null."
         )
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    begin = np.array([] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id], dtype=np.int32)
+    end = np.array([tokenizer.eos_token_id], dtype=np.int32)
     prompts = _tokens(tokenizer, [record.prompt for record in records])
     answers = _tokens(tokenizer, [record.answer for record in records])
-    return [begin + tokens for tokens in prompts], [[*tokens, tokenizer.eos_token_id] for tokens in answers]
+    whole = [np.concatenate([begin, tokens]) for tokens in prompts]
+    return whole, [np.concatenate([tokens, end]) for tokens in answers]
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    found: Any = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"] if texts else []
-    return list(found)
+def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Tokens]:
+    found: list[Tokens] = []
+    for start in range(0, len(texts), 1000):
+        part: Any = tokenizer(texts[start : start + 1000], add_special_tokens=False, return_attention_mask=False)
+        found += [np.array(tokens, dtype=np.int32) for tokens in part["input_ids"]]
+    return found
 
 
-def _until_end(tokens: list[int], end: int) -> list[int]:
+def _until_end(tokens: Tokens, end: int) -> Tokens:
     """Leave out what a template writes after the end of a message, which no model need learn."""
-    return tokens[: len(tokens) - tokens[::-1].index(end)] if end in tokens else [*tokens, end]
+    ends = np.flatnonzero(tokens == end)
+    return tokens[: ends[-1] + 1] if len(ends) else np.append(tokens, np.int32(end))
 
 
 class TextDataset(Dataset[Sample]):

@@ -79,6 +79,7 @@ def quieten_libraries() -> None:
     warnings.filterwarnings("ignore", message="no QP solver found")
     warnings.simplefilter("ignore", PossibleUserWarning)
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated")
 
 
 def report_failures() -> int:

@@ -25,8 +25,8 @@ from clkit.report import write_report
 
 FIGURES = ("stability_gap", "zoom", "overlay", "worst_case", "time", "drift", "connectivity")
 RESULTS = (
-    *("run.json", "history*.csv", "metrics.json", "checkpoints", "tensorboard", "csv", "adapters"),
-    *("report.md", "report.tex", "report.csv", "report.html", "timing.json", "gradients.csv"),
+    *("run.json", "history*.csv", "metrics.json", "checkpoints", "tensorboard", "csv", "wandb", "mlruns", "adapters"),
+    *("report.md", "report.tex", "report.csv", "runs.csv", "report.html", "timing.json", "gradients.csv"),
     *("drift.csv", "flops.json", "connectivity.csv", "answers", "answers.csv", "answers.json"),
     *(f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")),
 )

@@ -302,7 +302,7 @@ def test_streams_of_mappings_find_their_classes_and_refuse_what_needs_pairs():
     plain = make_stream()
     stream = Stream.from_datasets([Records(e.train) for e in plain], [Records(e.test) for e in plain])
     assert [experience.classes for experience in stream] == [(0, 1), (2, 3), (4, 5)]
-    for strategy in (EWC(), LwF()):
+    for strategy in (EWC(fisher="true"), LwF()):
         with pytest.raises(ConfigurationError, match="but the stream gives dict"):
             fit(make_module(), [strategy], stream=stream)
 

@@ -36,7 +36,7 @@ from clkit.report.tables import Table, results_table
 
 NAN = math.nan
 T_TWO_DEGREES = 4.302652729911275  # 97.5% quantile of Student's t, from a table
-FILES = {"report.md", "report.tex", "report.csv", "report.html", "stability_gap.png", "stability_gap.svg"}
+FILES = {"report.md", "report.tex", "report.csv", "runs.csv", "report.html", "stability_gap.png", "stability_gap.svg"}
 
 
 def make_run(folder, final, *, lowest=0.25, overrides=None, config=None, complete=True):
@@ -144,6 +144,20 @@ class Loads(HTMLParser):
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
+
+
+def test_runs_csv_is_one_tidy_row_for_each_run(tmp_path):
+    write_report([sweep(tmp_path)])
+    frame = pd.read_csv(tmp_path / "runs.csv")
+    assert frame["seed"].tolist() == [0, 1, 2, 0]
+    assert frame["ACC"].tolist() == pytest.approx([0.7, 0.75, 0.8, 0.5])
+    assert frame["min-ACC"].tolist() == pytest.approx([0.25, 0.25, 0.25, 0.0])
+    assert frame["AAA"].isna().all()
+    assert frame["complete"].all()
+    assert frame["strategy.er.capacity"].isna().tolist() == [False, False, False, True]
+    assert not frame.columns.duplicated().any()
+    for folder, final in zip(frame["folder"], frame["ACC"], strict=True):
+        assert json.loads((tmp_path / folder / "metrics.json").read_text())["metrics"]["ACC"] == final
 
 
 def test_html_is_self_contained_and_complete(tmp_path):

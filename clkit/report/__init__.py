@@ -86,11 +86,12 @@ def write_report(
 ) -> Report:
     """Report on every run at or below the directories.
 
-    Writes ``report.md``, ``report.tex`` (needs booktabs), ``report.csv``, ``report.html`` (one self-contained page) and
-    figures as PNG and SVG: ``stability_gap``, and ``zoom`` (the boundaries of one setting) and ``drift`` (where
-    ``ModuleDrift`` measured), or ``overlay``, ``worst_case`` and ``time`` (several settings). Runs that differ in their
-    seed alone are averaged; unfinished runs are reported as such. The page also shows what ``clkit connect`` found, and
-    the scores of generated answers (``AnswerScores``).
+    Writes ``report.md``, ``report.tex`` (needs booktabs), ``report.csv`` (a row for each setting), ``runs.csv`` (a row
+    for each run, tidy), ``report.html`` (one self-contained page) and figures as PNG and SVG: ``stability_gap``, and
+    ``zoom`` (the boundaries of one setting) and ``drift`` (where ``ModuleDrift`` measured), or ``overlay``,
+    ``worst_case`` and ``time`` (several settings). Runs that differ in their seed alone are averaged; unfinished runs
+    are reported as such. The page also shows what ``clkit connect`` found, and the scores of generated answers
+    (``AnswerScores``).
 
     Args:
         directories: Run folders, or folders of runs.
@@ -140,6 +141,7 @@ def write_report(
         ),
         "report.tex": "\n".join(table.latex() for table in main),
         "report.csv": tables.results_csv(groups),
+        "runs.csv": tables.runs_csv(groups),
         "report.html": page,
     }
     for name, text in texts.items():

@@ -19,6 +19,7 @@ from clkit.evaluation.summary import summary
 from clkit.report.estimate import Estimate
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+ABSENT = "–"
 _NOT_IN_RESULT = {"seed", "resume", "data_root", "folder"}
 
 
@@ -196,7 +197,7 @@ def config_differences(groups: Sequence[Group]) -> dict[str, list[str]]:
     """Map each dotted config key whose value differs between groups to its value in each of them (not the seed)."""
     flat = [dict(_flatten(group.runs[0].config)) for group in groups]
     keys = sorted({key for config in flat for key in config} - _NOT_IN_RESULT)
-    values = {key: [config.get(key, "–") for config in flat] for key in keys}
+    values = {key: [config.get(key, ABSENT) for config in flat] for key in keys}
     return {key: row for key, row in values.items() if len(set(row)) > 1}
 
 

@@ -16,7 +16,7 @@ import rich.table
 from clkit.evaluation.lines import Line
 from clkit.report.definitions import define, scale, title
 from clkit.report.estimate import Estimate
-from clkit.report.runs import Group, config_differences
+from clkit.report.runs import ABSENT, Group, config_differences
 from clkit.report.significance import LEVEL, against_best
 
 _LABEL_WIDTH = 21
@@ -236,6 +236,32 @@ def results_csv(groups: Sequence[Group]) -> str:
             [group.label, len(group.counted), complete, *("" if value != value else repr(value) for value in numbers)]
         )
     return out.getvalue()
+
+
+def runs_csv(groups: Sequence[Group]) -> str:
+    """One row for each run, to go on with: folder, seed, what it was configured with, all metrics as fractions.
+
+    Configuration keys that differ between runs are columns of their dotted names.
+    """
+    runs = [run for group in groups for run in group.runs]
+    metrics = metric_names(groups)
+    differing = config_differences([Group(run.label, (run,)) for run in runs])
+    out = StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    header = ("folder", "run", "scenario", "seed", "complete", "training_seconds")
+    answers = list(_ANSWERS) if any(run.answers for run in runs) else []
+    writer.writerow([*header, *differing, *metrics, *answers])
+    for position, run in enumerate(runs):
+        about = (run.directory, run.label, run.scenario, run.seed, run.complete, _cell(run.seconds))
+        scores = run.answers.get("score", {})
+        numbers = [run.metric(name) for name in metrics] + [_defined(scores.get(_ANSWERS[name])) for name in answers]
+        settings = ["" if column[position] == ABSENT else column[position] for column in differing.values()]
+        writer.writerow([*about, *settings, *map(_cell, numbers)])
+    return out.getvalue()
+
+
+def _cell(value: float) -> str:
+    return "" if value != value else repr(float(value))
 
 
 def _schedule_note(groups: Sequence[Group]) -> str:

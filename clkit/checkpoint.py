@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import time
 import zipfile
 from pathlib import Path
@@ -16,6 +17,7 @@ from pytorch_lightning.plugins.io.wrapper import _WrappingCheckpointIO
 from pytorch_lightning.utilities import rank_zero_warn
 
 from clkit.errors import ConfigurationError
+from clkit.signals import StopSignals
 from clkit.strategy import stream_data
 from clkit.stream import Experience
 
@@ -27,6 +29,10 @@ class StreamCheckpoint(Checkpoint):
 
     A file is written beside its final name, flushed to disk and then renamed, so a kill at any moment leaves the last
     one intact. Files are called ``step=N.ckpt`` and loaded by ``trainer.fit(..., ckpt_path=..., weights_only=True)``.
+
+    SIGTERM, SIGUSR1 and SIGUSR2, with which schedulers announce that they take the machine away, save at the end of the
+    running step, on all processes alike; then whoever handled the signal before, such as a launcher that requeues the
+    job, does so, and training ends with ``SystemExit`` (128 and the signal's number).
 
     Args:
         dir: Folder for the files; ``checkpoints`` below the trainer's root or log folder when ``None``.
@@ -56,26 +62,41 @@ class StreamCheckpoint(Checkpoint):
         self.dir: Path | None = None
         self.every_n_steps, self.every_n_minutes, self.keep = every_n_steps, every_n_minutes, keep
         self.keep_ends = keep_ends
-        self._last_step = -1
+        self._last_step = self._seen_step = -1
         self._last_time = time.monotonic()
+        self._signals = StopSignals()
+        self._sigterm: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         stream_data(trainer)
         log_dir = trainer.log_dir if self._own_dir is None else None
         self.dir = self._own_dir or Path(log_dir or trainer.default_root_dir) / "checkpoints"
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Lightning's own, set later, cannot wait for the other processes and for a file
+        self._sigterm = signal.getsignal(signal.SIGTERM)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._last_step, self._last_time = trainer.global_step, time.monotonic()
+        self._last_step = self._seen_step = trainer.global_step
+        self._last_time = time.monotonic()
+        self._signals.open(SIGTERM=self._sigterm)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._signals.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._signals.close()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        # between two optimizer steps a file would lose the gradient accumulated so far
+        stepped, self._seen_step = trainer.global_step != self._seen_step, trainer.global_step
         # the last batch is saved by on_train_epoch_end: Lightning would skip that hook after a resume from here
-        if trainer.is_last_batch or trainer.global_step == self._last_step:
+        if trainer.is_last_batch or not stepped:
             return
         stops = trainer.should_stop or trainer.global_step == trainer.max_steps
-        if self._due(trainer) or stops:
-            self._save(trainer)
+        self._save_if(trainer, stops or self._due(trainer))
 
     def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
         if self.keep_ends:
@@ -84,8 +105,15 @@ class StreamCheckpoint(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # a resume from the end of an epoch that was cut short would skip the rest of it
-        if trainer.is_last_batch and (stream_data(trainer).is_last_epoch or self._due(trainer)):
+        if trainer.is_last_batch:
+            self._save_if(trainer, stream_data(trainer).is_last_epoch or self._due(trainer))
+
+    def _save_if(self, trainer: Trainer, due: bool) -> None:
+        asked = trainer.strategy.reduce_boolean_decision(self._signals.received is not None, all=False)
+        if due or asked:
             self._save(trainer)
+        if asked:
+            self._signals.answer()
 
     def _due(self, trainer: Trainer) -> bool:
         if self.every_n_steps is not None and trainer.global_step // self.every_n_steps > max(
@@ -119,6 +147,11 @@ def checkpoints(dir: str | Path) -> list[Path]:
     """Return the checkpoint files of a folder, newest (most steps) first."""
     found = [path for path in Path(dir).glob("step=*.ckpt") if re.fullmatch(r"step=\d+\.ckpt", path.name)]
     return sorted(found, reverse=True)
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """Return the optimizer steps done where a file of :class:`StreamCheckpoint` was saved; 0 without one."""
+    return 0 if checkpoint is None else int(checkpoint.stem.removeprefix("step="))
 
 
 def experience_ends(dir: str | Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The command line: ``clkit train``, ``clkit report``, ``clkit connect``, ``clkit list``."""
+"""The command line: ``clkit train``, ``clkit sweep``, ``clkit report``, ``clkit connect``, ``clkit list``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from clkit import __version__
+from clkit.signals import STOP
 
 GROUPS = {
     "strategies": "strategy",
@@ -20,20 +21,22 @@ GROUPS = {
     "experiments": "experiment",
     "trainers": "trainer",
     "loggers": "logger",
+    "launchers": "hydra/launcher",
 }
-INTERRUPTED, TERMINATED = 130, 143
+INTERRUPTED = 130
+STOPPED = (INTERRUPTED, *(128 + number for number in STOP))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 1 for a bug, 2 for a mistake, 130 or 143 when interrupted."""
+    """Run the command line; return 0, 1 for a bug, 2 for a mistake, or 128 and a signal's number when interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments[:1] == ["train"]:
             return _train(arguments[1:])
         args = _parser().parse_args(arguments)
-        if args.command == "connect":
-            return _connect(args)
-        return _report(args) if args.command == "report" else _list(args.group)
+        if args.command == "list":
+            return _list(args.group)
+        return {"connect": _connect, "report": _report, "sweep": _status}[args.command](args)
     except KeyboardInterrupt:
         print("clkit: interrupted.", file=sys.stderr)
         return INTERRUPTED
@@ -65,6 +68,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     connect.add_argument("--points", type=int, default=11, metavar="N", help="points on each line; default: 11")
     connect.add_argument("--output", type=Path, metavar="DIR", help="where to write; default: the run's folder")
+    sweep = commands.add_parser("sweep", help="where the runs of a sweep are")
+    actions = sweep.add_subparsers(dest="action", required=True, metavar="ACTION")
+    status = actions.add_parser("status", help="what is done, runs, waits or failed, time left, results so far")
+    status.add_argument("directory", type=Path, metavar="DIR", help="the sweep's folder; by default Hydra's is runs")
+    status.add_argument("--once", action="store_true", help="print it once, as without a terminal")
+    status.add_argument("--all", action="store_true", help="show every run, the finished ones too")
     listing = commands.add_parser("list", help="what can be chosen: strategies, scenarios, models, ...")
     listing.add_argument("group", nargs="?", choices=GROUPS, metavar="GROUP", help=", ".join(GROUPS) + "; default: all")
     return parser
@@ -74,6 +83,7 @@ def _train(overrides: list[str]) -> int:
     with _hydra_raises(), _arguments([sys.argv[0], *overrides]):
         from clkit import jobs
         from clkit.mistakes import complain
+        from clkit.rank import is_rank_zero
 
         try:
             jobs.main()
@@ -82,10 +92,10 @@ def _train(overrides: list[str]) -> int:
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 0
         except Exception as error:
-            code = jobs.report_failures() or complain(error)
+            code = jobs.end_sweep() or complain(error)
         else:
-            code = 0
-        if code in (INTERRUPTED, TERMINATED):
+            code = jobs.end_sweep()
+        if code in STOPPED and is_rank_zero():
             print("clkit: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
         return code
 
@@ -102,6 +112,21 @@ def _report(args: argparse.Namespace) -> int:
     except ConfigurationError as error:
         return complain(error)
     report.show(Console(soft_wrap=True))
+    return 0
+
+
+def _status(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from clkit.errors import ConfigurationError
+    from clkit.mistakes import complain
+    from clkit.report.status import show_status
+
+    console = Console(soft_wrap=not sys.stdout.isatty())
+    try:
+        show_status(args.directory, console, live=console.is_terminal and not args.once, every=args.all)
+    except ConfigurationError as error:
+        return complain(error)
     return 0
 
 

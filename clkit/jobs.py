@@ -20,9 +20,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from clkit import plugins
 from clkit.errors import ConfigurationError
+from clkit.folder import Busy, is_finished, owned_by
 from clkit.mistakes import complain, explain
+from clkit.sweep import Planner
 
-_failures: list[tuple[str, int]] = []
+_codes: list[int] = []
 
 
 def main() -> None:
@@ -32,21 +34,28 @@ def main() -> None:
 
 def task(config: DictConfig) -> None:
     """Run one job; tell of a mistake at once and let the other jobs of a sweep run."""
-    from clkit.train import run
-
-    quieten_libraries()
     job = HydraConfig.get()
     folder = Path(job.runtime.output_dir)
     # Lightning starts the other processes of a distributed run by this command line
     sys.argv = [sys.argv[0], "train", *job.overrides.task]
     sweep = job.mode is RunMode.MULTIRUN
+    if sweep and config.resume is True and is_finished(folder) and owned_by(folder, config):
+        print(f"Finished before, passed over: {folder}")
+        return
+
+    from clkit.train import run
+
+    quieten_libraries()
     try:
         with _process_group_of_its_own() if sweep else nullcontext():
-            run(config, folder)
+            run(config, folder, in_sweep=sweep)
     except Exception as error:
+        if sweep and isinstance(error, Busy):
+            print(f"clkit: left to another process: {folder.name}", file=sys.stderr)
+            return
         if sweep:
             print(f"clkit: {folder.name} failed:", file=sys.stderr)
-            _failures.append((folder.name, complain(error)))
+            _codes.append(complain(error))
             raise
         if explain(error) is None:
             raise
@@ -82,13 +91,27 @@ def quieten_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated")
 
 
-def report_failures() -> int:
-    """Name the jobs that failed in this process and return the exit code: 1 if one was a bug, 2 if none was, else 0."""
-    failures = _failures.copy()
-    _failures.clear()
-    if failures:
-        print("clkit: these runs failed:", *(name for name, _ in failures), sep="\n  ", file=sys.stderr)
-    return min((code for _, code in failures), default=0)
+def end_sweep() -> int:
+    """Tell how a sweep came out and write its report.
+
+    Returns:
+        1 if a run failed in this process by a bug, 2 if all by mistakes, 0 if none did.
+    """
+    from rich.console import Console
+
+    from clkit.report import write_report
+    from clkit.report.status import outcome
+
+    code = min(_codes, default=0)
+    _codes.clear()
+    plan, Planner.current = Planner.current, None
+    if plan is not None and plan.runs:
+        cells = plan.cells()
+        if any(cell.status == "done" for cell in cells):
+            done = [cell.folder for cell in cells if (cell.folder / "history.csv").exists()]
+            write_report(done, plan.folder).show(Console(soft_wrap=True))
+        Console(stderr=True, soft_wrap=True).print(outcome(cells))
+    return code
 
 
 def run_name(overrides: str) -> str:
@@ -121,6 +144,9 @@ def file_of(package: str, pattern: str) -> str:
         )
     return str(files[0])
 
+
+# Hydra's answer to a launcher's config of the same name as the plug-in's
+warnings.filterwarnings("ignore", message="\n.* is validated against ConfigStore schema")
 
 # at import, so that the worker processes of any launcher have both
 plugins.register()

@@ -15,6 +15,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from clkit.errors import ConfigurationError
 from clkit.evaluation.schedule import Schedule
 
+_EXTRAS = {"joblib": "joblib", "submitit": "slurm", "ray": "ray", "optuna": "optuna"}
+_KILLED = ("TerminatedWorkerError", "UncompletedJobError", "WorkerCrashedError", "OutOfMemoryError", "NodeDiedError")
 _REFUSALS = (ValueError, TypeError, RuntimeError, LookupError, OSError, ImportError, AssertionError)
 _SCALARS = {int: (int,), float: (int, float), str: (str,), bool: (bool,), type(None): (type(None),)}
 
@@ -61,6 +63,13 @@ def explain(error: BaseException) -> str | None:
             return f"{cause.filename}: {cause.strerror}; choose another path."
         if isinstance(cause, ConfigurationError) or type(cause).__name__ == "MisconfigurationException":
             return _one_line(cause)
+        plugin = re.match(r"Unknown plugin class : 'hydra_plugins\.hydra_(\w+?)_", str(cause))
+        if plugin is not None and plugin[1] in _EXTRAS:
+            return f"This needs the package hydra-{plugin[1]}-...: pip install clkit[{_EXTRAS[plugin[1]]}]."
+        if type(cause).__name__ in _KILLED:
+            return (
+                "A launcher lost a run's process: killed, perhaps out of memory. The same command does what is missing."
+            )
         if isinstance(cause, MissingConfigException) and "/" in (cause.missing_cfg_file or ""):
             group, _, name = str(cause.missing_cfg_file).rpartition("/")
             options = cause.options or [choice.name for choice in choices(group)]

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
+from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import pytorch_lightning as pl
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 
-from clkit import __version__
-from clkit.checkpoint import checkpoints, latest_checkpoint
+from clkit.checkpoint import checkpoints, latest_checkpoint, step_of
 from clkit.datamodule import StreamDataModule
 from clkit.errors import ConfigurationError
+from clkit.folder import LOG, GaveUp, Record, attempt, attempts, claim, fingerprint, fruitless, hold, is_finished, owner
 from clkit.mistakes import check
 from clkit.progress import StreamProgress
+from clkit.rank import is_rank_zero
 from clkit.report import write_report
 
 FIGURES = ("stability_gap", "zoom", "overlay", "worst_case", "time", "drift", "connectivity")
@@ -30,38 +30,66 @@ RESULTS = (
     *("drift.csv", "flops.json", "connectivity.csv", "answers", "answers.csv", "answers.json"),
     *(f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")),
 )
-NOT_IN_RESULT = ("resume", "folder", "data_root")
+RECORDS = ("attempts.jsonl", "train.log")
 
 
-def run(config: DictConfig, folder: Path) -> None:
+def run(config: DictConfig, folder: Path, *, in_sweep: bool = False) -> None:
     """Train into a run's folder, or go on with what is there, and write the report.
 
     Args:
         config: Composed from ``conf/train.yaml``. With ``resume`` a finished run is only shown again and an unfinished
             one goes on from its newest whole checkpoint; without, the folder's earlier results are removed.
         folder: The run's folder.
+        in_sweep: Write no report of this run alone, and do not try again what failed ``attempts`` times.
 
     Raises:
+        Busy: If another process trains in the folder.
+        GaveUp: If the run has failed too often.
         ConfigurationError: If the config cannot work, or the folder holds a run of another config.
     """
+    if type(config.resume) is not bool:
+        raise ConfigurationError(f"resume={config.resume!r} is not possible; use true or false.")
+    console = Console(quiet=not is_rank_zero(), soft_wrap=True)
+    with hold(folder) if is_rank_zero() else nullcontext():
+        if is_rank_zero():
+            _claim(folder, fingerprint(config), config.resume)
+        if config.resume and is_finished(folder):
+            console.print(f"Finished before, shown again (resume=false trains anew): {folder}")
+        else:
+            if in_sweep:
+                _check_attempts(folder, config.attempts)
+            checkpoint = latest_checkpoint(folder / "checkpoints") if config.resume else None
+            with attempt(folder, step_of(checkpoint)) if is_rank_zero() else nullcontext() as record:
+                _train(config, folder, checkpoint, record, console)
+        if is_rank_zero() and not in_sweep:
+            write_report([folder]).show(console)
+
+
+def _train(config: DictConfig, folder: Path, checkpoint: Path | None, record: Record | None, console: Console) -> None:
     _check_own(config)
     check(_inside(config, folder))
-    console = Console(quiet=not _is_rank_zero(), soft_wrap=True)
-    _claim(folder, fingerprint(config), config.resume)
-    if config.resume and is_finished(folder):
-        console.print(f"Finished before, shown again (resume=false trains anew): {folder}")
-    else:
-        trainer, module, data = build(config, folder)
-        checkpoint = latest_checkpoint(folder / "checkpoints") if config.resume else None
-        if config.resume and checkpoint is None and checkpoints(folder / "checkpoints"):
-            raise ConfigurationError(
-                f"No checkpoint in {folder / 'checkpoints'} can be read; start over with resume=false, or put one back."
-            )
-        if checkpoint is not None:
-            console.print(f"Going on from {checkpoint}")
-        fit(trainer, module, data, checkpoint)
-    if _is_rank_zero():
-        write_report([folder]).show(console)
+    if config.resume and checkpoint is None and checkpoints(folder / "checkpoints"):
+        raise ConfigurationError(
+            f"No checkpoint in {folder / 'checkpoints'} can be read; start over with resume=false, or put one back."
+        )
+    trainer, module, data = build(config, folder)
+    if record is not None:
+        data.trainer = trainer
+        record.plan(data.experience_steps)
+    if checkpoint is not None:
+        console.print(f"Going on from {checkpoint}")
+    fit(trainer, module, data, checkpoint)
+
+
+def _check_attempts(folder: Path, limit: int) -> None:
+    tried = attempts(folder)
+    count = fruitless(tried)
+    if count >= limit:
+        error = next((attempt.error for attempt in reversed(tried) if attempt.error), "killed, perhaps out of memory")
+        raise GaveUp(
+            f"It failed {count} times at the same place ({error}); see {folder / LOG}, "
+            f"and try again with attempts={count + limit} or resume=false."
+        )
 
 
 def build(config: DictConfig, folder: Path) -> tuple[pl.Trainer, pl.LightningModule, StreamDataModule]:
@@ -102,25 +130,14 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: StreamDataModule,
     """Run ``trainer.fit``, from a checkpoint or from the start.
 
     Raises:
-        SystemExit: If Ctrl-C (code 130) or SIGTERM (143) ended it early.
+        SystemExit: If Ctrl-C (code 130) or one of :data:`clkit.signals.STOP` (128 and its number) ended it early.
     """
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    except SystemExit as stop:  # Lightning's answer to both signals
-        raise SystemExit(143 if trainer.received_sigterm else 130) from stop
-
-
-def is_finished(folder: Path) -> bool:
-    """Tell whether a run's folder holds the numbers of a whole stream."""
-    path = folder / "metrics.json"
-    return path.is_file() and bool(json.loads(path.read_text()).get("complete"))
-
-
-def fingerprint(config: DictConfig) -> str:
-    """Return a short hash of everything in a config that the result depends on."""
-    content: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
-    kept = {key: value for key, value in content.items() if key not in NOT_IN_RESULT}
-    return hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:16]
+    except SystemExit as stop:
+        # Lightning ends with 1 after Ctrl-C, and with none after a SIGTERM between the experiences
+        code = 130 if stop.code == 1 else 143 if stop.code is None else stop.code
+        raise SystemExit(code) from stop
 
 
 def _check_own(config: DictConfig) -> None:
@@ -151,47 +168,33 @@ def _check_own(config: DictConfig) -> None:
     devices = trainer.get("devices")
     if trainer.get("accelerator") == "cpu" and isinstance(devices, int) and devices > cores:
         raise ConfigurationError(f"trainer.devices={devices} is not possible; this machine has {cores} CPU cores.")
-    if type(config.resume) is not bool:
-        raise ConfigurationError(f"resume={config.resume!r} is not possible; use true or false.")
+    if type(config.attempts) is not int or config.attempts < 1:
+        raise ConfigurationError(f"attempts={config.attempts!r} is not possible; use a whole number from 1.")
 
 
 def _inside(config: DictConfig, folder: Path) -> DictConfig:
     return cast(DictConfig, OmegaConf.merge(config, {"folder": str(folder)}))
 
 
-@rank_zero_only
 def _claim(folder: Path, config: str, resume: bool) -> None:
     """Mark the folder as this config's and clear it of what cannot be resumed; refuse results of another config."""
-    path = folder / "run.json"
-    if resume and path.is_file():
-        there = json.loads(path.read_text())
-        if there["config"] != config:
-            raise ConfigurationError(
-                f"{folder} holds a run of another config, made with clkit {there['clkit']}; "
-                "start over with resume=false, or choose another folder with hydra.run.dir=DIR."
-            )
-        if is_finished(folder) or checkpoints(folder / "checkpoints"):
-            return
-    elif resume and (folder / "history.csv").exists():
+    there = owner(folder)
+    ours = there is not None and there["config"] == config
+    if resume and (folder / "history.csv").exists() and not ours:
+        made = f"a run of another config, made with clkit {there['clkit']}" if there else "results of something else"
         raise ConfigurationError(
-            f"{folder} holds results that clkit train did not make; "
-            "replace them with resume=false, or choose another folder with hydra.run.dir=DIR."
+            f"{folder} holds {made}; start over with resume=false, or choose another folder with hydra.run.dir=DIR."
         )
-    _remove_results(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(json.dumps({"clkit": __version__, "config": config}) + "\n")
-    unfinished.replace(path)
+    if resume and ours and (is_finished(folder) or checkpoints(folder / "checkpoints")):
+        return
+    _remove(folder, RESULTS if resume and ours else (*RESULTS, *RECORDS))
+    claim(folder, config)
 
 
-def _remove_results(folder: Path) -> None:
+def _remove(folder: Path, patterns: Iterable[str]) -> None:
     second = [path.parent for path in folder.glob("*/history.csv")]
-    for path in (*second, *(path for pattern in RESULTS for path in folder.glob(pattern))):
+    for path in (*second, *(path for pattern in patterns for path in folder.glob(pattern))):
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def _is_rank_zero() -> bool:
-    return getattr(rank_zero_only, "rank", 0) == 0

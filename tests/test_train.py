@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from clkit import ConfigurationError, ResetOptimizer, StabilityGap, StreamCheckpoint, StreamProgress
+from clkit.checkpoint import latest_checkpoint
 from clkit.cli import main
 from clkit.jobs import task as task  # registers the resolver of run names
 from clkit.mistakes import check
@@ -189,23 +191,51 @@ def test_a_sweep_runs_all_jobs_and_reports_the_failed(
     assert "Finished before" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_run_and_the_same_command_goes_on(tmp_path: Path, sent: signal.Signals, code: int) -> None:
-    overrides = [*SMALL, "data.epochs=20", "checkpoint.every_n_steps=50"]
-    command = [sys.executable, "-u", "-m", "clkit", "train", *overrides]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("experience 1/2"):
-            process.send_signal(sent)
-            break
+def train_until_a_signal(folder: Path, overrides: list[str], sent: signal.Signals) -> tuple[int, str]:
+    command = [sys.executable, "-u", "-m", "clkit", "train", *overrides, f"hydra.run.dir={folder}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not list(folder.glob("checkpoints/step=*.ckpt")):
+        time.sleep(0.01)
+    in_first = (folder / "history.csv").stat().st_size
+    while (folder / "history.csv").stat().st_size == in_first:
+        time.sleep(0.001)
+    process.send_signal(sent)
     _, said = process.communicate(timeout=120)
-    assert process.returncode == code
-    assert said == "clkit: interrupted; the same command goes on from the last checkpoint.\n"
-    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert "Going on from" in again.stdout
+    return process.returncode, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sent", "code", "options"),
+    [
+        (signal.SIGINT, 130, []),
+        (signal.SIGTERM, 143, ["data.num_workers=1"]),
+        (signal.SIGUSR1, 138, []),
+        (signal.SIGUSR1, 138, ["trainer.accumulate_grad_batches=3"]),
+        (signal.SIGTERM, 143, ["trainer=ddp", "trainer.accelerator=cpu"]),
+    ],
+)
+def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_history(
+    tmp_path: Path, sent: signal.Signals, code: int, options: list[str]
+) -> None:
+    overrides = [*SMALL, "data.epochs=20", "checkpoint.every_n_steps=null", *options]
+    stopped, said = train_until_a_signal(tmp_path / "stopped", overrides, sent)
+    assert (stopped, said) == (code, "clkit: interrupted; the same command goes on from the last checkpoint.\n")
+    saved = int(latest_checkpoint(tmp_path / "stopped" / "checkpoints").stem.removeprefix("step="))
+    resumed, whole = (
+        subprocess.run(
+            [sys.executable, "-m", "clkit", "train", *overrides, f"hydra.run.dir={tmp_path / name}"],
+            capture_output=True,
+            text=True,
+        )
+        for name in ("stopped", "whole")
+    )
+    assert (resumed.returncode, whole.returncode) == (0, 0), resumed.stderr + whole.stderr
+    assert "Going on from" in resumed.stdout
+    ends = json.loads((tmp_path / "whole" / "metrics.json").read_text())["stream"]["steps"]
+    assert (saved in ends) == (sent is signal.SIGINT)
+    history = (tmp_path / "stopped" / "history.csv").read_text()
+    assert history == (tmp_path / "whole" / "history.csv").read_text()
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from clkit.report.figures import (
     zoom_figure,
 )
 from clkit.report.runs import Group, Run, find_runs, group_runs
+from clkit.sweep import missing_runs
 
 __all__ = ["Report", "write_report"]
 
@@ -107,7 +108,7 @@ def write_report(
     """
     runs, missing = find_runs(directories)
     groups, doubts = group_runs(runs)
-    notes = [*missing, *doubts]
+    notes = [*_never_started(directories), *missing, *doubts]
     folder = output or (runs[0].directory if len(runs) == 1 else Path(directories[0]))
     folder.mkdir(parents=True, exist_ok=True)
     if len(groups) > _MAX_PANELS:
@@ -147,6 +148,14 @@ def write_report(
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
     return Report(tuple(groups), tuple(notes), (*(folder / name for name in texts), *drawn))
+
+
+def _never_started(directories: Sequence[Path]) -> Iterator[str]:
+    for folder in directories:
+        names = [path.name for path in missing_runs(Path(folder))]
+        if names:
+            shown = ", ".join(names[:_MAX_SHOWN]) + (", ..." if len(names) > _MAX_SHOWN else "")
+            yield f"{folder}: {len(names)} planned runs have no result yet: {shown}"
 
 
 def _main_tables(groups: Sequence[Group]) -> list[tables.Table]:

@@ -565,8 +565,8 @@ def _wrapped(text: str, width: float) -> str:
 def _averaged(history: History) -> History:
     """The mean over the experiences seen, as a history of one experience."""
     seen = history.seen()
-    mean = np.array([np.nanmean(row) if not np.isnan(row).all() else np.nan for row in seen.scores])
-    return replace(seen, scores=mean[:, None])
+    count = np.count_nonzero(~np.isnan(seen.scores), axis=1, keepdims=True)
+    return replace(seen, scores=np.nansum(seen.scores, axis=1, keepdims=True) / np.where(count, count, np.nan))
 
 
 def _last_defined(series: NDArray[np.float64]) -> float:

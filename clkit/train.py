@@ -181,7 +181,11 @@ def _claim(folder: Path, config: str, resume: bool) -> None:
     there = owner(folder)
     ours = there is not None and there["config"] == config
     if resume and (folder / "history.csv").exists() and not ours:
-        made = f"a run of another config, made with clkit {there['clkit']}" if there else "results of something else"
+        made = (
+            f"a run of another config, made with clkit {there['clkit']}"
+            if there
+            else "results that clkit train did not make"
+        )
         raise ConfigurationError(
             f"{folder} holds {made}; start over with resume=false, or choose another folder with hydra.run.dir=DIR."
         )

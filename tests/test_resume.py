@@ -60,7 +60,7 @@ def test_killed_at_any_step_resumes_bit_identically(tmp_path):
         assert [outcome for outcome in outcomes if outcome[2] != "[]"] == [], name
 
 
-def fit(folder, ckpt_path=None, max_epochs=None, module_class=UserModule, **kwargs):
+def fit(folder, ckpt_path=None, max_epochs=None, module_class=UserModule, checkpoint=None, accumulated=1, **kwargs):
     settings = {"batch_size": 8, "epochs": 2, **kwargs}
     data = StreamDataModule(make_stream(), **settings)
     torch.manual_seed(0)
@@ -68,10 +68,13 @@ def fit(folder, ckpt_path=None, max_epochs=None, module_class=UserModule, **kwar
     callbacks = [
         ExperienceReplay(16),
         StabilityGap(every=2, dir=folder, plot=False),
-        StreamCheckpoint(folder / "checkpoints", every_n_steps=4, keep=3),
+        StreamCheckpoint(folder / "checkpoints", **(checkpoint or {"every_n_steps": 4, "keep": 3})),
     ]
     trainer = pl.Trainer(
-        max_epochs=max_epochs or data.total_epochs, callbacks=callbacks, **{**QUIET, "enable_checkpointing": True}
+        max_epochs=max_epochs or data.total_epochs,
+        callbacks=callbacks,
+        accumulate_grad_batches=accumulated,
+        **{**QUIET, "enable_checkpointing": True},
     )
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     return module
@@ -171,6 +174,14 @@ def test_checkpoints_by_the_clock(tmp_path, monkeypatch):
     trainer.fit(make_module(), datamodule=data)
     # the clock is read before each step's end and once after each save: every third reading is past 150 minutes
     assert [int(path.stem.removeprefix("step=")) for path in reversed(checkpoints(tmp_path))] == [3, 6, 9, 10]
+
+
+def test_checkpoints_by_the_clock_wait_for_the_accumulated_gradient(tmp_path):
+    always = {"checkpoint": {"every_n_minutes": 1e-9, "keep": 100}, "accumulated": 3}
+    whole = fit(tmp_path / "whole", **always)
+    for path in (tmp_path / "whole" / "checkpoints").iterdir():
+        resumed = fit(tmp_path / path.stem, ckpt_path=path, **always)
+        assert torch.equal(weights(resumed), weights(whole)), path
 
 
 @pytest.mark.parametrize("step", [10, 20])

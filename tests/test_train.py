@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -193,13 +194,16 @@ def test_a_sweep_runs_all_jobs_and_reports_the_failed(
 
 def train_until_a_signal(folder: Path, overrides: list[str], sent: signal.Signals) -> tuple[int, str]:
     command = [sys.executable, "-u", "-m", "clkit", "train", *overrides, f"hydra.run.dir={folder}"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     while not list(folder.glob("checkpoints/step=*.ckpt")):
         time.sleep(0.01)
     in_first = (folder / "history.csv").stat().st_size
     while (folder / "history.csv").stat().st_size == in_first:
         time.sleep(0.001)
-    process.send_signal(sent)
+    # as a scheduler does: to all processes of the job
+    os.killpg(process.pid, sent) if sent is not signal.SIGINT else process.send_signal(sent)
     _, said = process.communicate(timeout=120)
     return process.returncode, said
 
@@ -211,6 +215,7 @@ def train_until_a_signal(folder: Path, overrides: list[str], sent: signal.Signal
         (signal.SIGINT, 130, []),
         (signal.SIGTERM, 143, ["data.num_workers=1"]),
         (signal.SIGUSR1, 138, []),
+        (signal.SIGUSR1, 138, ["evaluation.asynchronous=true"]),
         (signal.SIGUSR1, 138, ["trainer.accumulate_grad_batches=3"]),
         (signal.SIGTERM, 143, ["trainer=ddp", "trainer.accelerator=cpu"]),
     ],

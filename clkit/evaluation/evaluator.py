@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import signal
 import tempfile
 import threading
 import time
@@ -31,6 +32,7 @@ from clkit.evaluation.prefix import FrozenPrefix
 from clkit.evaluation.scores import Scorer
 from clkit.evaluation.subsets import Subsets
 from clkit.parameters import trainable
+from clkit.signals import STOP
 from clkit.strategy import views_of
 
 Result = Callable[[], Tensor]
@@ -321,7 +323,9 @@ class _Site:
 
 
 def _end_with(parent: int) -> None:
-    """End this process soon after its parent, which may have been killed without a chance to say so."""
+    """End this process soon after its parent, not before by a signal that goes to all of a job's processes."""
+    for number in STOP:
+        signal.signal(number, signal.SIG_IGN)
 
     def watch() -> None:
         while os.getppid() == parent:

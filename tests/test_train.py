@@ -225,7 +225,10 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_history(
 ) -> None:
     overrides = [*SMALL, "data.epochs=20", "checkpoint.every_n_steps=null", *options]
     stopped, said = train_until_a_signal(tmp_path / "stopped", overrides, sent)
-    assert (stopped, said) == (code, "clkit: interrupted; the same command goes on from the last checkpoint.\n")
+    # joblib's resource tracker, which the evaluation worker needs, may complain after it
+    first, *rest = said.splitlines()
+    assert (stopped, first) == (code, "clkit: interrupted; the same command goes on from the last checkpoint.")
+    assert not rest or "evaluation.asynchronous=true" in options
     saved = int(latest_checkpoint(tmp_path / "stopped" / "checkpoints").stem.removeprefix("step="))
     resumed, whole = (
         subprocess.run(

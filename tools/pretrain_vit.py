@@ -1,6 +1,7 @@
-"""Train the tiny ViT of conf/model/pretrained_vit.yaml on some classes of Fashion-MNIST, and save its weights.
+"""Train the tiny ViT of conf/model/pretrained_vit.yaml on some classes of a dataset, and save its weights.
 
-python tools/pretrain_vit.py [--classes 0 1 2 3] [--steps 1500] [--data-root data] [--output pretrained_vit.pt]
+python tools/pretrain_vit.py [--dataset fashion_mnist] [--classes 0 1 2 3] [--steps 1500] [--data-root data]
+    [--output pretrained_vit.pt]
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ from clkit.networks import tiny_vit
 from clkit.scenarios import Split
 
 
-def pretrain(data_root: str, output: Path, classes: list[int], steps: int) -> float:
-    """Train, save, and return the test accuracy."""
-    stream = Split("fashion_mnist", 1, class_order=classes, data_root=data_root)
+def pretrain(
+    data_root: str, output: Path, classes: list[int], steps: int, dataset: str = "fashion_mnist"
+) -> float:
+    """Train with 4x4 patches an image, save, and return the test accuracy."""
+    stream = Split(dataset, 1, class_order=classes, data_root=data_root)
     data = StreamDataModule(stream, batch_size=64, steps=steps)
+    shape = stream.input_shape
     torch.manual_seed(0)
     module = Classifier(
-        tiny_vit((1, 28, 28), 10, patch_size=7), 10, optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3)
+        tiny_vit(shape, 10, patch_size=shape[-1] // 4), 10, optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3)
     )
     trainer = pl.Trainer(
         max_epochs=1,
@@ -43,13 +47,14 @@ def pretrain(data_root: str, output: Path, classes: list[int], steps: int) -> fl
 def main() -> None:
     """Read the arguments and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="fashion_mnist")
     parser.add_argument("--classes", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--data-root", default="data")
     parser.add_argument("--output", type=Path, default=Path("pretrained_vit.pt"))
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
-    accuracy = pretrain(args.data_root, args.output, args.classes, args.steps)
+    accuracy = pretrain(args.data_root, args.output, args.classes, args.steps, args.dataset)
     print(f"{args.output}: {100 * accuracy:.1f}% on classes {args.classes}")
 
 

@@ -1,0 +1,138 @@
+"""Run every strategy for a few seconds and draw what it does, for the pages of the documentation.
+
+python tools/docs_figures.py
+
+Runs are kept below .cache/docs/runs, by their configuration; only what is missing is trained.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import shlex
+import textwrap
+import warnings
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from hydra import compose, initialize_config_module
+from pretrain_vit import pretrain
+
+from clkit import StabilityGap, StreamDataModule, train
+from clkit.evaluation.history import History
+from clkit.jobs import quieten_libraries
+from clkit.plugins import choices
+from clkit.report.figures import save, stability_gap_figure
+from clkit.strategies import InstructionGroups
+from clkit.testing import small_instructions, small_language_module
+
+CACHE = Path(__file__).parents[1] / ".cache" / "docs"
+FIGURES = CACHE / "figures"
+_WEIGHTS = CACHE / "vit_digits.pt"
+_LORA = "experiment=lora_digits"
+_ROTATED = ["scenario=rotated_digits", "scenario.angles=[0,80,160]", "data.epochs=2", "evaluation.every=2"]
+_OVERRIDES = {
+    "cls_er": [*(f"strategy.cls_er.{rate}" for rate in ("plastic_decay=0.9", "stable_decay=0.95", "stable_rate=0.5"))],
+    "cumulative": ["evaluation.every=5"],
+    "ewc": [*_ROTATED, "strategy.ewc.strength=100"],
+    "feature_distillation": [*_ROTATED, "strategy.feature_distillation.alpha=0.03"],
+    "fpf": ["strategy.fpf.when=experience"],
+    "ilora": [_LORA, "strategy.ilora.decay=0.95"],
+    "joint": ["evaluation.every=5"],
+    "kfpf_kd": ["strategy.kfpf_kd.distillation=0.1", "strategy.kfpf_kd.lr=0.02"],
+    "l2": _ROTATED,
+    "lwf": _ROTATED,
+    "mas": [*_ROTATED, "strategy.mas.strength=0.03"],
+    "olora": [_LORA],
+    "reglora": [_LORA],
+    "si": [*_ROTATED, "strategy.si.strength=1"],
+}
+_PATH = re.compile(r' d="[^"]*"')
+_QUIET = ["trainer=cpu", "trainer.enable_progress_bar=false", "logger=none", "checkpoint.every_n_steps=null"]
+
+
+def command(name: str) -> list[str]:
+    """Return paragraphs of Markdown that say what the figure of a strategy shows."""
+    if name == "instruction_groups":
+        return [
+            "Three small instruction tasks, learned by all weights of a Llama of two layers (`small_instructions` and "
+            "`small_language_module` of [`clkit.testing`][clkit.testing]). Their instructions differ, so each has a "
+            "group of its own."
+        ]
+    lines, said = [_wrapped(["clkit", "train", *map(shlex.quote, overrides(name))])], []
+    if _LORA in overrides(name):
+        said = ["LoRA on a small vision transformer that knows four other digits:"]
+        lines.insert(0, f"python tools/pretrain_vit.py --dataset digits --steps 300 --output {_WEIGHTS.name}")
+    elif _ROTATED[0] in overrides(name):
+        said = ["All digits, turned by 80 degrees more in each experience, in 8x8 pixels:"]
+    return [*said, "```console\n" + "\n".join(lines) + "\n```"]
+
+
+def _wrapped(words: list[str], width: int = 88) -> str:
+    lines = textwrap.wrap(" ".join(words), width, break_long_words=False, break_on_hyphens=False)
+    return " \\\n    ".join(lines)
+
+
+def overrides(name: str) -> list[str]:
+    """What the command line says to make a strategy's figure."""
+    chosen = "strategy=[er,fpf]" if name == "fpf" else f"strategy={name}"
+    return [chosen, *_OVERRIDES.get(name, [])]
+
+
+def history_of(name: str) -> Path:
+    """Train a strategy, if it was not yet, and return its run folder."""
+    if name == "instruction_groups":
+        return _texts(CACHE / "runs" / name)
+    extra = [f"model.net.weights={_WEIGHTS}"] if _LORA in overrides(name) else []
+    with initialize_config_module("clkit.conf", version_base="1.3"):
+        config = compose("train", overrides=[*overrides(name), *_QUIET, *extra])
+    folder = CACHE / "runs" / f"{name}-{train.fingerprint(config)}"
+    if not train.is_finished(folder):
+        train.fit(*train.build(config, folder), None)
+    return folder
+
+
+def _texts(folder: Path) -> Path:
+    if not train.is_finished(folder):
+        torch.manual_seed(0)
+        module = small_language_module(adapter=None, optimizer=functools.partial(torch.optim.AdamW, lr=3e-3))
+        data = StreamDataModule(small_instructions(n=96), batch_size=8, epochs=5)
+        gap = StabilityGap(score="token_accuracy", dir=folder, plot=False)
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            max_epochs=data.total_epochs,
+            callbacks=[InstructionGroups(), gap],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, datamodule=data)
+    return folder
+
+
+def _rounded(path: re.Match[str]) -> str:
+    """A path in hundredths of a point: half the bytes."""
+    return re.sub(r"(\.\d\d)\d+", r"\1", path[0])
+
+
+def main() -> None:
+    """Draw the figure of every strategy of clkit."""
+    quieten_libraries()
+    warnings.simplefilter("ignore")
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    if not _WEIGHTS.is_file():
+        pretrain("data", _WEIGHTS, [0, 1, 2, 3], 300, "digits")
+    for choice in choices("strategy"):
+        if choice.origin == "clkit":
+            score = "token accuracy" if choice.name == "instruction_groups" else "accuracy"
+            history = History.read(history_of(choice.name) / "history.csv")
+            path = FIGURES / f"{choice.name}.svg"
+            save(stability_gap_figure(history, score=score), path)
+            path.write_text(_PATH.sub(_rounded, path.read_text()))
+            print(choice.name, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -13,7 +13,7 @@ export MPLCONFIGDIR = $(CACHE)/matplotlib
 RUN := HOME=$(CACHE)/home XDG_CONFIG_HOME=$(CACHE)/config OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types imports check clean
+.PHONY: help demo test lint types imports docs example check clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,10 +34,18 @@ types: $(VENV)/.test-installed ## Check types
 imports: $(VENV)/.test-installed ## Check that the core knows no strategy by name
 	$(BIN)/python tools/check_imports.py
 
+docs: $(VENV)/.docs-installed ## Build the documentation into site/
+	$(RUN) $(BIN)/python tools/docs_figures.py
+	NO_MKDOCS_2_WARNING=1 $(RUN) $(BIN)/mkdocs build --quiet --strict
+
+example: $(VENV)/.test-installed ## Install the example of a plug-in and run its tests
+	$(BIN)/python -m pip install --quiet --no-deps -e examples/clkit_example_plugin
+	cd examples/clkit_example_plugin && $(RUN) $(abspath $(BIN))/python -m pytest
+
 check: lint types imports test ## All of the above
 
 clean: ## Remove the environment and all caches; runs/ and data/ stay
-	rm -rf $(VENV) .cache build dist clkit.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .cache site build dist clkit.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -51,6 +59,10 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python $(TMPDIR)
 
 $(VENV)/.test-installed: pyproject.toml | $(BIN)/python $(TMPDIR)
 	$(BIN)/python -m pip install --quiet -e ".[test]"
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.docs-installed: pyproject.toml | $(BIN)/python $(TMPDIR)
+	$(BIN)/python -m pip install --quiet -e ".[docs]"
 	@touch $@ $(VENV)/.installed
 
 $(TMPDIR):

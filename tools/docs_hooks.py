@@ -48,7 +48,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Fill in ``<!-- clkit: NAME -->`` and ``<!-- clkit: members MODULE -->``."""
-    return re.sub(r"<!-- clkit: (\w+) ?([\w.]*) -->", lambda found: _FILLED[found[1]](*filter(None, [found[2]])), markdown)
+
+    def fill(found: re.Match[str]) -> str:
+        name, *arguments = found[1].split()
+        return _FILLED[name](*arguments)
+
+    return re.sub(r"<!-- clkit: ([\w. ]+) -->", fill, markdown)
 
 
 def strategies() -> list[Choice]:
@@ -118,8 +123,11 @@ def _members(module: str) -> str:
 def _classes_table() -> str:
     pages: dict[str, str] = {}
     for choice in strategies():
-        pages.setdefault(_target(choice).rpartition(".")[2], choice.name)
-    rows = (f"| [`{name}`][clkit.strategies.{name}] | [{page}](../methods/{page}.md) |\n" for name, page in pages.items())
+        pages.setdefault(_target(choice), choice.name)
+    rows = (
+        f"| [`{target.rpartition('.')[2]}`][{target}] | [{page}](../methods/{page}.md) |\n"
+        for target, page in pages.items()
+    )
     return f"| class | method |\n|---|---|\n{''.join(rows)}"
 
 

@@ -1,7 +1,7 @@
 """The notation of clkit's docstrings in Markdown: formulas as MathML, cross references, papers.
 
-``:math:`x``` and ``.. math::`` become MathML, which browsers draw without any script; ``:class:`~clkit.Stream``` and its
-like become links where the name is documented; ``arXiv 2205.13452`` becomes a link.
+``:math:`x``` and ``.. math::`` become MathML, which browsers draw without any script; ``:class:`~clkit.Stream``` and
+its like become links where the name is documented; ``arXiv 2205.13452`` becomes a link.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def mathml(formula: str, display: str = "inline") -> str:
 
     Browsers ignore ``mathvariant``, so calligraphic capitals become characters of their own.
     """
-    return _SCRIPT.sub(lambda found: f"<mi>{_script(found[1])}</mi>", convert(" ".join(formula.split()), display=display))
+    html = convert(" ".join(formula.split()), display=display)
+    return _SCRIPT.sub(lambda found: f"<mi>{_script(found[1])}</mi>", html)
 
 
 def _script(letter: str) -> str:
@@ -52,7 +53,7 @@ class _Blocks(Preprocessor):
 class _Role(InlineProcessor):
     """``:math:`...``` and references such as ``:func:`~package.name```."""
 
-    def handleMatch(self, m: re.Match[str], data: str) -> tuple[ElementTree.Element | str, int, int]:  # noqa: N802
+    def handleMatch(self, m: re.Match[str], data: str) -> tuple[ElementTree.Element | str, int, int]:
         role, content = m[1], m[2]
         if role == "math":
             return self.md.htmlStash.store(mathml(content)), m.start(0), m.end(0)
@@ -63,7 +64,7 @@ class _Role(InlineProcessor):
 
 
 class _Paper(InlineProcessor):
-    def handleMatch(self, m: re.Match[str], data: str) -> tuple[ElementTree.Element, int, int]:  # noqa: N802
+    def handleMatch(self, m: re.Match[str], data: str) -> tuple[ElementTree.Element, int, int]:
         link = ElementTree.Element("a", href=f"https://arxiv.org/abs/{m[1]}")
         link.text = f"arXiv {m[1]}"
         return link, m.start(0), m.end(0)
@@ -72,7 +73,7 @@ class _Paper(InlineProcessor):
 class DocstringNotation(Extension):
     """Markdown extension for all of the above."""
 
-    def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802
+    def extendMarkdown(self, md: Markdown) -> None:
         # after code blocks are taken out (25), before HTML is (20)
         md.preprocessors.register(_Blocks(md), "clkit-blocks", 22)
         # before `code` (190)

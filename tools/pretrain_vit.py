@@ -18,9 +18,7 @@ from clkit.networks import tiny_vit
 from clkit.scenarios import Split
 
 
-def pretrain(
-    data_root: str, output: Path, classes: list[int], steps: int, dataset: str = "fashion_mnist"
-) -> float:
+def pretrain(data_root: str, output: Path, classes: list[int], steps: int, dataset: str = "fashion_mnist") -> float:
     """Train with 4x4 patches an image, save, and return the test accuracy."""
     stream = Split(dataset, 1, class_order=classes, data_root=data_root)
     data = StreamDataModule(stream, batch_size=64, steps=steps)

@@ -1,0 +1,1 @@
+"""Configurations for clkit, one folder a group."""

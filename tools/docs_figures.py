@@ -69,7 +69,7 @@ def command(name: str) -> list[str]:
     return [*said, "```console\n" + "\n".join(lines) + "\n```"]
 
 
-def _wrapped(words: list[str], width: int = 88) -> str:
+def _wrapped(words: list[str], width: int = 72) -> str:
     lines = textwrap.wrap(" ".join(words), width, break_long_words=False, break_on_hyphens=False)
     return " \\\n    ".join(lines)
 

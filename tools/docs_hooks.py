@@ -107,12 +107,12 @@ def _about(target: str) -> str:
 
 def _methods_table() -> str:
     rows = (f"| [`{choice.name}`]({choice.name}.md) | {choice.description} |\n" for choice in strategies())
-    return f"| `strategy=` | |\n|---|---|\n{''.join(rows)}"
+    return f"| strategy | what it does |\n|---|---|\n{''.join(rows)}"
 
 
 def _metrics_table() -> str:
     names = [name for name in StabilityGapMetrics(2).compute() if define(name)]
-    return "| | |\n|---|---|\n" + "".join(f"| `{title(name)}` | {define(name)} |\n" for name in names)
+    return "| metric | meaning |\n|---|---|\n" + "".join(f"| `{title(name)}` | {define(name)} |\n" for name in names)
 
 
 def _members(module: str) -> str:

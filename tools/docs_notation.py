@@ -17,6 +17,7 @@ from markdown.inlinepatterns import InlineProcessor
 from markdown.preprocessors import Preprocessor
 
 _BLOCK = re.compile(r"^( *)\.\. math::(.*(?:\n(?:\1 +\S.*| *(?=\n\1 +\S)))*)", re.MULTILINE)
+_DOCTEST = re.compile(r"^( *)>>> .*(?:\n\1\S.*)*", re.MULTILINE)
 _SCRIPT = re.compile(r'<mi mathvariant="script">([A-Z])</mi>')
 
 
@@ -39,10 +40,11 @@ def _script(letter: str) -> str:
 
 
 class _Blocks(Preprocessor):
-    """Replaces ``.. math::`` and the indented lines below it."""
+    """Replaces ``.. math::`` and the indented lines below it, and makes sessions of Python blocks of code."""
 
     def run(self, lines: list[str]) -> list[str]:
         text = _BLOCK.sub(self._replace, "\n".join(lines))
+        text = _DOCTEST.sub(lambda found: "\n" + re.sub("^", "    ", found[0], flags=re.MULTILINE), text)
         return re.sub(r"(?<=\w)::$", ":", text, flags=re.MULTILINE).split("\n")
 
     def _replace(self, found: re.Match[str]) -> str:

@@ -1,0 +1,186 @@
+"""The documentation: what it shows is what works, and what is generated is there."""
+
+from __future__ import annotations
+
+import html
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import markdown
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from language import write_tasks
+
+from clkit.jobs import task as task  # registers the resolver of run names
+from clkit.testing import small_language_module, small_tokenizer
+from clkit.train import is_finished
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+import docs_figures
+import docs_hooks
+from docs_notation import DocstringNotation
+
+ROOT = Path(__file__).parents[1]
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in [*ROOT.glob("docs/**/*.md")]}
+TEXTS["README.md"] = (ROOT / "README.md").read_text("utf-8")
+NAMES = [choice.name for choice in docs_hooks.strategies()]
+
+
+def run_blocks(page: str, **replaced: str) -> dict[str, object]:
+    names: dict[str, object] = {"__name__": "page"}
+    for block in re.findall(r"```python\n(.*?)```", TEXTS[page], re.DOTALL):
+        for old, new in replaced.items():
+            block = re.sub(rf"^{old} = .*$", f"{old} = {new!r}", block, flags=re.MULTILINE)
+        exec(block, names)
+    return names
+
+
+def test_the_page_for_ones_own_trainer_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names = run_blocks("docs/users/own_trainer.md")
+    assert (tmp_path / "replay" / "stability_gap.png").exists()
+    for folder in ("replay", "accuracy", "probability", "mine", "resumed"):
+        assert is_finished(tmp_path / folder)
+    # what the program was told to do again is done already
+    weights = [p.detach().clone() for p in names["train"]().parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(names["train"]().parameters(), weights, strict=True))
+
+
+def test_the_page_for_language_models_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    small_language_module(adapter=None).net.save_pretrained("model")
+    small_tokenizer().save_pretrained("model")
+    write_tasks(tmp_path / "data" / "instructions", ("sums", "colours"))
+    run_blocks("docs/users/llm.md", NAME=str(tmp_path / "model"))
+    assert is_finished(tmp_path / "run")
+    assert (tmp_path / "run" / "answers.json").exists()
+    assert (tmp_path / "run" / "adapters" / "experience_1" / "live" / "adapter_config.json").exists()
+
+
+def commands() -> list[str]:
+    blocks = [block for text in TEXTS.values() for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL)]
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    shown = [
+        f"clkit train {shlex.join(docs_figures.overrides(name))}" for name in NAMES if name != "instruction_groups"
+    ]
+    return [line for line in [*lines, *shown] if line.startswith("clkit train")]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_composes(command):
+    words = [word for word in shlex.split(command, comments=True)[2:] if word != "-m" and not word.startswith("hydra")]
+    chosen = []
+    for override in OverridesParser.create().parse_overrides(words):
+        values = list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.input_line]
+        chosen.append(f"{override.get_key_element()}={values[0]}" if override.is_sweep_override() else values[0])
+    with initialize_config_module("clkit.conf", version_base="1.3"):
+        compose("train", overrides=chosen)
+
+
+def test_every_strategy_has_a_page_with_its_paper_and_configuration():
+    pages = docs_hooks.pages()
+    assert set(pages) == {f"methods/{path.stem}.md" for path in (ROOT / "conf" / "strategy").glob("*.yaml")}
+    for name in NAMES:
+        config, page = (ROOT / "conf" / "strategy" / f"{name}.yaml").read_text("utf-8"), pages[f"methods/{name}.md"]
+        assert config in page
+        assert set(re.findall(r"arXiv \d{4}\.\d{5}", config)) <= set(re.findall(r"arXiv \d{4}\.\d{5}", page))
+        assert f"strategy={name}" in page or name in ("fpf", "instruction_groups")
+
+
+def render(text: str) -> str:
+    return markdown.markdown(text, extensions=["fenced_code", DocstringNotation()])
+
+
+def test_formulas_become_mathml():
+    drawn = render("Before\n\n.. math:: a =\n    \\mathcal L(B)\n\n    + b, \\qquad c\n\nbetween :math:`x_1` after")
+    assert drawn.count("<math") == 2
+    assert drawn.count('display="block"') == 1
+    assert "<mi>ℒ</mi>" in drawn
+    assert "math::" not in drawn
+    assert re.search(r"<p>between <math.*</math> after</p>", drawn)
+
+
+def test_a_formula_in_a_list_stays_in_it():
+    drawn = render("- one\n\n    .. math:: a\n        + b\n\n- two :math:`c`")
+    assert drawn.count("<li>") == 2
+    assert drawn.index("<math") < drawn.index("two")
+
+
+def test_the_notation_is_left_alone_in_blocks_of_code():
+    drawn = render("```\n:math:`a`\n.. math:: b\n```")
+    assert drawn == "<pre><code>:math:`a`\n.. math:: b\n</code></pre>"
+
+
+def test_a_session_of_python_becomes_code():
+    drawn = render("Text.\n>>> f(1)\n<class>\n\nMore.")
+    assert "<pre><code>&gt;&gt;&gt; f(1)\n&lt;class&gt;\n</code></pre>" in drawn
+    assert "<p>More.</p>" in drawn
+
+
+def test_references_and_papers_become_links():
+    drawn = render("See :class:`~clkit.stream.Stream`, :func:`main` and arXiv 2205.13452.")
+    assert '<autoref identifier="clkit.stream.Stream" optional><code>Stream</code></autoref>' in drawn
+    assert "<code>main</code>" in drawn
+    assert '<a href="https://arxiv.org/abs/2205.13452">arXiv 2205.13452</a>' in drawn
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-P", "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    if sys.version_info < (3, 11):
+        command.remove("-P")
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return folder
+
+
+@pytest.mark.slow
+def test_the_site_builds_strictly_and_every_formula_is_drawn(site):
+    for name in NAMES:
+        page = (site / "methods" / f"{name}.html").read_text("utf-8")
+        assert "arXiv" not in docs_hooks.pages()[f"methods/{name}.md"] or "https://arxiv.org/abs/" in page
+        doc = docs_hooks._about(docs_hooks._target(next(c for c in docs_hooks.strategies() if c.name == name)))
+        assert page.count('<div class="formula"><math') >= doc.count(".. math::")
+    for path in site.rglob("*.html"):
+        prose = re.sub(r"<(pre|code).*?</\1>", "", path.read_text("utf-8"), flags=re.DOTALL)
+        assert not re.search(r":(math|class|func|meth|mod|data|attr):|\.\. math::", prose), path
+
+
+@pytest.mark.slow
+def test_the_page_on_plugins_shows_the_files_of_the_example(site):
+    shown = html.unescape(re.sub(r"<[^>]+>", "", (site / "plugin.html").read_text("utf-8")))
+    example = ROOT / "examples" / "clkit_example_plugin"
+    for name in ("pyproject.toml", "clkit_example/er_ace.py", "clkit_example/dimmed.py", "tests/test_er_ace.py"):
+        lines = [line for line in (example / name).read_text("utf-8").splitlines() if line]
+        assert [line for line in lines if line not in shown] == []
+
+
+@pytest.mark.slow
+def test_the_site_loads_nothing_from_elsewhere(site):
+    for path in site.rglob("*.html"):
+        page = path.read_text("utf-8")
+        loaded = re.findall(r'<(?:script|img|iframe|source)[^>]*\bsrc="([^"]+)"', page)
+        loaded += re.findall(r'<link[^>]*\brel="(?:stylesheet|icon|preconnect)"[^>]*\bhref="([^"]+)"', page)
+        assert loaded
+        assert not [url for url in loaded if "//" in url], path
+    for path in [*site.rglob("*.css")]:
+        assert not re.search(r"url\((['\"]?)https?:", path.read_text("utf-8"))
+
+
+@pytest.mark.slow
+def test_the_figure_of_a_method_is_drawn_once(tmp_path, monkeypatch):
+    for name, folder in {"CACHE": tmp_path, "FIGURES": tmp_path / "figures", "_WEIGHTS": tmp_path / "vit.pt"}.items():
+        monkeypatch.setattr(docs_figures, name, folder)
+    folder = docs_figures.history_of("ewc")
+    changed = (folder / "history.csv").stat().st_mtime_ns
+    assert is_finished(folder)
+    assert docs_figures.history_of("ewc") == folder
+    assert (folder / "history.csv").stat().st_mtime_ns == changed

@@ -36,7 +36,7 @@ imports: $(VENV)/.test-installed ## Check that the core knows no strategy by nam
 
 docs: $(VENV)/.docs-installed ## Build the documentation into site/
 	$(RUN) $(BIN)/python tools/docs_figures.py
-	NO_MKDOCS_2_WARNING=1 $(RUN) $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(RUN) $(BIN)/python -m mkdocs build --quiet --strict
 
 example: $(VENV)/.test-installed ## Install the example of a plug-in and run its tests
 	$(BIN)/python -m pip install --quiet --no-deps -e examples/clkit_example_plugin

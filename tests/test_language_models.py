@@ -19,7 +19,7 @@ from clkit.language.generation import AnswerScores, generate
 from clkit.language.models import CausalLM, TextClassifier, load_tokenizer
 from clkit.language.scores import answer_loss, answer_probability, language_model, token_accuracy
 from clkit.scenarios import Instructions
-from clkit.testing import small_tokenizer
+from clkit.testing import small_language_module, small_tokenizer
 
 QUIET = {
     **{"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"},
@@ -346,3 +346,8 @@ def test_frozen_first_layers_of_a_language_model_are_computed_once(stream, tmp_p
     (plain, _), (cached, n_modules) = history(False), history(True)
     assert cached == plain
     assert n_modules > 0
+
+
+def test_a_model_loaded_by_name_trains_with_its_dropout(tmp_path):
+    small_language_module(adapter=None).net.save_pretrained(tmp_path)
+    assert all(part.training for part in CausalLM(str(tmp_path)).modules())

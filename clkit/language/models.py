@@ -119,7 +119,8 @@ class LanguageModule(pl.LightningModule):
         if not isinstance(net, nn.Module):
             auto = getattr(transformers(), self.auto)
             if isinstance(net, str):
-                net = load(auto, net, dtype=number, **options)
+                # from_pretrained ends in evaluation mode, without dropout, and Lightning keeps a module's mode
+                net = load(auto, net, dtype=number, **options).train()
             else:
                 net = auto.from_config(net, dtype=number, **options)
         assert isinstance(net, nn.Module)

@@ -13,6 +13,7 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from clkit.distributed import need_whole_weights
 from clkit.errors import ConfigurationError, check_whole
 from clkit.optimizer import forget_state
 from clkit.rng import private_rng
@@ -284,6 +285,7 @@ class SaveAdapters(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         stream_data(trainer)
+        need_whole_weights(trainer, "SaveAdapters")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         list(adapter_models(pl_module))

@@ -69,6 +69,12 @@ class StreamCheckpoint(Checkpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         stream_data(trainer)
+        if getattr(trainer.strategy, "_save_distributed_checkpoint", False):
+            raise ConfigurationError(
+                "StreamCheckpoint writes one file; use ModelParallelStrategy(save_distributed_checkpoint=False)."
+            )
+        if getattr(trainer.strategy, "_state_dict_type", "full") != "full":
+            raise ConfigurationError("StreamCheckpoint writes one file; use FSDPStrategy(state_dict_type='full').")
         log_dir = trainer.log_dir if self._own_dir is None else None
         self.dir = self._own_dir or Path(log_dir or trainer.default_root_dir) / "checkpoints"
 

@@ -6,10 +6,35 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Trainer
+from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from clkit.batch import is_text, widened
+from clkit.errors import ConfigurationError
+
+
+def holds_shards(trainer: Trainer) -> bool:
+    """Tell whether each process holds a part of the weights only (FSDP): all must then call the module together."""
+    return isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy))
+
+
+def need_whole_weights(trainer: Trainer, name: str) -> None:
+    """Refuse a trainer that shards the weights.
+
+    Raises:
+        ConfigurationError: If it does.
+    """
+    if holds_shards(trainer):
+        raise ConfigurationError(
+            f"{name} needs the whole weights in each process, but {type(trainer.strategy).__name__} shards them; use "
+            "trainer=ddp (Trainer(strategy='ddp')), or leave it out. Replay (strategy=er) works with shards."
+        )
+
+
+def own_share(trainer: Trainer) -> slice:
+    """Return which of many samples this process evaluates: its share, or all of them where it holds shards."""
+    return slice(None) if holds_shards(trainer) else slice(trainer.global_rank, None, trainer.world_size)
 
 
 def gather_batch(trainer: Trainer, batch: Any) -> Any:

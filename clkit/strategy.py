@@ -13,6 +13,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from clkit.distributed import need_whole_weights
 from clkit.errors import ConfigurationError
 from clkit.forward import to_device
 from clkit.loader import read_samples
@@ -49,6 +50,7 @@ class Strategy(Callback):
         replaces_data: Whether it replaces what the experiences train on; one strategy alone can.
         is_new_group: Whether the current experience trains weights of which no earlier one has trained any; see
             :class:`~clkit.routing.Router`.
+        works_sharded: Whether it works where each process holds a part of the weights only (FSDP).
     """
 
     views: Mapping[str, View] = MappingProxyType({})
@@ -57,13 +59,14 @@ class Strategy(Callback):
     renews_weights = False
     replaces_data = False
     is_new_group = False
+    works_sharded = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what the strategy cannot work with; overriding methods call ``super().setup(...)`` first.
 
         Raises:
-            ConfigurationError: If the trainer's data is no :class:`~clkit.StreamDataModule`, or the module optimizes
-                manually and the strategy adds a loss term.
+            ConfigurationError: If the trainer's data is no :class:`~clkit.StreamDataModule`, the module optimizes
+                manually and the strategy adds a loss term, or the trainer shards weights that it needs whole.
         """
         stream_data(trainer)
         adds_loss = type(self).loss_term is not Strategy.loss_term
@@ -72,6 +75,8 @@ class Strategy(Callback):
                 f"{type(self).__name__} adds a term to the loss, but {type(pl_module).__name__} optimizes manually and "
                 "runs its own backward; set automatic_optimization = True or add the term in your training_step."
             )
+        if not self.works_sharded:
+            need_whole_weights(trainer, type(self).__name__)
         self._check_others(callbacks_of(trainer))
 
     def _check_others(self, callbacks: list[Callback]) -> None:

@@ -16,6 +16,7 @@ class Cumulative(Strategy):
     """
 
     replaces_data = True
+    works_sharded = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)

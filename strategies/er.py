@@ -44,6 +44,8 @@ class ExperienceReplay(Strategy):
     Reference: Chaudhry et al., *On Tiny Episodic Memories in Continual Learning*, arXiv 1902.10486.
     """
 
+    works_sharded = True
+
     def __init__(
         self,
         capacity: int = 200,

@@ -17,6 +17,7 @@ class Joint(Strategy):
     """
 
     replaces_data = True
+    works_sharded = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)

@@ -7,3 +7,5 @@ from clkit.strategy import Strategy
 
 class Naive(Strategy):
     """Train on the current experience only: the lower bound that every method is compared with."""
+
+    works_sharded = True

@@ -13,6 +13,7 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from clkit.distributed import need_whole_weights
 from clkit.errors import check_whole
 from clkit.evaluation.drift_file import COLUMNS
 from clkit.modules import Part, parts
@@ -59,6 +60,7 @@ class ModuleDrift(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         stream_data(trainer)
+        need_whole_weights(trainer, "ModuleDrift")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._parts = parts(pl_module)

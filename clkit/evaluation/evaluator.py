@@ -26,6 +26,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from clkit.distributed import own_share
 from clkit.errors import ConfigurationError
 from clkit.evaluation.mode import untouched
 from clkit.evaluation.prefix import FrozenPrefix
@@ -80,7 +81,7 @@ class Evaluator:
 
     def chunks(self, experiences: range) -> list[slice]:
         """Return the chunks that this process evaluates."""
-        return self.subsets.chunks(experiences)[self.trainer.global_rank :: self.trainer.world_size]
+        return self.subsets.chunks(experiences)[own_share(self.trainer)]
 
     def check(self) -> None:
         """Make sure of the results so far."""

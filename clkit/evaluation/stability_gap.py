@@ -14,11 +14,12 @@ from typing import Any, Literal, get_args
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.strategies import FSDPStrategy
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from clkit.distributed import sum_over_processes
+from clkit.distributed import holds_shards, own_share, sum_over_processes
 from clkit.errors import ConfigurationError, check_whole
 from clkit.evaluation.beside import DeviceEvaluator
 from clkit.evaluation.evaluator import Evaluator, ProcessEvaluator, Result, SnapshotEvaluator
@@ -163,6 +164,15 @@ class StabilityGap(Callback):
                 f"split={self.split!r}, but stream {stream.name!r} has an experience without {self.split} data; "
                 "use split='test' or build the scenario with val_fraction above 0."
             )
+        if isinstance(trainer.strategy, FSDPStrategy):
+            raise ConfigurationError(
+                "FSDPStrategy gives the weights out within a training step only; use trainer=fsdp, Lightning's "
+                "ModelParallelStrategy, with which they can be evaluated."
+            )
+        if holds_shards(trainer) and (self.asynchronous or self.lazy or self.snapshots > 1):
+            raise ConfigurationError(
+                "asynchronous, lazy and snapshots copy whole weights, but the trainer shards them; leave them out."
+            )
         log_dir = trainer.log_dir if self._own_dir is None else None
         self.dir = self._own_dir or Path(log_dir or trainer.default_root_dir, self.name or "")
         self._evaluated, self._shown = chosen_view(trainer, self.view)
@@ -173,7 +183,7 @@ class StabilityGap(Callback):
     def state_key(self) -> str:
         return self._generate_state_key(name=self.name)
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _start(self, trainer: Trainer) -> None:
         self._pending, self.latest = [], []
         if self._resume_from is None:
             self._start_step = self._last_step = self._evaluated_step = self._n_undefined = 0
@@ -198,6 +208,8 @@ class StabilityGap(Callback):
         self._writer = HistoryWriter.resume(path, n_experiences, offset)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # not in on_fit_start: sharded weights are restored, and all states with them, after it
+        self._start(trainer)
         stream, device = stream_data(trainer).stream, pl_module.device
         with untouched(trainer, pl_module):
             parts = [self._choose_subset(trainer, experience) for experience in stream]
@@ -236,7 +248,8 @@ class StabilityGap(Callback):
             return LazyEvaluator(*parts, seed=self.seed)
         if self.snapshots > 1:
             return SnapshotEvaluator(*parts, self.snapshots)
-        return Evaluator(*parts, FrozenPrefix(module, self.prefix_cache_limit) if self.prefix_cache else None)
+        cached = self.prefix_cache and not holds_shards(trainer)
+        return Evaluator(*parts, FrozenPrefix(module, self.prefix_cache_limit) if cached else None)
 
     def _choose_subset(self, trainer: Trainer, experience: Experience) -> tuple[Tensor, Any]:
         dataset = self._held_out(experience)
@@ -304,7 +317,7 @@ class StabilityGap(Callback):
         with self._shown(module), untouched(trainer, module):
             for k in seen:
                 dataset = self._held_out(data.stream[k])
-                own = torch.arange(_size(dataset))[trainer.global_rank :: trainer.world_size]
+                own = torch.arange(_size(dataset))[own_share(trainer)]
                 for name, rows in by_route(route, data.stream[k], dataset, own).items():
                     with views[name](module):
                         for batch in StreamLoader(dataset, rows, self.batch_size, collate_fn=data.collate_fn):
@@ -324,7 +337,9 @@ class StabilityGap(Callback):
         rows, self._pending = self._pending, []
         if not rows or self._evaluator is None:
             return
-        sums = sum_over_processes(self._trainer, torch.stack([row.result() for row in rows]))
+        sums = torch.stack([row.result() for row in rows])
+        if not holds_shards(self._trainer):
+            sums = sum_over_processes(self._trainer, sums)
         self._evaluator.check()
         counts = torch.stack([self._full_counts if row.phase == "end" else self._subsets.counts for row in rows])
         means, undefined = (sums[:, 0] / counts).tolist(), int(sums[:, 1].sum())

@@ -15,6 +15,7 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from clkit.distributed import holds_shards, own_share
 from clkit.errors import ConfigurationError, check_whole
 from clkit.evaluation.functional import language_summary
 from clkit.evaluation.mode import untouched
@@ -165,15 +166,16 @@ class AnswerScores(Callback):
         """Answers to the chosen samples of experience ``k``, all of them on every process."""
         data = self._data(trainer, k)
         chosen = choose(len(data), self.subset, self.seed, k).tolist()
-        own = chosen[trainer.global_rank :: trainer.world_size]
+        own = chosen[own_share(trainer)]
         settings = {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
         scored, views = [], views_of(trainer)
         for name, rows in by_route(route_of(trainer), stream_data(trainer).stream[k], data, torch.tensor(own)).items():
             with views[name](module):
                 texts = generate(module, [data.prompt(i) for i in rows.tolist()], data.tokenizer, **settings)
             scored += [self._scored(data, i, text) for i, text in zip(rows.tolist(), texts, strict=True)]
-        parts: list[Any] = [scored] * trainer.world_size
-        if trainer.world_size > 1:
+        parts: list[Any] = [scored]
+        if trainer.world_size > 1 and not holds_shards(trainer):
+            parts *= trainer.world_size
             torch.distributed.all_gather_object(parts, scored)
         return sorted((answer for part in parts for answer in part), key=lambda answer: int(answer["sample"]))
 

@@ -126,6 +126,7 @@ class LanguageModule(pl.LightningModule):
         assert isinstance(net, nn.Module)
         self.net: Any = net if adapter is None else add_adapter(net, adapter)
         self.optimizer, self.scheduler = optimizer, scheduler
+        self._sharded = False
         if gradient_checkpointing:
             cast(Any, self.net).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
@@ -143,6 +144,18 @@ class LanguageModule(pl.LightningModule):
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self.log("test_loss", self(**batch).loss, batch_size=len(batch["labels"]))
+
+    def configure_model(self) -> None:
+        """Shard the weights block by block where the trainer wants it (``trainer=fsdp``)."""
+        if self.device_mesh is None or self._sharded:
+            return
+        from torch.distributed.fsdp import fully_shard
+
+        self._sharded = True
+        mesh, blocks = self.device_mesh["data_parallel"], set(self.net._no_split_modules or ())
+        for block in [part for part in self.net.modules() if type(part).__name__ in blocks]:
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.net, mesh=mesh)
 
     def configure_optimizers(self) -> Any:
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]

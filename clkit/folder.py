@@ -23,7 +23,7 @@ from clkit.errors import ConfigurationError
 
 Outcome = Literal["finished", "failed", "interrupted"]
 LOG = "train.log"
-NOT_IN_RESULT = ("resume", "attempts", "folder", "data_root")
+NOT_IN_RESULT = ("resume", "attempts", "objective", "folder", "data_root")
 _ATTEMPTS = "attempts.jsonl"
 _LOCK = ".lock"
 _FRESH = 600.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import re
@@ -22,6 +23,7 @@ from clkit import plugins
 from clkit.errors import ConfigurationError
 from clkit.folder import Busy, is_finished, owned_by
 from clkit.mistakes import complain, explain
+from clkit.rank import is_rank_zero
 from clkit.sweep import Planner
 
 _codes: list[int] = []
@@ -32,8 +34,12 @@ def main() -> None:
     hydra.main(version_base="1.3", config_path="pkg://clkit.conf", config_name="train")(task)()
 
 
-def task(config: DictConfig) -> None:
-    """Run one job; tell of a mistake at once and let the other jobs of a sweep run."""
+def task(config: DictConfig) -> float | None:
+    """Run one job; tell of a mistake at once and let the other jobs of a sweep run.
+
+    Returns:
+        What a search asks for: the run's final value of the metric ``objective``.
+    """
     job = HydraConfig.get()
     folder = Path(job.runtime.output_dir)
     # Lightning starts the other processes of a distributed run by this command line
@@ -41,7 +47,7 @@ def task(config: DictConfig) -> None:
     sweep = job.mode is RunMode.MULTIRUN
     if sweep and config.resume is True and is_finished(folder) and owned_by(folder, config):
         print(f"Finished before, passed over: {folder}")
-        return
+        return _objective(config, folder)
 
     from clkit.train import run
 
@@ -52,7 +58,7 @@ def task(config: DictConfig) -> None:
     except Exception as error:
         if sweep and isinstance(error, Busy):
             print(f"clkit: left to another process: {folder.name}", file=sys.stderr)
-            return
+            return None
         if sweep:
             print(f"clkit: {folder.name} failed:", file=sys.stderr)
             _codes.append(complain(error))
@@ -60,6 +66,19 @@ def task(config: DictConfig) -> None:
         if explain(error) is None:
             raise
         raise SystemExit(complain(error)) from None
+    return _objective(config, folder)
+
+
+def _objective(config: DictConfig, folder: Path) -> float | None:
+    if str(HydraConfig.get().sweeper._target_).endswith(".BasicSweeper") or not is_rank_zero():
+        return None
+    metrics = json.loads((folder / "metrics.json").read_text())["metrics"]
+    value = metrics.get(config.objective)
+    if value is None:
+        why = "is undefined on this stream" if config.objective in metrics else "is no metric"
+        defined = ", ".join(name for name, number in metrics.items() if number is not None)
+        raise ConfigurationError(f"objective={config.objective} {why}; use one of {defined}.")
+    return float(value)
 
 
 @contextmanager

@@ -121,6 +121,12 @@ def build_module(config: Any) -> tuple[pl.LightningModule, StreamDataModule]:
     """Build the module, as it is before training, and its stream; the global seed is set to the config's."""
     pl.seed_everything(config.seed, workers=True)
     stream = instantiate(config.scenario)
+    if config.get("experiences") is not None:
+        if config.experiences > len(stream):
+            raise ConfigurationError(
+                f"experiences={config.experiences} is not possible; {stream.name} has {len(stream)} experiences."
+            )
+        stream = stream[: config.experiences]
     data: StreamDataModule = instantiate(config.data, _partial_=True)(stream)
     module = instantiate(config.model, **stream.model_arguments)
     return module, data
@@ -168,6 +174,8 @@ def _check_own(config: DictConfig) -> None:
     devices = trainer.get("devices")
     if trainer.get("accelerator") == "cpu" and isinstance(devices, int) and devices > cores:
         raise ConfigurationError(f"trainer.devices={devices} is not possible; this machine has {cores} CPU cores.")
+    if config.get("experiences") is not None and (type(config.experiences) is not int or config.experiences < 1):
+        raise ConfigurationError(f"experiences={config.experiences!r} is not possible; use a whole number from 1.")
     if type(config.attempts) is not int or config.attempts < 1:
         raise ConfigurationError(f"attempts={config.attempts!r} is not possible; use a whole number from 1.")
 

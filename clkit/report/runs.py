@@ -20,7 +20,7 @@ from clkit.report.estimate import Estimate
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 ABSENT = "–"
-_NOT_IN_RESULT = {"seed", "resume", "attempts", "data_root", "folder"}
+_NOT_IN_RESULT = {"seed", "resume", "attempts", "objective", "data_root", "folder"}
 
 
 @dataclass(frozen=True, eq=False)

@@ -87,14 +87,13 @@ def _train(overrides: list[str]) -> int:
 
         try:
             jobs.main()
+            code = jobs.end_sweep()
         except KeyboardInterrupt:
             code = INTERRUPTED
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 0
         except Exception as error:
             code = jobs.end_sweep() or complain(error)
-        else:
-            code = jobs.end_sweep()
         if code in STOPPED and is_rank_zero():
             print("clkit: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
         return code

@@ -277,8 +277,8 @@ def _grouped(rng: Any, order: Tensor, lengths: Tensor, size: int) -> Tensor:
     pieces = []
     for start in range(0, len(order), 50 * size):
         run = order[start : start + 50 * size]
-        run = run[lengths[start : start + 50 * size].argsort(stable=True)]
         whole = len(run) // size * size
-        batches = run[:whole].view(-1, size)
+        # the rest, which drop_last leaves out, is drawn before sorting: otherwise it would be the longest each time
+        batches = run[:whole][lengths[start : start + whole].argsort(stable=True)].view(-1, size)
         pieces += [batches[torch.from_numpy(rng.permutation(len(batches)))].flatten(), run[whole:]]
     return torch.cat(pieces)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import Dataset
 
@@ -122,7 +122,10 @@ def by_route(route: Route | None, experience: Experience, dataset: Dataset[Any],
 
 
 def _copy(module: LightningModule) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in trainable(module).items()}
+    """What a group has of its own: the trainable weights, and buffers such as BatchNorm's statistics."""
+    state = module.state_dict(keep_vars=True)
+    buffers = {name: tensor for name, tensor in state.items() if not isinstance(tensor, nn.Parameter)}
+    return {name: tensor.detach().clone() for name, tensor in {**trainable(module), **buffers}.items()}
 
 
 def _view(weights: dict[str, Tensor]) -> View:

@@ -166,7 +166,7 @@ class Stream(Sequence[Experience]):
     def fingerprint(self) -> str:
         """Short hash of the stream, to tell whether a checkpoint belongs to it.
 
-        It covers the structure and, where data is held as tensors, two samples of each experience.
+        It covers the structure and, of tensors and of texts, two samples of each experience.
         """
         parts = [(e.name, e.classes, e.task, _size(e.train), _size(e.test)) for e in self._experiences]
         digest = hashlib.sha256(repr((self.name, self.kind, self.n_classes, parts)).encode())
@@ -174,6 +174,11 @@ class Stream(Sequence[Experience]):
             if can_slice(experience.train):
                 x = read_batch(experience.train, torch.tensor([0, _size(experience.train) // 2]))[0]
                 digest.update(x.contiguous().numpy().tobytes())
+                continue
+            for row in (0, _size(experience.train) // 2):
+                sample = experience.train[row]
+                if isinstance(sample, Mapping) and "input_ids" in sample:
+                    digest.update(torch.as_tensor(sample["input_ids"]).contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
 

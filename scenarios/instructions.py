@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
-from clkit.errors import ConfigurationError
+from clkit.errors import ConfigurationError, check_whole
+from clkit.language.answers import METRICS
 from clkit.language.dataset import InstructionDataset, Pad, Side, TooLong
 from clkit.language.models import load_tokenizer
 from clkit.language.records import OnError, Record, read_records
@@ -86,7 +87,12 @@ class Instructions(Stream):
         root = Path(root)
         sources = _sources(tasks, root)
         loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-        limits = limit if isinstance(limit, Mapping) else dict.fromkeys(SPLITS, limit)
+        limits = dict(limit) if isinstance(limit, Mapping) else dict.fromkeys(SPLITS, limit)
+        for split, least in limits.items():
+            if split not in SPLITS:
+                raise ConfigurationError(f"limit names {split!r}, which is no split; use {', '.join(SPLITS)}.")
+            if least is not None:
+                check_whole(f"limit of {split}", least, 1)
         unknown = [task for task in metrics or {} if task not in sources]
         if unknown:
             raise ConfigurationError(f"metrics names {unknown[0]!r}, which is no task; tasks are {', '.join(sources)}.")
@@ -95,6 +101,10 @@ class Instructions(Stream):
         for index, (task, source) in enumerate(sources.items()):
             splits, about = _read(task, source, root, on_error)
             metric = (metrics or {}).get(task, about.get("metric", "exact_match"))
+            if metric not in METRICS:
+                raise ConfigurationError(
+                    f"Task {task!r}: metric={metric!r} is unknown; use one of {', '.join(METRICS)}."
+                )
             data: dict[str, InstructionDataset] = {}
             for split, records in splits.items():
                 records = records[: limits.get(split)]
@@ -141,7 +151,7 @@ def _sources(tasks: Mapping[str, Any] | Sequence[str] | None, root: Path) -> dic
 def _read(task: str, source: Any, root: Path, on_error: OnError) -> tuple[dict[Split, list[Record]], dict[str, Any]]:
     """The records of each split, and what else is said of the task."""
     if isinstance(source, Mapping) and "hub" in source:
-        return _from_hub(task, source), dict(source)
+        return _from_hub(task, source, on_error), dict(source)
     if isinstance(source, Mapping):
         files = about = dict(source)
         return _read_files(task, files, root, on_error), about
@@ -163,7 +173,12 @@ def read_folder(folder: Path, task: str, on_error: OnError) -> tuple[dict[Split,
         raise ConfigurationError(f"There is no folder {folder}; {root} has {', '.join(there) or 'none'}.")
     files: dict[str, Any] = {split: path for split in SPLITS if (path := _file(folder, split)) is not None}
     described = folder / "task.json"
-    about = json.loads(described.read_text()) if described.is_file() else {}
+    try:
+        about = json.loads(described.read_text()) if described.is_file() else {}
+    except ValueError as error:
+        raise ConfigurationError(f"{described} is no JSON: {error}. Mend the file.") from error
+    if not isinstance(about, dict):
+        raise ConfigurationError(f"{described} holds a {type(about).__name__}; it must be an object.")
     return _read_files(task, files, folder, on_error), about
 
 
@@ -190,7 +205,7 @@ def _file(folder: Path, split: str) -> Path | None:
     return next((path.absolute() for end in ("json", "jsonl") if (path := folder / f"{split}.{end}").is_file()), None)
 
 
-def _from_hub(task: str, source: Mapping[str, Any]) -> dict[Split, list[Record]]:
+def _from_hub(task: str, source: Mapping[str, Any], on_error: OnError) -> dict[Split, list[Record]]:
     try:
         import datasets
     except ImportError as error:
@@ -199,6 +214,9 @@ def _from_hub(task: str, source: Mapping[str, Any]) -> dict[Split, list[Record]]
         ) from error
     keys = dict(source.get("keys") or {"prompt": "prompt", "answer": "answer"})
     names = dict(source.get("splits") or {"train": "train", "test": "test"})
+    missing = [split for split in ("train", "test") if split not in names]
+    if missing:
+        raise ConfigurationError(f"Task {task!r} has no {missing[0]} split; name it in splits: {{{missing[0]}: NAME}}.")
     splits: dict[Split, list[Record]] = {}
     for split in SPLITS:
         if split not in names:
@@ -219,5 +237,11 @@ def _from_hub(task: str, source: Mapping[str, Any]) -> dict[Split, list[Record]]
             try:
                 splits[split].append(Record.from_object(row))
             except ValueError as error:
-                raise ConfigurationError(f"Task {task!r}, {split}, row {number}: {error}.") from error
+                if on_error == "raise":
+                    raise ConfigurationError(
+                        f"Task {task!r}, {split}, row {number}: {error}. Leave bad records out with on_error=skip."
+                    ) from error
+        n_bad = len(rows) - len(splits[split])
+        if n_bad:
+            rank_zero_warn(f"{task}/{split}: {n_bad} bad records are left out.")
     return splits

@@ -85,7 +85,7 @@ class SplitTexts(Stream):
             data = {split: dataset(split, records, classes) for split, records in splits.items()}
             title = " ".join(names[label] for label in classes)
             experiences.append(
-                Experience(index, title, data["train"], data["test"], data.get("eval"), classes=tuple(classes))
+                Experience(index, title, data["train"], data["test"], data.get("eval") or None, classes=tuple(classes))
             )
         super().__init__(
             experiences,

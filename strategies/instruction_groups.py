@@ -86,7 +86,7 @@ class InstructionGroups(Router):
         super().setup(trainer, pl_module, stage)
         for experience in stream_data(trainer).stream:
             for dataset in (experience.train, experience.test):
-                self._of(experience, dataset, range(1))
+                self._of(experience, dataset, range(len(dataset)))  # type: ignore[arg-type]
 
     def on_experience_start(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
         size = len(experience.train)  # type: ignore[arg-type]

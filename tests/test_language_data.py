@@ -67,7 +67,7 @@ def test_long_samples_are_dropped_or_lose_the_start_of_their_prompt_and_are_coun
     with pytest.warns(UserWarning, match="1 samples .* cut at the beginning"):
         cut = InstructionDataset(data, tokenizer, max_length=6, too_long="cut_prompt")
     assert (cut.n_dropped, cut.n_cut) == (1, 1)
-    assert tokenizer.convert_ids_to_tokens(cut[1]["input_ids"].tolist()) == ["2", "3", "4", "5", "blue", "</s>"]
+    assert tokenizer.convert_ids_to_tokens(cut[1]["input_ids"].tolist()) == ["<s>", "3", "4", "5", "blue", "</s>"]
     assert cut[1]["labels"].tolist()[:4] == [-100] * 4
     with (
         pytest.raises(ConfigurationError, match="none of 3 samples has 2 tokens or fewer"),

@@ -387,7 +387,7 @@ class StabilityGap(Callback):
         names = [experience.name for experience in stream]
         return summary(
             history,
-            stream={"name": stream.name, "kind": stream.kind, "experiences": names},
+            stream={"name": stream.name, "kind": stream.kind, "experiences": names, **_left_out(stream)},
             complete=len(stream) - 1 in history.select("end").experience,
             score=Scorer(self.score).name,
             schedule=f"{self.schedule}, approximately" if self.lazy else str(self.schedule),
@@ -507,3 +507,12 @@ def _write_atomically(path: Path, text: str) -> None:
     unfinished = path.with_suffix(".part")
     unfinished.write_text(text + "\n")
     os.replace(unfinished, path)
+
+
+def _left_out(stream: Stream) -> dict[str, dict[str, int]]:
+    """How many training texts were dropped, or lost the beginning of their prompt, in each experience where any was."""
+    counts = {
+        name: {e.name: int(getattr(e.train, attribute, 0)) for e in stream if getattr(e.train, attribute, 0)}
+        for name, attribute in (("dropped", "n_dropped"), ("cut", "n_cut"))
+    }
+    return {name: found for name, found in counts.items() if found}

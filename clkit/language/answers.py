@@ -224,7 +224,9 @@ def find_letter(text: str, choices: int | None = None) -> str | None:
     if not isinstance(n, int) or not 2 <= n <= 26:
         raise ConfigurationError(f"choices={choices!r} is not possible; use a whole number from 2 to 26.")
     last = string.ascii_uppercase[n - 1]
-    no_word = r"(?![A-Za-z0-9_]|['’.+-][A-Za-z0-9]|\+\+| ?(?:,|/|&|and|or) ?\(?[A-Z]\b)"
+    others = string.ascii_uppercase[:n].replace("I", "")
+    another = rf"(?:[{others}]\b" + (r"|I\b(?! [a-z])" if n > 8 else "") + ")"
+    no_word = rf"(?![A-Za-z0-9_]|['’.+-][A-Za-z0-9]|\+\+| ?(?:,|/|&|and|or) ?\(?{another})"
     one = rf"[A-{last}]{no_word}(?:(?<![AI])|(?! (?!because\b|since\b|as\b|is\b)[A-Za-z]))"
     small = rf"[a-{last.lower()}](?= ?(?:$|[)\]:]|\.$))"
     found = _stated(rf"({one}|{small})", text)

@@ -36,8 +36,9 @@ class InstructionDataset(Dataset[Sample]):
         records: The records.
         tokenizer: A tokenizer of transformers.
         max_length: Most tokens of a sample.
-        too_long: ``"drop"`` samples that are longer, or ``"cut_prompt"``: leave out the beginning of the prompt. The
-            answer is never cut: samples whose answer alone is too long are dropped. A warning counts them.
+        too_long: ``"drop"`` samples that are longer, or ``"cut_prompt"``: leave out the beginning of the prompt, except
+            for a BOS token. The answer is never cut: samples whose answer alone is too long are dropped. A warning
+            counts them, and so does ``metrics.json``.
         chat: Use the tokenizer's chat template; when ``None``, if it has one.
         template_options: More variables of the chat template, such as ``enable_thinking`` or ``date_string``.
         name: Name for messages.
@@ -73,7 +74,7 @@ class InstructionDataset(Dataset[Sample]):
         room = [max_length - len(answer) for answer in answers]
         least = 1 if too_long == "cut_prompt" else 0
         kept = [i for i, prompt in enumerate(prompts) if room[i] >= (least or len(prompt))]
-        cut = [prompts[i][max(len(prompts[i]) - room[i], 0) :] for i in kept]
+        cut = [_shortened(prompts[i], room[i], tokenizer.bos_token_id) for i in kept]
         self.n_dropped = len(prompts) - len(kept)
         self.n_cut = sum(len(short) < len(prompts[i]) for short, i in zip(cut, kept, strict=True))
         self._report(name, max_length)
@@ -110,6 +111,14 @@ class InstructionDataset(Dataset[Sample]):
         return self._tokens[start : start + self._prompts[index]].long()
 
 
+def _shortened(prompt: Tokens, room: int, bos: int | None) -> Tokens:
+    """Leave out the beginning of a prompt that is too long, but not the token with which every text begins."""
+    if len(prompt) <= room:
+        return prompt
+    begin = 1 if bos is not None and room > 1 and prompt[0] == bos else 0
+    return np.concatenate([prompt[:begin], prompt[len(prompt) - room + begin :]])
+
+
 def encode(
     records: Sequence[Record],
     tokenizer: PreTrainedTokenizerBase,
@@ -130,7 +139,7 @@ def encode(
         raise ConfigurationError(f"{type(tokenizer).__name__} has no EOS token, which ends an answer; set one.")
     if not chat:
         return _plain(records, tokenizer)
-    prompts, ends = [], []
+    prompts, wholes = [], []
     for record in records:
         messages = [{"role": role, "content": text} for role, text in record.messages]
         answered = [*messages, {"role": "assistant", "content": record.answer}]
@@ -150,10 +159,15 @@ def encode(
                 "(reasoning marks?), so the answer cannot be told apart; use chat=false, or another template."
             )
         prompts.append(prompt)
-        ends.append(whole[len(prompt) :])
-    end = int(cast(int, tokenizer.eos_token_id))
-    answers = [_until_end(tokens, end) for tokens in _tokens(tokenizer, ends)]
-    return _tokens(tokenizer, prompts), answers
+        wholes.append(whole)
+    end, before = int(cast(int, tokenizer.eos_token_id)), _tokens(tokenizer, prompts)
+    apart = _tokens(tokenizer, [whole[len(prompt) :] for whole, prompt in zip(wholes, prompts, strict=True)])
+    answers = []
+    for tokens, start, alone in zip(_tokens(tokenizer, wholes), before, apart, strict=True):
+        # tokenizers such as Llama's begin a text in another way than they go on with one
+        goes_on = np.array_equal(tokens[: len(start)], start)
+        answers.append(_until_end(tokens[len(start) :] if goes_on else alone, end))
+    return before, answers
 
 
 def _plain(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> tuple[list[Tokens], list[Tokens]]:

@@ -140,6 +140,10 @@ class AnswerScores(Callback):
                     f"{experience.index} ({experience.name}) is {type(getattr(experience, self.split)).__name__}; use "
                     "a stream such as Instructions, or another split."
                 )
+            data = getattr(experience, self.split)
+            for i in choose(len(data), self.subset, self.seed, experience.index).tolist():
+                # a reference that the metric cannot read is better found before the training than after
+                self._scored(data, i, data.records[i].answer)
         self._evaluated, self._shown = chosen_view(trainer, self.view)
         log_dir = trainer.log_dir if self._own_dir is None else None
         self.dir = self._own_dir or Path(log_dir or trainer.default_root_dir)

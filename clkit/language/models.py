@@ -113,6 +113,11 @@ class LanguageModule(pl.LightningModule):
                 f"{type(self).__name__} takes texts, but the stream has samples of shape {options['input_shape']}; "
                 "choose a scenario of texts, such as instructions, or another model."
             )
+        if "n_classes" in options:
+            raise ConfigurationError(
+                f"{type(self).__name__} writes answers, but the stream has {options['n_classes']} classes; choose a "
+                "scenario of instructions, or model=encoder."
+            )
         number = getattr(torch, dtype, None)
         if not isinstance(number, torch.dtype) or not number.is_floating_point:
             raise ConfigurationError(f"dtype={dtype!r} is unknown; use float32, bfloat16 or float16.")
@@ -144,6 +149,17 @@ class LanguageModule(pl.LightningModule):
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self.log("test_loss", self(**batch).loss, batch_size=len(batch["labels"]))
+
+    def on_fit_start(self) -> None:
+        most = getattr(getattr(self.net, "config", None), "max_position_embeddings", None)
+        stream = getattr(getattr(self.trainer, "datamodule", None), "stream", ())
+        parts = (part for experience in stream for part in (experience.train, experience.test))
+        longest = max((int(max(part.lengths)) for part in parts if hasattr(part, "lengths")), default=0)
+        if most is not None and longest > most:
+            raise ConfigurationError(
+                f"The longest text has {longest} tokens, but {type(self.net).__name__} has positions for {most}; use "
+                f"max_length={most} (scenario.max_length)."
+            )
 
     def configure_model(self) -> None:
         """Shard the weights block by block where the trainer wants it (``trainer=fsdp``)."""
@@ -193,9 +209,25 @@ class TextClassifier(LanguageModule):
 
     auto = "AutoModelForSequenceClassification"
 
-    def __init__(self, net: nn.Module | PretrainedConfig | str, n_classes: int, **options: Any) -> None:
+    def __init__(self, net: nn.Module | PretrainedConfig | str, n_classes: int | None = None, **options: Any) -> None:
+        if n_classes is None:
+            raise ConfigurationError(
+                "TextClassifier needs n_classes, but the stream has no classes; choose a scenario of texts with "
+                "classes, such as split_texts, or model=causal_lm."
+            )
         if isinstance(net, str):
             options["num_labels"] = n_classes
         elif not isinstance(net, nn.Module):
             net.num_labels = n_classes
         super().__init__(net, **options)
+        # decoders look for the last token that is no padding
+        config = getattr(self.net, "config", None)
+        if config is not None and getattr(config, "pad_token_id", None) is None:
+            config.pad_token_id = getattr(config, "eos_token_id", None) or 0
+
+    def forward(self, **inputs: Tensor) -> Any:
+        """Return the model's output, with ``logits`` ``[B, C]`` and, where there are ``labels``, ``loss``."""
+        pad = getattr(getattr(self.net, "config", None), "pad_token_id", None)
+        if pad is not None and "attention_mask" in inputs:
+            inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, pad)
+        return self.net(**inputs)

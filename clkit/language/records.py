@@ -86,8 +86,8 @@ def read_records(path: str | Path, on_error: OnError = "raise") -> tuple[list[Re
     records, n_bad = [], 0
     for line, item in _lines(text) if path.suffix == ".jsonl" else _items(text, path):
         try:
-            if isinstance(item, json.JSONDecodeError):
-                raise ValueError(f"no JSON: {item.msg}")
+            if isinstance(item, ValueError):
+                raise ValueError(f"no JSON: {getattr(item, 'msg', item)}")
             records.append(Record.from_object(item))
         except ValueError as error:
             if on_error == "raise":
@@ -120,7 +120,7 @@ def _lines(text: str) -> Iterator[tuple[int, Any]]:
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except json.JSONDecodeError as error:
+            except ValueError as error:
                 yield number, error
 
 
@@ -177,4 +177,6 @@ def _messages(value: Any) -> list[tuple[str, str]]:
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"its {name} is {type(value).__name__} and must be text")
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f"its {name} has half of a surrogate pair, which is no character")
     return value

@@ -74,9 +74,13 @@ def _answer_logits(module: LightningModule, batch: Any) -> tuple[Tensor, Tensor]
     columns = (targets != IGNORED).any(dim=0).nonzero()[:, 0]
     if _selects_logits(model):
         return model(**inputs, logits_to_keep=columns).logits, targets[:, columns]
-    return model(**inputs).logits[:, columns], targets[:, columns]
+    logits = model(**inputs).logits
+    # prompt tuning puts tokens of its own in front
+    return logits[:, columns + logits.shape[1] - batch["labels"].shape[1]], targets[:, columns]
 
 
 def _selects_logits(model: Any) -> bool:
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return False
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return "logits_to_keep" in inspect.signature(inner.forward).parameters

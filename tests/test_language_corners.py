@@ -203,6 +203,23 @@ def test_models_and_streams_that_do_not_fit_say_so():
         pl.Trainer(max_epochs=1, **QUIET).fit(CausalLM(short), datamodule=StreamDataModule(small_instructions()))
 
 
+@pytest.mark.parametrize("more", [0, 1])
+def test_answers_that_the_model_has_no_positions_for_are_refused_before_training(tmp_path, more):
+    stream = small_instructions()
+    longest = max(len(data.prompt(i)) for data in (e.test for e in stream) for i in range(len(data)))
+    module = make_module()
+    room = module.net.config.max_position_embeddings - longest
+    scores = AnswerScores(None, max_new_tokens=room + more, dir=tmp_path)
+    trainer = pl.Trainer(max_epochs=len(stream), limit_train_batches=1, callbacks=[scores], **QUIET)
+    if more:
+        with pytest.raises(ConfigurationError, match=rf"has {longest} tokens.*max_new_tokens={room + more}"):
+            trainer.fit(module, datamodule=StreamDataModule(stream))
+        assert trainer.global_step == 0
+    else:
+        trainer.fit(module, datamodule=StreamDataModule(stream))
+        assert len(scores.rows) == len(stream) * (len(stream) + 1) // 2
+
+
 def test_other_texts_are_another_stream():
     one, same = small_instructions(), small_instructions()
     assert one.fingerprint() == same.fingerprint()

@@ -107,7 +107,8 @@ class AnswerScores(Callback):
         rows: What ``answers.csv`` holds.
 
     Raises:
-        ConfigurationError: If a number is out of range, or the stream has other datasets.
+        ConfigurationError: If a number is out of range, the stream has other datasets, or a prompt and its answer have
+            more tokens than the model has positions.
     """
 
     def __init__(
@@ -150,7 +151,19 @@ class AnswerScores(Callback):
         self.rows = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        language_model(pl_module)
+        model = language_model(pl_module)
+        most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+        if most is None:
+            return
+        for k in range(len(stream_data(trainer).stream)):
+            data = self._data(trainer, k)
+            longest = max(len(data.prompt(i)) for i in choose(len(data), self.subset, self.seed, k).tolist())
+            if longest + self.max_new_tokens > most:
+                raise ConfigurationError(
+                    f"A prompt of experience {k} has {longest} tokens; with an answer of max_new_tokens="
+                    f"{self.max_new_tokens} that is more than the {most} positions of {type(model).__name__}; lower "
+                    "max_new_tokens (callbacks.answers.max_new_tokens), or the stream's max_length."
+                )
 
     def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
         with untouched(trainer, module), self._shown(module):

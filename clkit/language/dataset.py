@@ -47,6 +47,7 @@ class InstructionDataset(Dataset[Sample]):
     Attributes:
         records: The records that are left, in order.
         lengths: Tokens of each sample, ``int64`` ``[N]``.
+        prompt_lengths: Tokens before each sample's answer, ``int64`` ``[N]``.
         n_dropped: Samples that were too long.
         n_cut: Samples whose prompt was cut.
 
@@ -84,8 +85,8 @@ class InstructionDataset(Dataset[Sample]):
                 "too_long=cut_prompt."
             )
         self.records = [records[i] for i in kept]
-        self._prompts = np.array([len(prompt) for prompt in cut])
-        self.lengths = self._prompts + np.array([len(answers[i]) for i in kept])
+        self.prompt_lengths = np.array([len(prompt) for prompt in cut])
+        self.lengths = self.prompt_lengths + np.array([len(answers[i]) for i in kept])
         self._starts = np.concatenate([[0], np.cumsum(self.lengths)])
         pairs = (part for prompt, i in zip(cut, kept, strict=True) for part in (prompt, answers[i]))
         self._tokens = torch.from_numpy(np.concatenate(list(pairs)))
@@ -102,13 +103,13 @@ class InstructionDataset(Dataset[Sample]):
         index = range(len(self))[index]
         tokens = self._tokens[self._starts[index] : self._starts[index + 1]].long()
         labels = tokens.clone()
-        labels[: self._prompts[index]] = IGNORED
+        labels[: self.prompt_lengths[index]] = IGNORED
         return {"input_ids": tokens, "labels": labels}
 
     def prompt(self, index: int) -> Tensor:
         """Return the tokens before the answer, ``int64`` ``[S]``."""
         start = self._starts[index]
-        return self._tokens[start : start + self._prompts[index]].long()
+        return self._tokens[start : start + self.prompt_lengths[index]].long()
 
 
 def _shortened(prompt: Tokens, room: int, bos: int | None) -> Tokens:

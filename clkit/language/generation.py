@@ -23,7 +23,7 @@ from clkit.evaluation.subsets import choose
 from clkit.language.answers import score_answer
 from clkit.language.dataset import InstructionDataset, Pad
 from clkit.language.models import transformers
-from clkit.language.scores import language_model
+from clkit.language.scores import language_model, positions
 from clkit.routing import by_route, route_of
 from clkit.strategy import chosen_view, stream_data, views_of
 from clkit.stream import Experience
@@ -152,13 +152,11 @@ class AnswerScores(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = language_model(pl_module)
-        most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-        if most is None:
-            return
+        most = positions(model)
         for k in range(len(stream_data(trainer).stream)):
             data = self._data(trainer, k)
-            longest = max(len(data.prompt(i)) for i in choose(len(data), self.subset, self.seed, k).tolist())
-            if longest + self.max_new_tokens > most:
+            longest = data.prompt_lengths[choose(len(data), self.subset, self.seed, k)].max()
+            if most is not None and longest + self.max_new_tokens > most:
                 raise ConfigurationError(
                     f"A prompt of experience {k} has {longest} tokens; with an answer of max_new_tokens="
                     f"{self.max_new_tokens} that is more than the {most} positions of {type(model).__name__}; lower "

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from clkit.adapters import add_adapter
 from clkit.errors import ConfigurationError
+from clkit.language.scores import positions
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -151,7 +152,7 @@ class LanguageModule(pl.LightningModule):
         self.log("test_loss", self(**batch).loss, batch_size=len(batch["labels"]))
 
     def on_fit_start(self) -> None:
-        most = getattr(getattr(self.net, "config", None), "max_position_embeddings", None)
+        most = positions(self.net)
         stream = getattr(getattr(self.trainer, "datamodule", None), "stream", ())
         parts = (part for experience in stream for part in (experience.train, experience.test))
         longest = max((int(max(part.lengths)) for part in parts if hasattr(part, "lengths")), default=0)

@@ -26,6 +26,11 @@ def language_model(module: nn.Module) -> Any:
     raise ConfigurationError(f"{type(module).__name__} holds no language model of transformers or peft.")
 
 
+def positions(model: Any) -> int | None:
+    """Return how many tokens the model has positions for; ``None`` where its config names no limit."""
+    return getattr(getattr(model, "config", None), "max_position_embeddings", None)
+
+
 def token_accuracy(module: LightningModule, batch: Any) -> Tensor:
     """Return the share of each sample's answer tokens that the model would choose, ``float32`` ``[B]``.
 

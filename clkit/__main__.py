@@ -2,7 +2,7 @@
 
 import sys
 
-from clkit.cli import main
+from clkit.run.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -27,17 +27,17 @@ from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from clkit.adapters import lora
-from clkit.checkpoint import StreamCheckpoint, checkpoints
-from clkit.datamodule import StreamDataModule
-from clkit.datasets import InMemoryDataset
+from clkit.data.datamodule import StreamDataModule, stream_data
+from clkit.data.datasets import InMemoryDataset
+from clkit.data.stream import Experience, Stream
 from clkit.errors import ConfigurationError
 from clkit.evaluation.stability_gap import StabilityGap
 from clkit.language.dataset import InstructionDataset, Pad
 from clkit.language.models import CausalLM, transformers
 from clkit.language.records import Record
-from clkit.strategy import Strategy, stream_data
-from clkit.stream import Experience, Stream
+from clkit.method.adapters import lora
+from clkit.method.strategy import Strategy
+from clkit.run.checkpoint import StreamCheckpoint, checkpoints
 
 __all__ = [
     "CHECKS",

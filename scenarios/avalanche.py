@@ -11,10 +11,10 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from clkit.datasets import InMemoryDataset, targets_of
+from clkit.data.datasets import InMemoryDataset, targets_of
+from clkit.data.loader import read_samples
+from clkit.data.stream import Experience, Kind, Stream
 from clkit.errors import ConfigurationError
-from clkit.loader import read_samples
-from clkit.stream import Experience, Kind, Stream
 
 from .sources import choose
 from .split import KINDS

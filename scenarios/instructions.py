@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
+from clkit.data.stream import Experience, Stream
 from clkit.errors import ConfigurationError, check_whole
 from clkit.language.answers import METRICS
 from clkit.language.dataset import InstructionDataset, Pad, Side, TooLong
 from clkit.language.models import load_tokenizer
 from clkit.language.records import OnError, Record, read_records
 from clkit.language.styles import AnswerStyles, StyleReport
-from clkit.stream import Experience, Stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,9 +7,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from clkit.data.stream import Kind, Stream
 from clkit.errors import check_whole
 from clkit.rng import private_rng
-from clkit.stream import Kind, Stream
 
 from .sources import PERMUTATION, choose, load
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import rotate
 
+from clkit.data.stream import Kind, Stream
 from clkit.errors import ConfigurationError, check_whole
-from clkit.stream import Kind, Stream
 
 from .permuted import KINDS
 from .sources import choose, load

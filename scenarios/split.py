@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import torch
 
+from clkit.data.stream import Kind, Stream
 from clkit.errors import ConfigurationError
-from clkit.stream import Kind, Stream
 
 from .sources import choose, divide_classes, load, order_classes
 

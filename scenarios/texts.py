@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from clkit.data.stream import Experience, Stream
 from clkit.errors import ConfigurationError
 from clkit.language.dataset import Pad, TextDataset
 from clkit.language.models import load_tokenizer
 from clkit.language.records import OnError, Record
-from clkit.stream import Experience, Stream
 
 from .instructions import read_folder
 from .sources import divide_classes, order_classes

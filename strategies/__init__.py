@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from clkit.lazy import lazy_exports
+from clkit.lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
     from .agem import AGEM as AGEM

@@ -9,13 +9,14 @@ from lightning_fabric.utilities import move_data_to_device
 from pytorch_lightning import LightningModule, Trainer
 from torch.optim import Optimizer
 
-from clkit.buffer import ReservoirBuffer
-from clkit.distributed import local_share
+from clkit.data.batch import local_share
+from clkit.data.datamodule import stream_data
+from clkit.data.stream import Experience
 from clkit.errors import ConfigurationError
-from clkit.gradient import add_to_gradients, check_automatic, flatten, loss_gradient, with_gradient
+from clkit.memory.buffer import ReservoirBuffer
+from clkit.method.gradient import add_to_gradients, check_automatic, flatten, loss_gradient, with_gradient
+from clkit.method.strategy import Strategy, random_samples
 from clkit.rng import private_rng
-from clkit.strategy import Strategy, random_samples, stream_data
-from clkit.stream import Experience
 
 
 class AGEM(Strategy):

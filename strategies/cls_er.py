@@ -12,15 +12,14 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from clkit.batch import concatenate
-from clkit.buffer import ReservoirBuffer, draw_replay
-from clkit.distributed import gather_batch
+from clkit.data.batch import concatenate, gather_batch
 from clkit.errors import ConfigurationError
-from clkit.evaluation.mode import evaluation_mode
-from clkit.forward import logit_distance, outputs
-from clkit.parameters import assign, swapped, trainable
+from clkit.memory.buffer import ReservoirBuffer, draw_replay
+from clkit.method.evaluation_mode import evaluation_mode
+from clkit.method.forward import logit_distance, outputs
+from clkit.method.parameters import assign, swapped, trainable
+from clkit.method.strategy import Strategy, check_pairs
 from clkit.rng import private_rng, rng_state, set_rng_state
-from clkit.strategy import Strategy, check_pairs
 
 
 class CLSER(Strategy):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pytorch_lightning import LightningModule, Trainer
 from torch.utils.data import ConcatDataset
 
-from clkit.strategy import Strategy, stream_data
+from clkit.data.datamodule import stream_data
+from clkit.method.strategy import Strategy
 
 
 class Cumulative(Strategy):

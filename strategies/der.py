@@ -10,11 +10,11 @@ from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from clkit.buffer import ReservoirBuffer, draw_replay
-from clkit.distributed import gather_batch
+from clkit.data.batch import gather_batch
 from clkit.errors import ConfigurationError
-from clkit.forward import logit_distance, outputs, task_loss, task_loss_and_outputs
-from clkit.strategy import Strategy, check_pairs
+from clkit.memory.buffer import ReservoirBuffer, draw_replay
+from clkit.method.forward import logit_distance, outputs, task_loss, task_loss_and_outputs
+from clkit.method.strategy import Strategy, check_pairs
 
 
 class DER(Strategy):

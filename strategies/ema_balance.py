@@ -11,10 +11,11 @@ from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from clkit.data.hooks import callbacks_of
+from clkit.data.stream import Experience
 from clkit.errors import ConfigurationError, check_whole
-from clkit.parameters import assign, swapped, trainable
-from clkit.strategy import Strategy, callbacks_of
-from clkit.stream import Experience
+from clkit.method.parameters import assign, swapped, trainable
+from clkit.method.strategy import Strategy
 
 PRESETS = ("reference", "paper", "fixed")
 

@@ -9,12 +9,11 @@ from lightning_fabric.utilities import move_data_to_device
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
-from clkit.batch import concatenate
-from clkit.buffer import ClassBalancedBuffer, ReservoirBuffer, draw_replay
-from clkit.distributed import gather_batch
+from clkit.data.batch import concatenate, gather_batch
 from clkit.errors import ConfigurationError
-from clkit.forward import task_loss
-from clkit.strategy import Strategy
+from clkit.memory.buffer import ClassBalancedBuffer, ReservoirBuffer, draw_replay
+from clkit.method.forward import task_loss
+from clkit.method.strategy import Strategy
 
 BUFFERS = {"reservoir": ReservoirBuffer, "class_balanced": ClassBalancedBuffer}
 

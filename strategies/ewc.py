@@ -9,10 +9,12 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
+from clkit.data.datamodule import stream_data
+from clkit.data.stream import Experience
 from clkit.errors import ConfigurationError
-from clkit.forward import task_loss
-from clkit.parameters import flat
-from clkit.penalty import (
+from clkit.method.forward import task_loss
+from clkit.method.parameters import flat
+from clkit.method.penalty import (
     Quadratic,
     QuadraticPenalty,
     choose_samples,
@@ -20,8 +22,7 @@ from clkit.penalty import (
     sample_gradients,
     sum_over_samples,
 )
-from clkit.strategy import check_pairs, gives_pairs, stream_data
-from clkit.stream import Experience
+from clkit.method.strategy import check_pairs, gives_pairs
 
 FISHERS = ("empirical", "true", "batch")
 

@@ -7,10 +7,11 @@ from typing import Any
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
-from clkit.distillation import Distillation, ask
+from clkit.data.forward_record import LayerCall, record_layers, unwatch, watch
 from clkit.errors import ConfigurationError
-from clkit.forward import LayerCall, layer_call, record_layers, unwatch, watch
-from clkit.strategy import check_pairs
+from clkit.method.distillation import Distillation, ask
+from clkit.method.forward import layer_call
+from clkit.method.strategy import check_pairs
 
 
 class FeatureDistillation(Distillation):

@@ -14,19 +14,22 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.utils._pytree import tree_leaves, tree_map
 
-from clkit.buffer import ReservoirBuffer
-from clkit.datasets import labels_of
-from clkit.distributed import gather_batch, local_share, sum_over_processes
+from clkit.data.batch import gather_batch, local_share
+from clkit.data.datamodule import stream_data
+from clkit.data.datasets import labels_of
+from clkit.data.hooks import callbacks_of
+from clkit.data.stream import Experience
+from clkit.distributed import sum_over_processes
 from clkit.errors import ConfigurationError, check_whole
 from clkit.evaluation.drift import ModuleDrift
 from clkit.evaluation.prefix import PrefixTable
-from clkit.forward import outputs, task_loss, task_loss_and_outputs
-from clkit.gradient import check_automatic
-from clkit.modules import Part, only, select
-from clkit.optimizer import forget_state
+from clkit.memory.buffer import ReservoirBuffer
+from clkit.method.forward import outputs, task_loss, task_loss_and_outputs
+from clkit.method.gradient import check_automatic
+from clkit.method.module_kinds import Part, only, select
+from clkit.method.optimizer import forget_state
+from clkit.method.strategy import Strategy, check_pairs
 from clkit.rng import private_rng
-from clkit.strategy import Strategy, callbacks_of, check_pairs, stream_data
-from clkit.stream import Experience
 
 
 class _Finetuning(Strategy):

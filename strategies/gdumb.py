@@ -10,15 +10,15 @@ from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
-from clkit.datamodule import StreamDataModule
-from clkit.datasets import targets_of
+from clkit.data.datamodule import StreamDataModule, stream_data
+from clkit.data.datasets import targets_of
+from clkit.data.loader import read_samples
+from clkit.data.stream import Experience
 from clkit.errors import ConfigurationError, check_whole
-from clkit.forward import to_device
-from clkit.loader import read_samples
-from clkit.parameters import assign
+from clkit.method.forward import to_device
+from clkit.method.parameters import assign
+from clkit.method.strategy import Strategy
 from clkit.rng import private_rng
-from clkit.strategy import Strategy, stream_data
-from clkit.stream import Experience
 
 
 class GDumb(Strategy):

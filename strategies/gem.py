@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map, tree_map_only
 
-from clkit.distributed import local_share
+from clkit.data.batch import local_share
+from clkit.data.stream import Experience
 from clkit.errors import ConfigurationError, check_whole
-from clkit.gradient import add_to_gradients, check_automatic, flatten, loss_gradient, with_gradient
+from clkit.method.gradient import add_to_gradients, check_automatic, flatten, loss_gradient, with_gradient
+from clkit.method.strategy import Strategy, random_samples
 from clkit.rng import private_rng
-from clkit.strategy import Strategy, random_samples
-from clkit.stream import Experience
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 

@@ -11,14 +11,15 @@ from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from clkit.buffer import ReservoirBuffer, draw_replay
-from clkit.distributed import gather_batch
+from clkit.data.batch import gather_batch
+from clkit.data.datamodule import stream_data
 from clkit.errors import ConfigurationError
-from clkit.evaluation.mode import evaluation_mode
-from clkit.forward import task_loss
-from clkit.hidden import capture, find_blocks
-from clkit.parameters import assign, swapped, trainable
-from clkit.strategy import Strategy, stream_data
+from clkit.memory.buffer import ReservoirBuffer, draw_replay
+from clkit.method.evaluation_mode import evaluation_mode
+from clkit.method.forward import task_loss
+from clkit.method.hidden_states import capture, find_blocks
+from clkit.method.parameters import assign, swapped, trainable
+from clkit.method.strategy import Strategy
 
 
 class InterpolatedLoRA(Strategy):

@@ -9,13 +9,13 @@ from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from clkit.data.datamodule import stream_data
+from clkit.data.stream import Experience
 from clkit.errors import ConfigurationError
 from clkit.language.dataset import InstructionDataset
 from clkit.language.records import Record
 from clkit.language.similarity import Similarity, mean_similarity, tfidf_cosine
-from clkit.routing import Router
-from clkit.strategy import stream_data
-from clkit.stream import Experience
+from clkit.method.routing import Router
 
 PARTS = ("instruction", "first_line", "second_line", "last_line", "before_colon")
 

@@ -8,8 +8,8 @@ from typing import Any
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
-from clkit.penalty import Quadratic, QuadraticPenalty
-from clkit.stream import Experience
+from clkit.data.stream import Experience
+from clkit.method.penalty import Quadratic, QuadraticPenalty
 
 
 class L2Anchor(QuadraticPenalty):

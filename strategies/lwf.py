@@ -9,11 +9,12 @@ from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, kl_div
 
-from clkit.distillation import Distillation, ask
+from clkit.data.datamodule import stream_data
+from clkit.data.stream import Experience
 from clkit.errors import ConfigurationError
-from clkit.forward import outputs
-from clkit.strategy import check_pairs, stream_data
-from clkit.stream import Experience
+from clkit.method.distillation import Distillation, ask
+from clkit.method.forward import outputs
+from clkit.method.strategy import check_pairs
 
 
 class LwF(Distillation):

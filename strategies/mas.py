@@ -9,9 +9,10 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
+from clkit.data.stream import Experience
 from clkit.errors import ConfigurationError
-from clkit.parameters import flat
-from clkit.penalty import (
+from clkit.method.parameters import flat
+from clkit.method.penalty import (
     Quadratic,
     QuadraticPenalty,
     choose_samples,
@@ -19,8 +20,7 @@ from clkit.penalty import (
     sample_gradients,
     sum_over_samples,
 )
-from clkit.strategy import check_pairs
-from clkit.stream import Experience
+from clkit.method.strategy import check_pairs
 
 
 class MAS(QuadraticPenalty):

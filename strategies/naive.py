@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clkit.strategy import Strategy
+from clkit.method.strategy import Strategy
 
 
 class Naive(Strategy):

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.optim import Optimizer
 
-from clkit.adapters import AdapterPerExperience
 from clkit.errors import ConfigurationError
+from clkit.method.adapters import AdapterPerExperience
 
 
 class OLoRA(AdapterPerExperience):

@@ -9,9 +9,9 @@ from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from clkit.data.stream import Experience
 from clkit.errors import ConfigurationError
-from clkit.routing import Router
-from clkit.stream import Experience
+from clkit.method.routing import Router
 
 
 class PerTask(Router):

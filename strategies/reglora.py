@@ -12,8 +12,8 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from clkit.adapters import AdapterPerExperience, LowRank
 from clkit.errors import ConfigurationError
+from clkit.method.adapters import AdapterPerExperience, LowRank
 
 
 class RegLoRA(AdapterPerExperience):

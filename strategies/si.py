@@ -10,10 +10,10 @@ from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from clkit.data.stream import Experience
 from clkit.errors import ConfigurationError
-from clkit.parameters import flat
-from clkit.penalty import Quadratic, QuadraticPenalty
-from clkit.stream import Experience
+from clkit.method.parameters import flat
+from clkit.method.penalty import Quadratic, QuadraticPenalty
 
 
 class SynapticIntelligence(QuadraticPenalty):

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from clkit import StabilityGap, StreamCheckpoint, StreamDataModule, strategies
-from clkit.checkpoint import checkpoints, latest_checkpoint
+from clkit.run.checkpoint import checkpoints, latest_checkpoint
 
 
 class NoisyModule(UserModule):

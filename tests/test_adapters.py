@@ -11,8 +11,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from clkit import Classifier, ConfigurationError, SaveAdapters, StabilityGap, StreamDataModule
-from clkit.adapters import add_adapter, lora, lora_layers, merge_adapters
-from clkit.networks import tiny_vit
+from clkit.method.adapters import add_adapter, lora, lora_layers, merge_adapters
+from clkit.models.networks import tiny_vit
 from clkit.strategies import EMABalance, RegLoRA
 
 

@@ -6,7 +6,7 @@ import torch
 from plain import QUIET, make_module, make_stream
 
 from clkit import ConfigurationError, StreamDataModule
-from clkit.buffer import ReservoirBuffer
+from clkit.memory.buffer import ReservoirBuffer
 from clkit.strategies import AGEM
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torchmetrics.functional.text import rouge_score, squad
 
 from clkit import ConfigurationError
-from clkit.evaluation.functional import backward_transfer, language_summary, overall_performance
 from clkit.language.answers import METRICS, find_letter, find_number, mean_scores, sari, score_answer
+from clkit.metrics.functional import backward_transfer, language_summary, overall_performance
 
 TEXT = st.text(alphabet="abAB theano.,\n-1 2", max_size=30)
 WORDS = st.lists(st.sampled_from(["the", "cat", "Cats", "a", "sat", "on.", "2", "!"]), min_size=1, max_size=12)

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clkit.buffer import ClassBalancedBuffer, ReservoirBuffer
-from clkit.datasets import labels_of
+from clkit.data.datasets import labels_of
 from clkit.errors import ConfigurationError
+from clkit.memory.buffer import ClassBalancedBuffer, ReservoirBuffer
 
 
 def batches(sizes, n_classes=3, seed=0):

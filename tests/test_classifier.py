@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from clkit import Classifier, ConfigurationError, StreamDataModule
-from clkit.networks import MLP
+from clkit.models.networks import MLP
 from clkit.scenarios import SplitDigits
 from clkit.strategies import ExperienceReplay
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clkit.cli import main
-from clkit.jobs import run_name
+from clkit.run.cli import main
+from clkit.run.jobs import run_name
 
 OVERRIDES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=300)
 
@@ -35,7 +35,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 @pytest.mark.parametrize("option", ["--help", "--version"])
 def test_help_and_version_import_nothing_heavy(option: str) -> None:
     code = (
-        "import sys; from clkit.cli import main\n"
+        "import sys; from clkit.run.cli import main\n"
         f"try: main(['{option}'])\n"
         "except SystemExit as stop: assert not stop.code\n"
         "assert not {'torch', 'hydra', 'pytorch_lightning', 'matplotlib', 'rich'} & set(sys.modules)"
@@ -149,7 +149,7 @@ def test_unknown_commands_and_missing_folders_are_mistakes(tmp_path: Path) -> No
 
 
 def test_list_names_every_config_with_its_description(capsys: pytest.CaptureFixture[str]) -> None:
-    from clkit.plugins import choices
+    from clkit.run.plugins import choices
 
     assert main(["list"]) == 0
     shown = capsys.readouterr().out
@@ -177,7 +177,7 @@ def plugin(tmp_path: Path) -> Path:
     for package in (site / "other", conf.parent):
         (package / "__init__.py").touch()
     (site / "other" / "method.py").write_text(
-        "from clkit.strategy import Strategy\nfrom clkit.scenarios import SplitDigits\n"
+        "from clkit.method.strategy import Strategy\nfrom clkit.scenarios import SplitDigits\n"
         "class Mine(Strategy):\n    'What Mine does.'\n"
         "    def __init__(self, weight: float = 1.0): print('weight', weight)\n"
         "def stream():\n    'Two digits.'\n    return SplitDigits(n_experiences=5)[:1]\n"

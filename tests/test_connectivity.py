@@ -14,13 +14,14 @@ from test_train import configure
 from torch import nn
 
 from clkit import ConfigurationError, StreamCheckpoint, StreamDataModule
-from clkit.checkpoint import checkpoints, experience_ends, latest_checkpoint
-from clkit.cli import main
-from clkit.connectivity import connect, line
-from clkit.evaluation.lines import Line, read_lines, write_lines
+from clkit.evaluation.connectivity import line
+from clkit.metrics.connectivity_file import Line, read_lines, write_lines
 from clkit.report import write_report
+from clkit.run.checkpoint import checkpoints, experience_ends, latest_checkpoint
+from clkit.run.cli import main
+from clkit.run.connect import connect
+from clkit.run.train import run
 from clkit.strategies import InterpolatedLoRA
-from clkit.train import run
 
 
 class Quadratic(pl.LightningModule):

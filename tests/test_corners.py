@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, default_collate
 from torchmetrics.classification import MulticlassAccuracy
 
 from clkit import ConfigurationError, InMemoryDataset, StabilityGap, Stream, StreamCheckpoint, StreamDataModule
-from clkit.checkpoint import checkpoints
+from clkit.run.checkpoint import checkpoints
 from clkit.strategies import (
     AGEM,
     EWC,
@@ -393,4 +393,4 @@ def test_an_empty_test_set_is_refused():
 def test_the_trainer_is_as_before_after_the_fit():
     trainer = fit(make_module(), [ExperienceReplay(16)])
     assert trainer.reload_dataloaders_every_n_epochs == 0
-    assert not [callback for callback in trainer.callbacks if type(callback).__name__ == "StreamDriver"]
+    assert not [callback for callback in trainer.callbacks if type(callback).__name__ == "HookRunner"]

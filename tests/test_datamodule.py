@@ -13,8 +13,8 @@ from plain import QUIET, UserModule, make_module, make_stream, weights
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from clkit import ConfigurationError, InMemoryDataset, ResetOptimizer, Stream, StreamDataModule
-from clkit.datasets import can_slice, read_batch, targets_of
-from clkit.loader import StreamLoader, read_samples
+from clkit.data.datasets import can_slice, read_batch, targets_of
+from clkit.data.loader import StreamLoader, read_samples
 
 
 class Recorder(UserModule):

@@ -7,8 +7,8 @@ from plain import QUIET, UserModule, make_module, make_stream, weights
 from torch import nn
 
 from clkit import Classifier, ConfigurationError, InMemoryDataset, Stream, StreamDataModule
-from clkit.forward import logit_distance
-from clkit.networks import MLP
+from clkit.method.forward import logit_distance
+from clkit.models.networks import MLP
 from clkit.strategies import DER, ExperienceReplay
 
 

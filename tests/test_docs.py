@@ -16,9 +16,9 @@ from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from language import write_tasks
 
-from clkit.jobs import task as task  # registers the resolver of run names
+from clkit.run.jobs import task as task  # registers the resolver of run names
+from clkit.run.train import is_finished
 from clkit.testing import small_language_module, small_tokenizer
-from clkit.train import is_finished
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import docs_figures
@@ -125,8 +125,8 @@ def test_a_session_of_python_becomes_code():
 
 
 def test_references_and_papers_become_links():
-    drawn = render("See :class:`~clkit.stream.Stream`, :func:`main` and arXiv 2205.13452.")
-    assert '<autoref identifier="clkit.stream.Stream" optional><code>Stream</code></autoref>' in drawn
+    drawn = render("See :class:`~clkit.data.stream.Stream`, :func:`main` and arXiv 2205.13452.")
+    assert '<autoref identifier="clkit.data.stream.Stream" optional><code>Stream</code></autoref>' in drawn
     assert "<code>main</code>" in drawn
     assert '<a href="https://arxiv.org/abs/2205.13452">arXiv 2205.13452</a>' in drawn
 

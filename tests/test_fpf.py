@@ -14,8 +14,8 @@ from torchvision.models import vgg11
 
 from clkit import ConfigurationError, ModuleDrift, Stream, StreamDataModule
 from clkit.evaluation.prefix import PrefixTable
-from clkit.modules import only, parts, select
-from clkit.networks import MLP, slim_resnet18, tiny_vit
+from clkit.method.module_kinds import only, parts, select
+from clkit.models.networks import MLP, slim_resnet18, tiny_vit
 from clkit.rng import private_rng
 from clkit.strategies import EWC, FPF, KFPF, ExperienceReplay, Naive
 from clkit.strategies.fpf import preset, triggers

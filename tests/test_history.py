@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clkit import ConfigurationError
-from clkit.evaluation.history import History, HistoryWriter
+from clkit.metrics.history import History, HistoryWriter
 
 NAN = math.nan
 HEADER = "step,experience,phase,E0,E1\n"

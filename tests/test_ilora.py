@@ -18,8 +18,8 @@ from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from clkit import ConfigurationError, Experience, StabilityGap, Stream, StreamDataModule
-from clkit.evaluation.history import History
-from clkit.hidden import capture, find_blocks
+from clkit.method.hidden_states import capture, find_blocks
+from clkit.metrics.history import History
 from clkit.strategies import ExperienceReplay, InterpolatedLoRA, Naive
 from clkit.strategies.ilora import consistency
 

@@ -23,6 +23,14 @@ def check(tree: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=tree)
 
 
+def test_a_new_folder_needs_its_place_in_the_layers(tree: Path) -> None:
+    (tree / "clkit" / "elsewhere").mkdir()
+    (tree / "clkit" / "elsewhere" / "__init__.py").touch()
+    result = check(tree)
+    assert result.returncode == 1
+    assert "clkit.elsewhere" in result.stdout
+
+
 def test_this_tree_keeps_the_import_rules(tree: Path) -> None:
     result = check(tree)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -31,10 +39,13 @@ def test_this_tree_keeps_the_import_rules(tree: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "line"),
     [
-        ("clkit/stream.py", "from clkit.strategies.naive import Naive"),
+        ("clkit/data/stream.py", "from clkit.strategies.naive import Naive"),
         ("clkit/evaluation/scores.py", "def f():\n    import clkit.strategies.er"),
-        ("clkit/cli.py", "from clkit.scenarios import SplitDigits"),
+        ("clkit/run/cli.py", "from clkit.scenarios import SplitDigits"),
         ("scenarios/__init__.py", "from clkit.strategies import naive"),
+        ("clkit/data/stream.py", "from clkit.method.strategy import Strategy"),
+        ("clkit/metrics/history.py", "def f():\n    import clkit.data.stream"),
+        ("clkit/data/hooks.py", "from clkit.data import datamodule"),
         ("strategies/naive.py", "from clkit import scenarios"),
         ("strategies/naive.py", "from .er import ExperienceReplay"),
         ("strategies/naive.py", "from clkit.strategies import EWC"),

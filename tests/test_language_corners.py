@@ -17,14 +17,14 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from clkit import ConfigurationError, StabilityGap, Stream, StreamDataModule
 from clkit import strategies as s
-from clkit.datamodule import _grouped
-from clkit.datasets import InMemoryDataset
+from clkit.data.datamodule import _grouped
+from clkit.data.datasets import InMemoryDataset
+from clkit.evaluation.token_scores import answer_loss
 from clkit.language.answers import find_letter
 from clkit.language.dataset import InstructionDataset, Pad, _shortened
 from clkit.language.generation import AnswerScores
 from clkit.language.models import CausalLM, TextClassifier
 from clkit.language.records import Record, read_records
-from clkit.language.scores import answer_loss
 from clkit.scenarios import Instructions
 from clkit.testing import small_instructions, small_tokenizer
 

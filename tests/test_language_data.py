@@ -12,7 +12,7 @@ from language import objects, write_tasks
 from torch.utils.data import ConcatDataset
 
 from clkit import ConfigurationError, StreamDataModule
-from clkit.batch import concatenate, widened
+from clkit.data.batch import concatenate, widened
 from clkit.language.dataset import InstructionDataset, Pad
 from clkit.language.records import Record, read_records, write_records
 from clkit.language.styles import AnswerStyles
@@ -233,7 +233,7 @@ def test_answer_styles_change_training_records_alone(tmp_path):
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=300), st.integers(1, 7))
 def test_grouping_by_length_is_a_permutation_with_less_padding(lengths, size):
-    from clkit.datamodule import _grouped
+    from clkit.data.datamodule import _grouped
     from clkit.rng import private_rng
 
     given_order, n = torch.arange(len(lengths)).flip(0), torch.tensor(lengths)

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from clkit import ConfigurationError, StabilityGap, StreamDataModule
 from clkit import strategies as s
+from clkit.evaluation.token_scores import answer_loss, answer_probability, language_model, token_accuracy
 from clkit.language.dataset import Pad
 from clkit.language.generation import AnswerScores, generate
 from clkit.language.models import CausalLM, TextClassifier, load_tokenizer
-from clkit.language.scores import answer_loss, answer_probability, language_model, token_accuracy
 from clkit.scenarios import Instructions
 from clkit.testing import small_language_module, small_tokenizer
 
@@ -317,7 +317,7 @@ def test_a_saved_model_and_tokenizer_are_loaded_by_path(tmp_path, stream):
 
 def test_answers_need_prompts(tmp_path):
     from clkit import Classifier
-    from clkit.networks import MLP
+    from clkit.models.networks import MLP
     from clkit.scenarios import SplitDigits
 
     data = StreamDataModule(SplitDigits())

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from clkit import ConfigurationError, StabilityGap, Stream, StreamDataModule
 from clkit import strategies as s
+from clkit.data.stream import Experience
+from clkit.evaluation.token_scores import token_accuracy
 from clkit.language.dataset import InstructionDataset, Pad
 from clkit.language.generation import AnswerScores
 from clkit.language.records import Record
-from clkit.language.scores import token_accuracy
 from clkit.language.similarity import EmbeddingCosine, mean_similarity, tfidf_cosine
-from clkit.parameters import trainable
-from clkit.stream import Experience
+from clkit.method.parameters import trainable
 from clkit.testing import CHECKS, check_strategy, small_instructions, small_language_module, small_tokenizer
 
 QUIET = {

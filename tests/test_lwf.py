@@ -11,7 +11,7 @@ from plain import QUIET, UserModule, make_module, make_stream
 from torch import nn
 
 from clkit import Classifier, ConfigurationError, InMemoryDataset, Stream, StreamDataModule
-from clkit.networks import MLP
+from clkit.models.networks import MLP
 from clkit.strategies import LwF
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clkit import ConfigurationError
-from clkit.evaluation.functional import (
+from clkit.metrics.functional import (
     Statistics,
     accuracy_matrix,
     compute_metrics,
@@ -18,8 +18,8 @@ from clkit.evaluation.functional import (
     windowed_forgetting,
     windowed_plasticity,
 )
-from clkit.evaluation.history import History
-from clkit.evaluation.metrics import (
+from clkit.metrics.history import History
+from clkit.metrics.online import (
     WCACC,
     AverageAccuracy,
     AverageAnytimeAccuracy,
@@ -35,7 +35,7 @@ from clkit.evaluation.metrics import (
     WindowedForgetting,
     WindowedPlasticity,
 )
-from clkit.evaluation.summary import summary, to_json
+from clkit.metrics.summary import summary, to_json
 
 NAN = math.nan
 E1 = [40, 70, 80, 90, 20, 50, 70, 80, 30, 40, 60, 70]

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from clkit import ConfigurationError
-from clkit.networks import MLP, build_network, slim_resnet18, tiny_vit, with_weights
+from clkit.models.networks import MLP, build_network, slim_resnet18, tiny_vit, with_weights
 from clkit.scenarios import SplitDigits
 
 

@@ -11,7 +11,7 @@ from test_reglora import fit, lora_module, state
 from torch.nn.functional import cross_entropy
 
 from clkit import ConfigurationError
-from clkit.adapters import lora_layers, merge_adapters
+from clkit.method.adapters import lora_layers, merge_adapters
 from clkit.strategies import EWC, EMABalance, ExperienceReplay, Naive, OLoRA, RegLoRA
 from clkit.strategies.olora import overlap
 

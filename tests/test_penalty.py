@@ -9,8 +9,8 @@ from plain import QUIET, UserModule, make_module, make_stream, weights
 from torch import nn
 
 from clkit import ConfigurationError, InMemoryDataset, Stream, StreamDataModule, TrainOnly
-from clkit.networks import build_network
-from clkit.penalty import Quadratic
+from clkit.method.penalty import Quadratic
+from clkit.models.networks import build_network
 from clkit.strategies import EWC, MAS, L2Anchor, SynapticIntelligence
 
 ALL = {

@@ -12,15 +12,15 @@ import torch
 from hydra import compose, initialize_config_module
 
 from clkit import ConfigurationError, StabilityGap, StreamDataModule
-from clkit.jobs import file_of
 from clkit.language.dataset import InstructionDataset
 from clkit.language.generation import generate
 from clkit.language.models import CausalLM, TextClassifier, load_tokenizer
 from clkit.language.records import Record, write_records
 from clkit.language.similarity import EmbeddingCosine
+from clkit.run.jobs import file_of
+from clkit.run.train import run
 from clkit.scenarios import SplitTexts
 from clkit.strategies import ExperienceReplay
-from clkit.train import run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import make_instructions

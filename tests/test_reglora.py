@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from clkit import ConfigurationError, StreamDataModule
-from clkit.adapters import lora_layers, merge_adapters
+from clkit.method.adapters import lora_layers, merge_adapters
 from clkit.rng import private_rng
 from clkit.strategies import EWC, EMABalance, ExperienceReplay, Naive, RegLoRA
 from clkit.strategies.reglora import Penalty, Positions, prefers_sparse

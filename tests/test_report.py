@@ -15,8 +15,8 @@ import pytest
 from rich.console import Console
 
 from clkit import ConfigurationError
-from clkit.evaluation.drift_file import Drift
-from clkit.evaluation.history import History, HistoryWriter
+from clkit.metrics.drift_file import Drift
+from clkit.metrics.history import History, HistoryWriter
 from clkit.report import write_report
 from clkit.report.figures import (
     ONE_COLUMN,
@@ -345,7 +345,7 @@ def test_a_drift_file_of_something_else_is_refused(tmp_path):
 
 def test_reporting_needs_no_torch():
     code = (
-        "import sys, clkit.report, clkit.evaluation.functional, clkit.evaluation.summary;"
+        "import sys, clkit.report, clkit.metrics.functional, clkit.metrics.summary;"
         "sys.exit(bool({'torch', 'pytorch_lightning', 'torchmetrics', 'matplotlib.pyplot'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

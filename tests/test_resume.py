@@ -14,7 +14,8 @@ import torch
 from plain import QUIET, UserModule, make_module, make_stream, weights
 
 from clkit import ConfigurationError, StabilityGap, StreamCheckpoint, StreamDataModule
-from clkit.checkpoint import checkpoints, latest_checkpoint, verify_checkpoint
+from clkit.data.checkpoint_io import verify_checkpoint
+from clkit.run.checkpoint import checkpoints, latest_checkpoint
 from clkit.strategies import EWC, ExperienceReplay
 
 STRATEGIES = ["naive", "cumulative", "joint", "er", "er_balanced", "derpp", "cls_er", "gdumb", "gem", "agem"]
@@ -167,7 +168,7 @@ def test_a_module_that_asks_for_the_number_of_steps_resumes_bit_identically(tmp_
 
 def test_checkpoints_by_the_clock(tmp_path, monkeypatch):
     hours = iter(range(10_000))
-    monkeypatch.setattr("clkit.checkpoint.time", SimpleNamespace(monotonic=lambda: 3600.0 * next(hours)))
+    monkeypatch.setattr("clkit.run.checkpoint.time", SimpleNamespace(monotonic=lambda: 3600.0 * next(hours)))
     data = StreamDataModule(make_stream(), batch_size=8, epochs=2)
     checkpoint = StreamCheckpoint(tmp_path, every_n_minutes=150, keep=100)
     trainer = pl.Trainer(max_epochs=2, callbacks=[checkpoint], **{**QUIET, "enable_checkpointing": True})

@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 from torch.utils.data import TensorDataset
 
 from clkit import ConfigurationError, scenarios
-from clkit.datasets import InMemoryDataset, read_batch, targets_of
+from clkit.data.datasets import InMemoryDataset, read_batch, targets_of
 from clkit.scenarios import AvalancheStream, Permuted, Rotated, Split, SplitDigits
 
 DIGITS = load_digits()

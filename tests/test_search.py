@@ -15,10 +15,10 @@ import yaml
 from hydra import compose, initialize_config_module
 
 from clkit import ConfigurationError
-from clkit import jobs as jobs
-from clkit.cli import main
-from clkit.folder import attempts
-from clkit.train import build_module
+from clkit.run import jobs as jobs
+from clkit.run.cli import main
+from clkit.run.folder import attempts
+from clkit.run.train import build_module
 
 optuna = pytest.importorskip("optuna")
 pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")

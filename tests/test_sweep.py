@@ -18,11 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from clkit.cli import main
-from clkit.folder import Attempt, Busy, attempt, attempts, fruitless, hold, is_held, last_lines
 from clkit.report import write_report
-from clkit.report.status import show_status
-from clkit.sweep import Cell, cells_in, missing_runs, plans, seconds_left
+from clkit.report.runs import missing_runs
+from clkit.run.cli import main
+from clkit.run.folder import Attempt, Busy, attempt, attempts, fruitless, hold, is_held, last_lines
+from clkit.run.sweep import Cell, cells_in, plans, seconds_left
+from clkit.run.sweep_status import show_status
 
 SMALL = ["trainer=cpu", "scenario.n_experiences=2", "data.epochs=1", "evaluation.every=3", "evaluation.subset=50"]
 SMALL += ["logger=none", "model.net.hidden=[8]"]
@@ -151,7 +152,7 @@ def test_an_attempt_is_recorded_with_its_error_and_torn_lines_are_passed_over(tm
 
 def test_a_folder_is_held_by_one_process_and_free_after_its_death(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from clkit.folder import hold\n"
+        "import sys, time; from pathlib import Path; from clkit.run.folder import hold\n"
         "with hold(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
     )
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)

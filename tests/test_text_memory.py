@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clkit import ConfigurationError
-from clkit.buffer import ClassBalancedBuffer, ReservoirBuffer
 from clkit.language.dataset import Pad
+from clkit.memory.buffer import ClassBalancedBuffer, ReservoirBuffer
 
 
 def samples(lengths, first=0):

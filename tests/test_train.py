@@ -16,14 +16,14 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from clkit import ConfigurationError, ResetOptimizer, StabilityGap, StreamCheckpoint, StreamProgress
-from clkit.checkpoint import latest_checkpoint
-from clkit.cli import main
-from clkit.jobs import task as task  # registers the resolver of run names
-from clkit.mistakes import check
-from clkit.plugins import choices
+from clkit.run.checkpoint import latest_checkpoint
+from clkit.run.cli import main
+from clkit.run.jobs import task as task  # registers the resolver of run names
+from clkit.run.mistakes import check
+from clkit.run.plugins import choices
+from clkit.run.train import build, fingerprint, run
 from clkit.strategies import EWC, ExperienceReplay
 from clkit.testing import small_language_module, small_tokenizer
-from clkit.train import build, fingerprint, run
 
 QUICK = ["trainer=cpu", "scenario.n_experiences=2", "data.epochs=1", "evaluation.every=3", "evaluation.subset=50"]
 SMALL = [*QUICK, "logger=none", "model.net.hidden=[8]"]

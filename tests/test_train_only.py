@@ -8,7 +8,7 @@ from hydra.utils import instantiate
 from plain import QUIET, UserModule, make_module, make_stream
 
 from clkit import Classifier, ConfigurationError, StreamDataModule, TrainOnly
-from clkit.networks import build_network
+from clkit.models.networks import build_network
 
 
 def fit(callbacks, module):

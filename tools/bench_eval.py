@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
 from clkit import Classifier, InMemoryDataset, StabilityGap, Stream, StreamDataModule
-from clkit.evaluation.history import History, HistoryWriter
-from clkit.networks import MLP, slim_resnet18, tiny_vit
+from clkit.metrics.history import History, HistoryWriter
+from clkit.models.networks import MLP, slim_resnet18, tiny_vit
 from clkit.report.figures import save, stability_gap_figure
 from clkit.scenarios import Split
 

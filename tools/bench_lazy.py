@@ -24,7 +24,7 @@ from bench_train import unpack_debian
 from rich.console import Console
 
 from clkit import Classifier, StabilityGap, StreamDataModule
-from clkit.networks import MLP
+from clkit.models.networks import MLP
 from clkit.scenarios import Split
 from clkit.strategies import ExperienceReplay
 

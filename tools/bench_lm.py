@@ -30,13 +30,13 @@ from rich.table import Table
 from transformers import LlamaConfig
 
 from clkit import Experience, Flops, Stream, StreamDataModule
-from clkit.adapters import lora
-from clkit.evaluation.mode import evaluation_mode
+from clkit.evaluation.token_scores import token_accuracy
 from clkit.language.dataset import InstructionDataset, Pad
 from clkit.language.generation import generate
 from clkit.language.models import CausalLM
 from clkit.language.records import Record
-from clkit.language.scores import token_accuracy
+from clkit.method.adapters import lora
+from clkit.method.evaluation_mode import evaluation_mode
 from clkit.strategies import InterpolatedLoRA
 from clkit.testing import small_tokenizer
 

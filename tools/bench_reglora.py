@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from clkit import Classifier, InMemoryDataset, Strategy, Stream, StreamDataModule
-from clkit.adapters import lora
-from clkit.networks import tiny_vit
+from clkit.method.adapters import lora
+from clkit.models.networks import tiny_vit
 from clkit.strategies import Naive, RegLoRA
 from clkit.strategies.reglora import Penalty, Positions, prefers_sparse
 

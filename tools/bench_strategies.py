@@ -28,8 +28,8 @@ from rich.table import Table
 
 from clkit import Classifier, Flops, InMemoryDataset, Stream, StreamDataModule
 from clkit import strategies as s
-from clkit.adapters import lora
-from clkit.networks import tiny_vit
+from clkit.method.adapters import lora
+from clkit.models.networks import tiny_vit
 
 STEPS, BATCH = 60, 32
 METHODS: dict[str, Callable[[], Any]] = {

@@ -25,11 +25,11 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from clkit.evaluation.history import HistoryWriter
-from clkit.evaluation.summary import summary
-from clkit.folder import attempts
+from clkit.metrics.history import HistoryWriter
+from clkit.metrics.summary import summary
 from clkit.report import write_report
 from clkit.report.runs import History
+from clkit.run.folder import attempts
 
 EVALUATIONS, EXPERIENCES, SETTINGS = 5000, 5, 25
 TINY = ["trainer=cpu", "scenario.n_experiences=2", "data.epochs=1", "model.net.hidden=[]", "evaluation.subset=50"]

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from clkit import StreamDataModule
-from clkit.networks import MLP
+from clkit.models.networks import MLP
 from clkit.scenarios import Split
 from clkit.strategies import ExperienceReplay, Naive
 

@@ -19,9 +19,9 @@ from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 
 from clkit import ConfigurationError, StreamDataModule
-from clkit.adapters import add_adapter, lora
-from clkit.jobs import task as task  # registers the resolver of run names
-from clkit.plugins import choices
+from clkit.method.adapters import add_adapter, lora
+from clkit.run.jobs import task as task  # registers the resolver of run names
+from clkit.run.plugins import choices
 from clkit.testing import SmallModule, small_instructions, small_language_module, small_stream
 
 SMALL = {

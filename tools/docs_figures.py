@@ -19,11 +19,12 @@ import torch
 from hydra import compose, initialize_config_module
 from pretrain_vit import pretrain
 
-from clkit import StabilityGap, StreamDataModule, train
-from clkit.evaluation.history import History
-from clkit.jobs import quieten_libraries
-from clkit.plugins import choices
+from clkit import StabilityGap, StreamDataModule
+from clkit.metrics.history import History
 from clkit.report.figures import save, stability_gap_figure
+from clkit.run import train
+from clkit.run.jobs import quieten_libraries
+from clkit.run.plugins import choices
 from clkit.strategies import InstructionGroups
 from clkit.testing import small_instructions, small_language_module
 

@@ -17,9 +17,9 @@ from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from clkit.evaluation.metrics import StabilityGapMetrics
-from clkit.plugins import Choice, choices
+from clkit.metrics.online import StabilityGapMetrics
 from clkit.report.definitions import define, title
+from clkit.run.plugins import Choice, choices
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / ".cache" / "docs" / "source"

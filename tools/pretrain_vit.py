@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 import torch
 
 from clkit import Classifier, StreamDataModule
-from clkit.networks import tiny_vit
+from clkit.models.networks import tiny_vit
 from clkit.scenarios import Split
 
 

@@ -21,11 +21,11 @@ from pathlib import Path
 from reproduce_stability_gap import groups_of, train
 from rich.console import Console
 
-from clkit.jobs import file_of
 from clkit.language.models import CausalLM, load_tokenizer
 from clkit.report import write_report
 from clkit.report.runs import Group
 from clkit.report.tables import Table, answers_table
+from clkit.run.jobs import file_of
 
 METHODS = {
     "sequential": ["strategy=naive"],

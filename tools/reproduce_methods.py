@@ -24,7 +24,7 @@ from pretrain_vit import pretrain
 from reproduce_stability_gap import groups_of, train
 from rich.console import Console
 
-from clkit.evaluation.drift_file import Drift
+from clkit.metrics.drift_file import Drift
 from clkit.report import write_report
 from clkit.report.estimate import Estimate
 from clkit.report.runs import Group

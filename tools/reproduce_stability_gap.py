@@ -26,8 +26,8 @@ import numpy as np
 from bench_train import unpack_debian
 from rich.console import Console
 
-from clkit.evaluation.functional import compute_metrics
-from clkit.evaluation.history import History
+from clkit.metrics.functional import compute_metrics
+from clkit.metrics.history import History
 from clkit.report import write_report
 from clkit.report.estimate import Estimate
 from clkit.report.runs import Group, find_runs, group_runs

@@ -13,19 +13,19 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from clkit.data.datamodule import stream_data
+from clkit.data.stream import Experience
 from clkit.distributed import need_whole_weights
 from clkit.errors import check_whole
-from clkit.evaluation.drift_file import COLUMNS
-from clkit.modules import Part, parts
-from clkit.strategy import stream_data
-from clkit.stream import Experience
+from clkit.method.module_kinds import Part, parts
+from clkit.metrics.drift_file import COLUMNS
 
 
 class ModuleDrift(Callback):
     r"""Measures the change of every module's weights, which tells what forgets, with any strategy.
 
     Within an experience, from one point to the next (an epoch, or an equal share of the steps), and across experiences,
-    at the same point of the one before, for the layers of :func:`clkit.modules.parts`:
+    at the same point of the one before, for the layers of :func:`clkit.method.module_kinds.parts`:
 
     .. math:: c^\ell_{t,n} = \tfrac1{|\theta^\ell|} \lVert\theta^\ell_{t,n} - \theta^\ell_{t,n-1}\rVert_1, \qquad
         d^\ell_{t,n} = \tfrac1{|\theta^\ell|} \lVert\theta^\ell_{t+1,n} - \theta^\ell_{t,n}\rVert_1

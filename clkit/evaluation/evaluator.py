@@ -28,13 +28,13 @@ from torch.func import functional_call, vmap
 
 from clkit.distributed import own_share
 from clkit.errors import ConfigurationError
-from clkit.evaluation.mode import untouched
 from clkit.evaluation.prefix import FrozenPrefix
 from clkit.evaluation.scores import Scorer
 from clkit.evaluation.subsets import Subsets
-from clkit.parameters import trainable
+from clkit.method.evaluation_mode import untouched
+from clkit.method.parameters import trainable
+from clkit.method.strategy import views_of
 from clkit.signals import STOP
-from clkit.strategy import views_of
 
 Result = Callable[[], Tensor]
 """Gives the sums ``[2, K]`` of an evaluation, see :meth:`Subsets.sums`; waits for it if need be."""

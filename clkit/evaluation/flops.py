@@ -10,7 +10,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from clkit.strategy import stream_data
+from clkit.data.datamodule import stream_data
 
 
 class Flops(Callback):

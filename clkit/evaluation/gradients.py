@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from clkit.data.datamodule import stream_data
 from clkit.errors import ConfigurationError, check_whole
-from clkit.forward import frozen_statistics
-from clkit.gradient import flatten, loss_gradient, with_gradient
-from clkit.strategy import Strategy, stream_data
+from clkit.method.forward import frozen_statistics
+from clkit.method.gradient import flatten, loss_gradient, with_gradient
+from clkit.method.strategy import Strategy
 
 _COLUMNS = ("step", "experience", "total", "plasticity", "stability", "cosine")
 

@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from clkit.errors import ConfigurationError
-from clkit.evaluation.mode import evaluation_mode
-from clkit.forward import frozen_statistics
+from clkit.method.evaluation_mode import evaluation_mode
+from clkit.method.forward import frozen_statistics
 
 _WORTH = 0.8
 _READ_A_VALUE = {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__"}

@@ -10,8 +10,8 @@ import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor
 
+from clkit.data.stream import Stream
 from clkit.errors import ConfigurationError
-from clkit.stream import Stream
 
 Score = Callable[[LightningModule, Any], Tensor]
 Mask = Literal["none", "seen", "experience"]
@@ -25,7 +25,7 @@ def named(score: str | Score) -> Score:
     Raises:
         ConfigurationError: If the name is unknown.
     """
-    from clkit.language.scores import answer_probability, token_accuracy
+    from clkit.evaluation.token_scores import answer_probability, token_accuracy
 
     known: dict[str, Score] = {
         "accuracy": accuracy,

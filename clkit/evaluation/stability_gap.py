@@ -19,23 +19,24 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from clkit.data.datamodule import stream_data
+from clkit.data.loader import StreamLoader, read_samples
+from clkit.data.stream import Experience, Stream
 from clkit.distributed import holds_shards, own_share, sum_over_processes
 from clkit.errors import ConfigurationError, check_whole
-from clkit.evaluation.beside import DeviceEvaluator
+from clkit.evaluation.device_evaluator import DeviceEvaluator
 from clkit.evaluation.evaluator import Evaluator, ProcessEvaluator, Result, SnapshotEvaluator
-from clkit.evaluation.history import History, HistoryWriter, Phase
-from clkit.evaluation.lazy import LazyEvaluator
-from clkit.evaluation.mode import untouched
+from clkit.evaluation.lazy_evaluator import LazyEvaluator
 from clkit.evaluation.prefix import FrozenPrefix
 from clkit.evaluation.schedule import Every, Schedule
 from clkit.evaluation.scores import Mask, Score, Scorer, named
 from clkit.evaluation.subsets import Subsets, choose
-from clkit.evaluation.summary import summary
-from clkit.forward import to_device
-from clkit.loader import StreamLoader, read_samples
-from clkit.routing import by_route, route_of
-from clkit.strategy import chosen_view, stream_data, views_of
-from clkit.stream import Experience, Stream
+from clkit.method.evaluation_mode import untouched
+from clkit.method.forward import to_device
+from clkit.method.routing import by_route, route_of
+from clkit.method.strategy import chosen_view, views_of
+from clkit.metrics.history import History, HistoryWriter, Phase
+from clkit.metrics.summary import summary
 
 
 class StabilityGap(Callback):
@@ -54,8 +55,8 @@ class StabilityGap(Callback):
         subset: Held-out samples of each experience that are evaluated each time; all when ``None`` or more than there
             are.
         score: ``"accuracy"``; ``"token_accuracy"`` or ``"answer_probability"`` for language models
-            (:mod:`clkit.language.scores`); or a function of the module and a batch that returns one value a sample,
-            shape ``[B]``.
+            (:mod:`clkit.evaluation.token_scores`); or a function of the module and a batch that returns one value a
+            sample, shape ``[B]``.
         mask: Which logits compete: all (``"none"``), those of the classes seen so far (``"seen"``), or those of the
             classes of the sample's own experience (``"experience"``).
         split: ``"test"`` or ``"val"``.
@@ -70,8 +71,9 @@ class StabilityGap(Callback):
             process on the CPU, in another stream on a GPU.
         device: Another device to do that on, such as ``"cuda:1"``.
         queue: Copies that may wait for it.
-        lazy: Evaluate only samples whose result can have changed (:class:`~clkit.evaluation.lazy.LazyEvaluator`):
-            approximate, marked as such, with the audited error in ``metrics.json``.
+        lazy: Evaluate only samples whose result can have changed
+            (:class:`~clkit.evaluation.lazy_evaluator.LazyEvaluator`): approximate, marked as such, with the audited
+            error in ``metrics.json``.
         view: Evaluate the weights that a strategy offers under this name (in its ``views``), or ``"live"`` for those
             in training. When ``None``, what the last strategy with a ``prediction`` predicts with, else the live ones.
         name: Tells several of them in one trainer apart, in checkpoints and loggers; ``view`` when ``None``.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from clkit.batch import concatenate, is_text, per_token
+from clkit.data.batch import concatenate, is_text, per_token
 from clkit.rng import private_rng
 
 
@@ -32,8 +32,8 @@ class Subsets:
         device: Where they are.
 
     Attributes:
-        views: The view that predicts each sample, see :func:`~clkit.routing.route_of`; ``None`` if it is the same for
-            all.
+        views: The view that predicts each sample, see :func:`~clkit.method.routing.route_of`; ``None`` if it is the
+            same for all.
     """
 
     def __init__(self, batches: list[Any], sizes: list[int], batch_size: int, device: torch.device) -> None:

@@ -12,7 +12,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from clkit.batch import IGNORED
+from clkit.data.batch import IGNORED
 from clkit.errors import ConfigurationError, check_whole
 from clkit.language.records import Record
 

@@ -15,18 +15,19 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from clkit.data.datamodule import stream_data
+from clkit.data.stream import Experience
 from clkit.distributed import holds_shards, own_share
 from clkit.errors import ConfigurationError, check_whole
-from clkit.evaluation.functional import language_summary
-from clkit.evaluation.mode import untouched
 from clkit.evaluation.subsets import choose
+from clkit.evaluation.token_scores import language_model, positions
 from clkit.language.answers import score_answer
 from clkit.language.dataset import InstructionDataset, Pad
 from clkit.language.models import transformers
-from clkit.language.scores import language_model, positions
-from clkit.routing import by_route, route_of
-from clkit.strategy import chosen_view, stream_data, views_of
-from clkit.stream import Experience
+from clkit.method.evaluation_mode import untouched
+from clkit.method.routing import by_route, route_of
+from clkit.method.strategy import chosen_view, views_of
+from clkit.metrics.functional import language_summary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,7 +92,7 @@ class AnswerScores(Callback):
 
     Writes ``answers.csv`` (experience learned, experience scored, metric, score, strict score, number of answers), the
     answers themselves to ``answers/after_K.jsonl``, and at the end ``answers.json``: the score matrices and their
-    summary, see :func:`~clkit.evaluation.functional.language_summary`.
+    summary, see :func:`~clkit.metrics.functional.language_summary`.
 
     Args:
         subset: Held-out samples of each experience; all when ``None`` or more than there are.

@@ -11,9 +11,9 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from clkit.adapters import add_adapter
 from clkit.errors import ConfigurationError
-from clkit.language.scores import positions
+from clkit.evaluation.token_scores import positions
+from clkit.method.adapters import add_adapter
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -82,8 +82,8 @@ class LanguageModule(pl.LightningModule):
     Args:
         net: A model of transformers (or of peft, around one); a configuration, for random weights; or the name or path
             of one (also a ``.gguf`` file).
-        adapter: A configuration of peft, such as :func:`~clkit.adapters.lora` makes: everything but the adapter and its
-            ``modules_to_save`` is frozen.
+        adapter: A configuration of peft, such as :func:`~clkit.method.adapters.lora` makes: everything but the adapter
+            and its ``modules_to_save`` is frozen.
         optimizer: Makes the optimizer from the trainable parameters; AdamW with learning rate 2e-4 by default.
         scheduler: Makes a learning-rate scheduler from the optimizer, stepped after every optimizer step.
         gradient_checkpointing: Compute activations anew in the backward pass, to save memory.

@@ -21,10 +21,10 @@ from matplotlib.transforms import blended_transform_factory
 from numpy.typing import NDArray
 
 from clkit.errors import ConfigurationError
-from clkit.evaluation.drift_file import Drift
-from clkit.evaluation.functional import Statistics
-from clkit.evaluation.history import History
-from clkit.evaluation.lines import Line
+from clkit.metrics.connectivity_file import Line
+from clkit.metrics.drift_file import Drift
+from clkit.metrics.functional import Statistics
+from clkit.metrics.history import History
 from clkit.report.estimate import mean_interval
 
 STYLE = Path(__file__).with_name("clkit.mplstyle")

@@ -14,12 +14,14 @@ import numpy as np
 import yaml  # type: ignore[import-untyped]
 
 from clkit.errors import ConfigurationError
-from clkit.evaluation.history import History
-from clkit.evaluation.summary import summary
+from clkit.metrics.history import History
+from clkit.metrics.summary import summary
 from clkit.report.estimate import Estimate
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 ABSENT = "–"
+PLANS = ".sweeps"
+"""Folder of a sweep's plans, one JSON file a command."""
 _NOT_IN_RESULT = {"seed", "resume", "attempts", "objective", "data_root", "folder"}
 
 
@@ -251,3 +253,10 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", str(value)
+
+
+def missing_runs(folder: Path) -> list[Path]:
+    """Return the folders of runs that sweeps in a folder planned and never started."""
+    plans = (json.loads(path.read_text(encoding="utf-8")) for path in (folder / PLANS).glob("*.json"))
+    planned = {folder / name for plan in plans for name in plan["runs"]}
+    return sorted(path for path in planned if not (path / "history.csv").exists())

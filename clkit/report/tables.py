@@ -13,7 +13,7 @@ from io import StringIO
 import rich.box
 import rich.table
 
-from clkit.evaluation.lines import Line
+from clkit.metrics.connectivity_file import Line
 from clkit.report.definitions import define, scale, title
 from clkit.report.estimate import Estimate
 from clkit.report.runs import ABSENT, Group, config_differences

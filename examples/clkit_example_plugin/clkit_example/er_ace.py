@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from clkit import ConfigurationError, Experience, Strategy
-from clkit.buffer import ReservoirBuffer, draw_replay
-from clkit.distributed import gather_batch
-from clkit.forward import outputs
-from clkit.strategy import check_pairs, stream_data
+from clkit.data.batch import gather_batch
+from clkit.data.datamodule import stream_data
+from clkit.memory.buffer import ReservoirBuffer, draw_replay
+from clkit.method.forward import outputs
+from clkit.method.strategy import check_pairs
 
 
 class ERACE(Strategy):

@@ -6,7 +6,7 @@ from pytorch_lightning import Trainer
 from torch.nn.functional import cross_entropy
 
 from clkit import ConfigurationError, StreamDataModule
-from clkit.buffer import ReservoirBuffer
+from clkit.memory.buffer import ReservoirBuffer
 from clkit.testing import CHECKS, SmallModule, check_strategy, small_stream
 
 SAMPLE = 6 * 4 + 8  # bytes of an input and a label

@@ -8,7 +8,7 @@ import pytest
 from clkit_example import DimmedDigits
 
 from clkit import ConfigurationError
-from clkit.plugins import choices
+from clkit.run.plugins import choices
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Streams of experiences, their datamodule, and the batches it serves."""

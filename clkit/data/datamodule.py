@@ -1,0 +1,299 @@
+"""A stream as a Lightning datamodule: it owns the stream's clock and the order of samples."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any, cast
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.plugins import CheckpointIO
+from pytorch_lightning.utilities import rank_zero_warn
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Dataset
+
+from clkit.data.checkpoint_io import CLOCK, VerifiedCheckpointIO
+from clkit.data.datasets import lengths_of
+from clkit.data.hook_runner import HookRunner
+from clkit.data.loader import StreamLoader
+from clkit.data.stream import Experience, Stream
+from clkit.errors import ConfigurationError, check_whole
+from clkit.rng import private_rng
+
+
+class StreamDataModule(pl.LightningDataModule):
+    """Serves one experience after another to one ordinary ``trainer.fit``.
+
+    An experience lasts ``epochs`` Lightning epochs, or one Lightning epoch of ``steps`` optimizer steps. Set
+    ``Trainer(max_epochs=data.total_epochs)``. The order of samples is a function of ``seed``, experience and epoch
+    alone, so a resumed run goes on at the very next batch, whatever the number of workers.
+
+    Args:
+        stream: The experiences.
+        batch_size: Samples per batch and process.
+        epochs: Epochs for each experience: one number, or one for each.
+        steps: Optimizer steps for each experience instead of epochs: one number, or one for each. Samples are drawn
+            from one shuffled pass after another, and every batch is full.
+        seed: Seed of the sample order, at least 0.
+        drop_last: Leave out the last batch of an epoch if it is not full (it is kept, smaller, by default).
+        num_workers: Worker processes for datasets that are not held as tensors.
+        pin_memory: Pin such batches.
+        collate_fn: Turns a list of samples into a batch; the stream's own, or torch's default, when ``None``.
+        group_by_length: Put samples of similar length into a batch, to save padding: within every 50 shuffled batches,
+            samples are sorted by length, and the batches shuffled. The datasets must have ``lengths``.
+
+    Raises:
+        ConfigurationError: If a number is out of range, or lists do not have one entry for each experience.
+
+    Example:
+        >>> from clkit.scenarios import SplitDigits
+        >>> data = StreamDataModule(SplitDigits(n_experiences=5), batch_size=32, epochs=3)
+        >>> data.total_epochs
+        15
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        batch_size: int = 32,
+        *,
+        epochs: int | Sequence[int] = 1,
+        steps: int | Sequence[int] | None = None,
+        seed: int = 0,
+        drop_last: bool = False,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        group_by_length: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0), ("num_workers", num_workers, 0)):
+            check_whole(name, value, least)
+        self.stream, self.batch_size, self.seed = stream, batch_size, seed
+        self.drop_last, self.num_workers, self.pin_memory = drop_last, num_workers, pin_memory
+        self.collate_fn = collate_fn or stream.collate_fn
+        self.group_by_length = group_by_length
+        self.steps = None if steps is None else _for_each(stream, "steps", steps)
+        self.epochs = _for_each(stream, "epochs", epochs) if self.steps is None else [1] * len(stream)
+        self._ends = list(accumulate(self.epochs))
+        self.train_sets: list[Dataset[Any]] = [experience.train for experience in stream]
+        self._runner: HookRunner | None = None
+        if any(experience.val is not None for experience in stream):
+            # Lightning warns of a val_dataloader without validation_step as soon as the method exists
+            self.val_dataloader = self._val_dataloader  # type: ignore[method-assign]
+
+    @property
+    def total_epochs(self) -> int:
+        """Lightning epochs of the whole stream."""
+        return self._ends[-1]
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole stream, for learning-rate schedules.
+
+        Lightning's ``trainer.estimated_stepping_batches`` takes every epoch to be as long as the first.
+        """
+        return sum(self.experience_steps)
+
+    @property
+    def experience_steps(self) -> list[int]:
+        """Optimizer steps of each experience."""
+        accumulated = self.trainer.accumulate_grad_batches if self.trainer is not None else 1
+        if self.steps is not None:
+            return self.steps
+        size = self.batch_size * self._world_size
+        lengths = (len(cast(Sequence[Any], dataset)) for dataset in self.train_sets)
+        batches = (n // size if self.drop_last else -(-n // size) for n in lengths)
+        return [epochs * -(-n // accumulated) for epochs, n in zip(self.epochs, batches, strict=True)]
+
+    @property
+    def experience(self) -> Experience:
+        """The experience that is being learned."""
+        return self.stream[min(bisect_right(self._ends, self._epoch), len(self.stream) - 1)]
+
+    @property
+    def epoch_in_experience(self) -> int:
+        """Epochs of the current experience done so far, from 0."""
+        k = self.experience.index
+        return self._epoch - (self._ends[k] - self.epochs[k])
+
+    @property
+    def is_last_epoch(self) -> bool:
+        """Whether the current epoch is the last of its experience."""
+        return self.epoch_in_experience >= self.epochs[self.experience.index] - 1
+
+    @property
+    def _epoch(self) -> int:
+        return self.trainer.current_epoch if self.trainer is not None else 0
+
+    def setup(self, stage: str) -> None:
+        """Check the trainer against the stream and let it run the experience hooks.
+
+        Strategies may replace ``train_sets`` (one dataset for each experience) in their own ``setup``, which comes
+        after this.
+
+        Raises:
+            ConfigurationError: If the trainer would run past the end of the stream.
+        """
+        trainer = self.trainer
+        if stage != "fit" or trainer is None:
+            return
+        self.train_sets = [experience.train for experience in self.stream]
+        self._check_length(trainer)
+        trainer.strategy.checkpoint_io = VerifiedCheckpointIO(trainer.strategy.checkpoint_io)
+        self._reload_period = cast(Any, trainer).reload_dataloaders_every_n_epochs
+        cast(Any, trainer).reload_dataloaders_every_n_epochs = 1
+        self._runner = HookRunner(self)
+        cast(Any, trainer).callbacks.insert(0, self._runner)
+
+    def teardown(self, stage: str) -> None:
+        if self.trainer is not None and self._runner in cast(Any, self.trainer).callbacks:
+            cast(Any, self.trainer).callbacks.remove(self._runner)
+            cast(Any, self.trainer).reload_dataloaders_every_n_epochs = self._reload_period
+            own_io = cast(VerifiedCheckpointIO, self.trainer.strategy.checkpoint_io).checkpoint_io
+            self.trainer.strategy.checkpoint_io = cast(CheckpointIO, own_io)
+
+    def on_exception(self, exception: BaseException) -> None:
+        self.teardown("fit")
+
+    def _check_length(self, trainer: pl.Trainer) -> None:
+        planned = trainer.max_epochs
+        if planned is None or planned < 0 or planned > self.total_epochs:
+            raise ConfigurationError(
+                f"The trainer has max_epochs={planned}, but the stream lasts {self.total_epochs} epochs "
+                f"({len(self.stream)} experiences); use Trainer(max_epochs=data.total_epochs)."
+            )
+        if planned < self.total_epochs:
+            rank_zero_warn(f"max_epochs={planned} ends before the stream does ({self.total_epochs} epochs).")
+
+    def train_dataloader(self) -> StreamLoader:
+        """Batches of the current epoch of the current experience."""
+        overfit = self.trainer is not None and cast(Any, self.trainer).overfit_batches > 0
+        k, epoch = self.experience.index, 0 if overfit else self.epoch_in_experience
+        dataset = self.train_sets[k]
+        n = len(cast(Sequence[Any], dataset))
+        seeds = private_rng(self.seed, 1, k, epoch)
+        if self.steps is None:
+            order = torch.from_numpy(seeds.permutation(n))
+        else:
+            accumulated = self.trainer.accumulate_grad_batches if self.trainer is not None else 1
+            order = _passes(seeds, n, self.steps[k] * accumulated * self.batch_size * self._world_size)
+        if self.group_by_length:
+            order = _grouped(seeds, order, lengths_of(dataset)[order], self.batch_size * self._world_size)
+        loader = self._loader(dataset, order, seed=int(seeds.integers(2**31)), drop_last=self.drop_last)
+        if len(loader) == 0:
+            raise ConfigurationError(
+                f"Experience {k} has {n} training samples, fewer than one batch of {self.batch_size} on each of "
+                f"{self._world_size} process(es), and drop_last=True leaves none; use a smaller batch_size."
+            )
+        return loader
+
+    def _val_dataloader(self) -> StreamLoader | list[Any]:
+        """Validation batches of the current experience; nothing when it has no validation set."""
+        dataset = self.experience.val
+        return [] if dataset is None else self._in_order(dataset)
+
+    def test_dataloader(self) -> StreamLoader:
+        """Test batches of all experiences, one after another."""
+        return self._in_order(ConcatDataset([experience.test for experience in self.stream]))
+
+    def _in_order(self, dataset: Dataset[Any]) -> StreamLoader:
+        return self._loader(dataset, torch.arange(len(cast(Sequence[Any], dataset))), seed=self.seed)
+
+    def _loader(self, dataset: Dataset[Any], order: Tensor, *, seed: int, drop_last: bool = False) -> StreamLoader:
+        return StreamLoader(
+            dataset,
+            order,
+            self.batch_size,
+            drop_last=drop_last,
+            seed=seed,
+            rank=self.trainer.global_rank if self.trainer is not None else 0,
+            world_size=self._world_size,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            collate_fn=self.collate_fn,
+        )
+
+    @property
+    def _world_size(self) -> int:
+        return self.trainer.world_size if self.trainer is not None else 1
+
+    def state_dict(self) -> dict[str, Any]:
+        state = self._identity()
+        if self.trainer is not None and self._runner is not None:
+            state[CLOCK] = self._runner.clock(self.trainer)
+        return state
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "stream": self.stream.fingerprint(),
+            "epochs": self.epochs,
+            "steps": self.steps,
+            "global_batch_size": self.batch_size * self._world_size,
+            "seed": self.seed,
+            "drop_last": self.drop_last,
+            "group_by_length": self.group_by_length,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check that the checkpoint belongs to this stream and schedule.
+
+        Raises:
+            ConfigurationError: If it does not; the message names what differs.
+        """
+        own = self._identity()
+        differing = [
+            f"{key} ({state_dict.get(key)} there, {own[key]} here)" for key in own if state_dict.get(key) != own[key]
+        ]
+        if differing:
+            raise ConfigurationError(
+                f"The checkpoint belongs to another run: {', '.join(differing)} differ(s); "
+                "resume with the settings it was made with, or start without ckpt_path."
+            )
+        if self.trainer is not None and self._runner is not None:
+            self._runner.set_clock(self.trainer, state_dict[CLOCK])
+
+
+def stream_data(trainer: pl.Trainer) -> StreamDataModule:
+    """Return the trainer's stream datamodule.
+
+    Raises:
+        ConfigurationError: If the trainer runs on other data.
+    """
+    data = getattr(trainer, "datamodule", None)
+    if not isinstance(data, StreamDataModule):
+        raise ConfigurationError(
+            f"clkit's callbacks need a stream, but the trainer got {type(data).__name__}; "
+            "call trainer.fit(module, datamodule=StreamDataModule(stream, ...))."
+        )
+    return data
+
+
+def _for_each(stream: Stream, name: str, value: int | Sequence[int]) -> list[int]:
+    values = [value] * len(stream) if isinstance(value, int) else list(value)
+    if len(values) != len(stream):
+        raise ConfigurationError(
+            f"{name} has {len(values)} entries for {len(stream)} experiences; give one number, or one for each."
+        )
+    for entry in values:
+        check_whole(name, entry, 1)
+    return values
+
+
+def _passes(rng: Any, n: int, length: int) -> Tensor:
+    passes = [torch.from_numpy(rng.permutation(n)) for _ in range(-(-length // n))]
+    return torch.cat(passes)[:length]
+
+
+def _grouped(rng: Any, order: Tensor, lengths: Tensor, size: int) -> Tensor:
+    """Sort each run of 50 batches by length and shuffle its batches; a last batch that is not full stays last."""
+    pieces = []
+    for start in range(0, len(order), 50 * size):
+        run = order[start : start + 50 * size]
+        whole = len(run) // size * size
+        # the rest, which drop_last leaves out, is drawn before sorting: otherwise it would be the longest each time
+        batches = run[:whole][lengths[start : start + whole].argsort(stable=True)].view(-1, size)
+        pieces += [batches[torch.from_numpy(rng.permutation(len(batches)))].flatten(), run[whole:]]
+    return torch.cat(pieces)

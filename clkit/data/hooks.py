@@ -1,0 +1,50 @@
+"""What a callback may do at the boundaries of experiences, and in the module's training step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from clkit.data.stream import Experience
+
+
+class Hooks(Callback):
+    """Lightning's callback with four more hooks; those that a class does not override cost nothing."""
+
+    def on_experience_start(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
+        """Called before the first batch of an experience."""
+
+    def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
+        """Called after the last optimizer step of an experience, before the full evaluation."""
+
+    def transform_batch(self, trainer: Trainer, module: LightningModule, batch: Any) -> Any:
+        """Return the batch that the module's ``training_step`` shall see; ``on_train_batch_end`` still gets the old.
+
+        Samples are appended: the new ones stay first, where other strategies look for them.
+        """
+        return batch
+
+    def loss_term(self, trainer: Trainer, module: LightningModule, batch: Any, loss: Tensor) -> Tensor | None:
+        r"""Return a scalar to add to the loss, or ``None``.
+
+        Args:
+            trainer: The running trainer.
+            module: The module in training.
+            batch: The batch that ``training_step`` saw (after all :meth:`transform_batch`).
+            loss: The loss that ``training_step`` returned, a scalar with its graph. It makes weighted sums possible:
+                :math:`\\alpha L + (1-\\alpha) L_m` is the term :math:`(1-\\alpha)(L_m - L)`.
+        """
+        return None
+
+
+def overrides(hooks: Hooks, name: str) -> bool:
+    """Tell whether a class has a hook of its own."""
+    return getattr(type(hooks), name) is not getattr(Hooks, name)
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """Return the trainer's callbacks in their order; Lightning's annotations do not know the attribute."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks

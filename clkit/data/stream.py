@@ -1,0 +1,186 @@
+"""Streams of experiences: pure data, no model and no trainer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args, overload
+
+import torch
+from torch.utils.data import Dataset
+
+from clkit.data.datasets import can_slice, read_batch, targets_of
+from clkit.errors import ConfigurationError
+
+Kind = Literal["class-incremental", "task-incremental", "domain-incremental", "instruction", "task-free"]
+
+
+@dataclass(frozen=True)
+class Experience:
+    """One step of a stream: the data that arrives together.
+
+    Args:
+        index: Position in the stream, from 0.
+        name: Short name for tables and plots.
+        train: Training data; samples are ``(x, y)``, ``(x, y, task)`` or a mapping of tensors.
+        test: Held-out data that the metrics are computed on.
+        val: Held-out data for model selection, if any.
+        classes: Labels that occur in this experience, empty if there are none.
+        task: Task label, known at test time in task-incremental streams only.
+    """
+
+    index: int
+    name: str
+    train: Dataset[Any]
+    test: Dataset[Any]
+    val: Dataset[Any] | None = None
+    classes: tuple[int, ...] = ()
+    task: int | None = None
+
+
+class Stream(Sequence[Experience]):
+    """An immutable sequence of experiences and what is known of the whole.
+
+    Behaves as a Python sequence; a slice is a shorter stream.
+
+    Args:
+        experiences: The experiences in order; their ``index`` must be 0, 1, 2, ...
+        name: Name for tables and run folders.
+        kind: What changes from one experience to the next, and what is known at test time.
+        n_classes: Number of classes over the whole stream (the size of the output layer); ``None`` without labels.
+        collate_fn: Turns a list of samples into a batch; torch's default when ``None``.
+
+    Raises:
+        ConfigurationError: If there is no experience, an index is out of order, a training set is empty, or the kind
+            is unknown.
+    """
+
+    def __init__(
+        self,
+        experiences: Iterable[Experience],
+        *,
+        name: str,
+        kind: Kind,
+        n_classes: int | None = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+    ) -> None:
+        self._experiences = tuple(experiences)
+        self.name, self.kind, self.n_classes, self.collate_fn = name, kind, n_classes, collate_fn
+        if kind not in get_args(Kind):
+            raise ConfigurationError(f"kind={kind!r} is unknown; use one of {', '.join(get_args(Kind))}.")
+        if not self._experiences:
+            raise ConfigurationError(f"Stream {name!r} has no experience; give it at least one.")
+        for position, experience in enumerate(self._experiences):
+            if experience.index != position:
+                raise ConfigurationError(
+                    f"Stream {name!r} has an experience with index {experience.index} at position {position}; "
+                    "number them 0, 1, 2, ... in order."
+                )
+            if _size(experience.train) == 0:
+                raise ConfigurationError(
+                    f"Experience {position} ({experience.name}) of stream {name!r} has no training samples; "
+                    "remove it or give it data."
+                )
+            if _size(experience.test) == 0:
+                raise ConfigurationError(
+                    f"Experience {position} ({experience.name}) of stream {name!r} has no test samples; give it some."
+                )
+
+    @classmethod
+    def from_datasets(
+        cls,
+        train: Sequence[Dataset[Any]],
+        test: Sequence[Dataset[Any]],
+        *,
+        name: str = "stream",
+        kind: Kind = "class-incremental",
+        n_classes: int | None = None,
+        classes: Sequence[Sequence[int]] | None = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+    ) -> Stream:
+        """Build a stream from one training set and one test set for each experience.
+
+        ``TensorDataset`` and :class:`~clkit.data.datasets.InMemoryDataset` are sliced by batch; any other map-style
+        dataset goes through a ``DataLoader``. Classes are read from the labels when they are not given.
+
+        Raises:
+            ConfigurationError: If the two lists differ in length.
+        """
+        if len(train) != len(test):
+            raise ConfigurationError(
+                f"Got {len(train)} training sets and {len(test)} test sets; give one of each for every experience."
+            )
+        if classes is None:
+            classes = [sorted(set(targets_of(dataset).tolist())) for dataset in train]
+        if n_classes is None:
+            n_classes = 1 + max(label for labels in classes for label in labels)
+        experiences = [
+            Experience(
+                index=k,
+                name=f"experience {k}",
+                train=train[k],
+                test=test[k],
+                classes=tuple(classes[k]),
+                task=k if kind == "task-incremental" else None,
+            )
+            for k in range(len(train))
+        ]
+        return cls(experiences, name=name, kind=kind, n_classes=n_classes, collate_fn=collate_fn)
+
+    def __len__(self) -> int:
+        return len(self._experiences)
+
+    @overload
+    def __getitem__(self, index: int) -> Experience: ...
+    @overload
+    def __getitem__(self, index: slice) -> Stream: ...
+    def __getitem__(self, index: int | slice) -> Experience | Stream:
+        if isinstance(index, int):
+            return self._experiences[index]
+        chosen = self._experiences[index]
+        if [e.index for e in chosen] != list(range(len(chosen))):
+            raise ConfigurationError(f"A slice of a stream starts at its first experience; got {index}.")
+        return Stream(chosen, name=self.name, kind=self.kind, n_classes=self.n_classes, collate_fn=self.collate_fn)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, {len(self)} experiences, {self.kind}, {self.n_classes} classes)"
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one model input, without the batch dimension."""
+        sample = self[0].train[0]
+        return tuple(sample[0].shape)
+
+    @property
+    def model_arguments(self) -> dict[str, Any]:
+        """What a model must know of the stream, as arguments of its class: nothing for streams of texts."""
+        if isinstance(self[0].train[0], Mapping):
+            return {} if self.n_classes is None else {"n_classes": self.n_classes}
+        return {"input_shape": self.input_shape, "n_classes": self.n_classes}
+
+    def classes_seen(self, index: int) -> tuple[int, ...]:
+        """Sorted labels of experiences 0 to ``index``, both included."""
+        return tuple(sorted({label for e in self._experiences[: index + 1] for label in e.classes}))
+
+    def fingerprint(self) -> str:
+        """Short hash of the stream, to tell whether a checkpoint belongs to it.
+
+        It covers the structure and, of tensors and of texts, two samples of each experience.
+        """
+        parts = [(e.name, e.classes, e.task, _size(e.train), _size(e.test)) for e in self._experiences]
+        digest = hashlib.sha256(repr((self.name, self.kind, self.n_classes, parts)).encode())
+        for experience in self._experiences:
+            if can_slice(experience.train):
+                x = read_batch(experience.train, torch.tensor([0, _size(experience.train) // 2]))[0]
+                digest.update(x.contiguous().numpy().tobytes())
+                continue
+            for row in (0, _size(experience.train) // 2):
+                sample = experience.train[row]
+                if isinstance(sample, Mapping) and "input_ids" in sample:
+                    digest.update(torch.as_tensor(sample["input_ids"]).contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def _size(dataset: Dataset[Any]) -> int:
+    return len(cast(Sequence[Any], dataset))

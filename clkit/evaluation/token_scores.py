@@ -1,0 +1,91 @@
+"""Score functions of language models for the per-iteration evaluation: one forward, no generation."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from pytorch_lightning import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clkit.data.batch import IGNORED, is_text
+from clkit.errors import ConfigurationError
+
+
+def language_model(module: nn.Module) -> Any:
+    """Return the outermost model of peft or transformers in a module.
+
+    Raises:
+        ConfigurationError: If there is none.
+    """
+    for child in module.modules():
+        # peft's classes offer the generate of the model inside
+        if child is not module and hasattr(child, "generate") and hasattr(child, "get_input_embeddings"):
+            return child
+    raise ConfigurationError(f"{type(module).__name__} holds no language model of transformers or peft.")
+
+
+def positions(model: Any) -> int | None:
+    """Return how many tokens the model has positions for; ``None`` where its config names no limit."""
+    return getattr(getattr(model, "config", None), "max_position_embeddings", None)
+
+
+def token_accuracy(module: LightningModule, batch: Any) -> Tensor:
+    """Return the share of each sample's answer tokens that the model would choose, ``float32`` ``[B]``.
+
+    Each token is predicted from the prompt and the answer's own tokens before it. A token counts where ``labels``
+    ``[B, S]`` is not -100; a sample without one has NaN.
+
+    Raises:
+        ConfigurationError: If the batch is no mapping with ``attention_mask`` and ``labels``, or there is no language
+            model.
+    """
+    logits, targets = _answer_logits(module, batch)
+    counted = targets != IGNORED
+    hits = (logits.argmax(dim=-1) == targets) & counted
+    return hits.sum(dim=1).float() / counted.sum(dim=1)
+
+
+def answer_loss(module: LightningModule, batch: Any) -> Tensor:
+    """Return the mean cross-entropy of each sample's answer tokens, in nats, ``float32`` ``[B]``.
+
+    As :func:`token_accuracy`, which see.
+    """
+    logits, targets = _answer_logits(module, batch)
+    losses = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+    return losses.sum(dim=1) / (targets != IGNORED).sum(dim=1)
+
+
+def answer_probability(module: LightningModule, batch: Any) -> Tensor:
+    """Return the geometric mean probability of each sample's answer tokens, in (0, 1], ``float32`` ``[B]``.
+
+    It is :math:`e^{-L}` of the loss :math:`L` of :func:`answer_loss`, which see, with the range that metrics, tables
+    and figures of the per-iteration evaluation are made for.
+    """
+    return (-answer_loss(module, batch)).exp()
+
+
+def _answer_logits(module: LightningModule, batch: Any) -> tuple[Tensor, Tensor]:
+    """Logits ``[B, T, V]`` and targets ``[B, T]`` of the positions before those where any sample has a label."""
+    if not is_text(batch) or "labels" not in batch or batch["labels"].dim() != 2:
+        raise ConfigurationError(
+            "This score needs batches with input_ids, attention_mask and labels, all of shape [B, S]; use a stream of "
+            "instructions, or another score."
+        )
+    model = language_model(module)
+    inputs = {key: part for key, part in batch.items() if key != "labels"}
+    targets = batch["labels"][:, 1:]
+    columns = (targets != IGNORED).any(dim=0).nonzero()[:, 0]
+    if _selects_logits(model):
+        return model(**inputs, logits_to_keep=columns).logits, targets[:, columns]
+    logits = model(**inputs).logits
+    # prompt tuning puts tokens of its own in front
+    return logits[:, columns + logits.shape[1] - batch["labels"].shape[1]], targets[:, columns]
+
+
+def _selects_logits(model: Any) -> bool:
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return False
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "logits_to_keep" in inspect.signature(inner.forward).parameters

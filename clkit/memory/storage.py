@@ -1,0 +1,225 @@
+"""Where a memory keeps its samples: tensors of one shape, or texts without their padding."""
+
+from __future__ import annotations
+
+import sqlite3
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from clkit.data.batch import IGNORED, is_text, per_token
+from clkit.errors import ConfigurationError
+
+Slots = np.ndarray[Any, np.dtype[np.int64]]
+DISK = "disk"
+
+
+class Storage(Protocol):
+    """Numbered slots for samples."""
+
+    def write(self, slots: Slots, batch: Any, rows: Slots) -> None:
+        """Put the samples ``rows`` of a batch into different slots."""
+
+    def read(self, slots: Slots) -> Any:
+        """Return the samples of slots as a batch."""
+
+    def packed(self, slots: Slots) -> Any:
+        """Return the samples of slots for a checkpoint."""
+
+    def unpack(self, slots: Slots, packed: Any) -> None:
+        """Put what :meth:`packed` returned into slots."""
+
+    def to(self, device: torch.device) -> None:
+        """Move the samples, or what is read of them, to a device."""
+
+
+def make_storage(like: Any, capacity: int, device: torch.device | str | None) -> Storage:
+    """Return empty storage for samples like those of a batch.
+
+    Args:
+        like: A batch, or what :meth:`Storage.packed` of such a storage returned.
+        capacity: Number of slots.
+        device: Where the samples are kept; beside the batch when ``None``. Texts are kept on the CPU, or in a temporary
+            file for ``"disk"``.
+
+    Raises:
+        ConfigurationError: If other samples than texts are to be kept on disk.
+    """
+    if is_text(like) or _is_packed_text(like):
+        return TextStorage(like, device)
+    if device == DISK:
+        raise ConfigurationError("device='disk' is for texts (batches with an attention_mask); use cpu or null.")
+    return TensorStorage(like, capacity, device)
+
+
+class TensorStorage:
+    """Samples of one shape: one tensor ``[capacity, ...]`` for each tensor of a batch.
+
+    Args:
+        like: A batch.
+        capacity: Number of slots.
+        device: Where they are kept; beside the batch when ``None``.
+    """
+
+    def __init__(self, like: Any, capacity: int, device: torch.device | str | None) -> None:
+        def allocate(tensor: Tensor) -> Tensor:
+            where = tensor.device if device is None else device
+            return torch.zeros((capacity, *tensor.shape[1:]), dtype=tensor.dtype, device=where)
+
+        self.tensors = tree_map(allocate, like)
+
+    def write(self, slots: Slots, batch: Any, rows: Slots) -> None:
+        """Copy; samples of another shape raise a :class:`ConfigurationError`."""
+        to, of = torch.from_numpy(slots), torch.from_numpy(rows)
+
+        def copy(held: Tensor, new: Tensor) -> None:
+            if held.shape[1:] != new.shape[1:]:
+                raise ConfigurationError(
+                    f"The buffer holds samples of shape {tuple(held.shape[1:])} and got {tuple(new.shape[1:])}; "
+                    "samples must have one shape: resize or pad them in the dataset."
+                )
+            held[to.to(held.device)] = new.detach()[of.to(new.device)].to(held.device)
+
+        tree_map(copy, self.tensors, batch)
+
+    def read(self, slots: Slots) -> Any:
+        """Return copies."""
+        index = torch.from_numpy(slots)
+        return tree_map(lambda held: held[index.to(held.device)], self.tensors)
+
+    def packed(self, slots: Slots) -> Any:
+        """Return copies."""
+        return self.read(slots)
+
+    def unpack(self, slots: Slots, packed: Any) -> None:
+        """Copy."""
+        self.write(slots, packed, np.arange(len(slots)))
+
+    def to(self, device: torch.device) -> None:
+        """Move all slots."""
+        self.tensors = tree_map(lambda held: held.to(device), self.tensors)
+
+
+class TextStorage:
+    """Texts without their padding, as 32-bit integers; reading pads on the right.
+
+    Args:
+        like: A batch with an ``attention_mask`` ``[B, S]``, or what :meth:`packed` returned.
+        device: Where a batch that is read is; beside the first one when ``None``. The texts themselves are in memory,
+            or in a temporary file for ``"disk"``.
+
+    Raises:
+        ConfigurationError: If the batch holds anything but integers for each token or each sample.
+    """
+
+    def __init__(self, like: Mapping[str, Any], device: torch.device | str | None = None) -> None:
+        self.form: dict[str, tuple[bool, str]] = like["form"] if _is_packed_text(like) else _form(like)
+        self._tokens = [key for key, (each, _) in self.form.items() if each and key not in _DERIVED]
+        self._numbers = [key for key, (each, _) in self.form.items() if not each]
+        self._texts: dict[int, bytes] | _Table = _Table() if device == DISK else {}
+        own = like["texts" if _is_packed_text(like) else "attention_mask"].device
+        self._device = torch.device("cpu") if device == DISK else torch.device(device or own)
+
+    def write(self, slots: Slots, batch: Any, rows: Slots) -> None:
+        """Store; a batch with other keys or types raises a :class:`ConfigurationError`."""
+        if not is_text(batch) or _form(batch) != self.form:
+            raise ConfigurationError(
+                f"The buffer holds texts with {', '.join(self.form)} and got a batch of another form; collate the "
+                "samples of all experiences alike."
+            )
+        index = torch.from_numpy(rows)
+        used = batch["attention_mask"].cpu()[index].bool().numpy()
+        tokens = np.stack([_int32(batch[key], index) for key in self._tokens])
+        numbers = [_int32(batch[key], index) for key in self._numbers]
+        self._texts.update(
+            (int(slot), b"".join([*(column[i].tobytes() for column in numbers), tokens[:, i, used[i]].tobytes()]))
+            for i, slot in enumerate(slots)
+        )
+
+    def read(self, slots: Slots) -> dict[str, Tensor]:
+        """Return the texts, padded to the longest: labels with -100, all else with 0."""
+        texts = [np.frombuffer(self._texts[int(slot)], dtype=np.int32) for slot in slots]
+        numbers = np.stack([text[: len(self._numbers)] for text in texts])
+        tokens = [text[len(self._numbers) :].reshape(len(self._tokens), -1) for text in texts]
+        lengths = torch.tensor([text.shape[1] for text in tokens])
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        parts: dict[str, Tensor] = {"attention_mask": mask, "position_ids": torch.arange(mask.shape[1]) * mask}
+        flat = torch.from_numpy(np.concatenate(tokens, axis=1))
+        for key, values in zip(self._tokens, flat, strict=True):
+            fill = torch.full(mask.shape, IGNORED if key == "labels" else 0, dtype=torch.int32)
+            parts[key] = fill.masked_scatter(mask, values)
+        parts.update(zip(self._numbers, torch.from_numpy(numbers).unbind(1), strict=True))
+        return {key: parts[key].to(self._device, getattr(torch, dtype)) for key, (_, dtype) in self.form.items()}
+
+    def packed(self, slots: Slots) -> dict[str, Any]:
+        """Return the texts one after another, ``int32``, and the number of integers of each."""
+        texts = [torch.frombuffer(bytearray(self._texts[int(slot)]), dtype=torch.int32) for slot in slots]
+        return {"form": self.form, "texts": torch.cat(texts), "lengths": torch.tensor([len(text) for text in texts])}
+
+    def unpack(self, slots: Slots, packed: Any) -> None:
+        """Store."""
+        parts = packed["texts"].split(packed["lengths"].tolist())
+        self._texts.update((int(slot), text.numpy().tobytes()) for slot, text in zip(slots, parts, strict=True))
+
+    def to(self, device: torch.device) -> None:
+        """Let batches that are read be on a device."""
+        self._device = device
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the stored texts."""
+        return sum(len(text) for text in self._texts.values())
+
+
+_DERIVED = ("attention_mask", "position_ids")
+
+
+def _form(batch: Mapping[str, Any]) -> dict[str, tuple[bool, str]]:
+    """For each key, whether it has one number a token (else one a sample), and the dtype's name."""
+    each, rows = per_token(batch), len(batch["attention_mask"])
+    for key, part in batch.items():
+        of_sample = isinstance(part, Tensor) and part.shape == (rows,)
+        if not ((key in each and part.dim() == 2) or of_sample) or part.is_floating_point() or part.is_complex():
+            raise ConfigurationError(
+                f"A buffer of texts keeps integers for each token [B, S] or each sample [B]; {key!r} is something "
+                "else. Leave it out of the batch."
+            )
+    return {key: (key in each, str(part.dtype).removeprefix("torch.")) for key, part in batch.items()}
+
+
+def _is_packed_text(packed: Any) -> bool:
+    return isinstance(packed, Mapping) and "form" in packed
+
+
+def _int32(part: Tensor, rows: Tensor) -> np.ndarray[Any, Any]:
+    return part.detach().cpu()[rows].to(torch.int32).numpy()
+
+
+class _Table:
+    """Bytes by number, in a temporary file that ends with this object."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="clkit-")
+        path = Path(self._folder.name, "texts.sqlite")
+        self._file = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        self._file.executescript(
+            "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; CREATE TABLE texts (slot INTEGER PRIMARY KEY, text BLOB);"
+        )
+
+    def update(self, entries: Iterable[tuple[int, bytes]]) -> None:
+        self._file.execute("BEGIN")
+        self._file.executemany("INSERT OR REPLACE INTO texts VALUES (?, ?)", entries)
+        self._file.execute("COMMIT")
+
+    def __getitem__(self, slot: int) -> bytes:
+        found: tuple[bytes] = self._file.execute("SELECT text FROM texts WHERE slot = ?", (slot,)).fetchone()
+        return found[0]
+
+    def values(self) -> Iterable[bytes]:
+        return (text for (text,) in self._file.execute("SELECT text FROM texts"))

@@ -1,0 +1,1 @@
+"""What strategies are made of: the hooks, losses, gradients, penalties, parameters, adapters and routing."""

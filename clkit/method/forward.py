@@ -1,0 +1,119 @@
+"""Using the user's own module from a strategy: its loss on another batch, and its outputs without a second forward."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
+
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchmetrics import Metric
+
+from clkit.data.forward_record import LayerCall, own_step, record_forward, record_layers, recorded, set_aside
+from clkit.errors import ConfigurationError
+
+
+def outputs(module: LightningModule, *inputs: Any) -> Any:
+    """Return ``module(*inputs)``, reusing the forward that ``training_step`` just made on the same inputs.
+
+    Where there was none, the second forward leaves BatchNorm's running statistics alone.
+    """
+    last = recorded(module, inputs)
+    if last is not None:
+        return last.output
+    with frozen_statistics(module):
+        return module(*inputs)
+
+
+def layer_call(module: LightningModule, layer: nn.Module, *inputs: Any) -> LayerCall | None:
+    """Return the call of a watched layer in ``module(*inputs)``, as :func:`outputs`; ``None`` if it is not called."""
+    last = recorded(module, inputs)
+    if last is not None:
+        return last.calls.get(layer)
+    with frozen_statistics(module), record_layers([layer]) as calls:
+        module(*inputs)
+    return calls.get(layer)
+
+
+def to_device(trainer: Trainer, batch: Any) -> Any:
+    """Take a batch as a dataset gives it to where and what the module sees: Lightning's transfer hooks and dtype."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch)
+    return trainer.strategy.batch_to_device(batch)
+
+
+def task_loss(module: LightningModule, batch: Any) -> Tensor:
+    """Return the loss of the module's own ``training_step`` on any batch, without trace in its logs and metrics.
+
+    It is computed in the trainer's precision, if the module has a trainer.
+
+    Raises:
+        ConfigurationError: If ``training_step`` returns no loss.
+    """
+    step = own_step(module)
+    args = (batch, 0)[: len(inspect.signature(step).parameters)]
+    trainer = module._trainer
+    precision = nullcontext() if trainer is None else trainer.precision_plugin.train_step_context()
+    with _silent(module), precision:
+        output = step(*args)
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if loss is None:
+        raise ConfigurationError(
+            f"{type(module).__name__}.training_step returned no loss for a batch; return a scalar or {{'loss': ...}}."
+        )
+    return cast(Tensor, loss)
+
+
+def task_loss_and_outputs(module: LightningModule, batch: Any) -> tuple[Tensor, Any]:
+    """Return :func:`task_loss` of an ``(x, y)`` or ``(x, y, task)`` batch and, of the same forward, the outputs."""
+    x, _, *task = batch
+    with set_aside(module):
+        with record_forward(module):
+            loss = task_loss(module, batch)
+        return loss, outputs(module, x, *task)
+
+
+def logit_distance(new: Tensor, old: Tensor) -> Tensor:
+    """Return the mean squared difference of logits ``[B, C]`` over samples and classes, in at least single precision.
+
+    Logits that a module has masked, with the lowest finite number of their dtype or minus infinity, are left out.
+    """
+    used = (new > torch.finfo(new.dtype).min) & (old > torch.finfo(old.dtype).min)
+    difference = torch.where(used, new.float() - old.float(), 0.0)
+    return difference.square().sum() / used.sum().clamp(min=1)
+
+
+@contextmanager
+def _silent(module: LightningModule) -> Iterator[None]:
+    names = ("log", "log_dict")
+    metrics = [(metric, metric._copy_state_dict()) for metric in module.modules() if isinstance(metric, Metric)]
+    kept = {name: module.__dict__[name] for name in names if name in module.__dict__}
+    module.__dict__.update(dict.fromkeys(names, lambda *args, **kwargs: None))
+    try:
+        yield
+    finally:
+        for name in names:
+            del module.__dict__[name]
+        module.__dict__.update(kept)
+        for metric, state in metrics:
+            for name, value in state.items():
+                setattr(metric, name, value)
+
+
+@contextmanager
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Leave BatchNorm's running statistics as they are, in training mode too."""
+    norms = [(norm, norm.momentum) for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.training]
+    for norm, _ in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in norms:
+            norm.momentum = momentum
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.sub_(1)

@@ -1,0 +1,187 @@
+"""Penalties on the weights: a quadratic function around old values, and how to measure what matters to old data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from clkit.data.datamodule import stream_data
+from clkit.data.loader import read_samples
+from clkit.data.stream import Experience
+from clkit.distributed import sum_over_processes
+from clkit.errors import ConfigurationError
+from clkit.method.evaluation_mode import evaluation_mode
+from clkit.method.forward import to_device
+from clkit.method.parameters import check_patterns, flat, select, trainable
+from clkit.method.strategy import Strategy
+from clkit.rng import private_rng
+
+
+class Quadratic(NamedTuple):
+    r"""The function :math:`\sum_j \Omega_j (\theta_j - a_j)^2 + o`: ``[P]`` (or a scalar for all), ``[P]``, scalar."""
+
+    importance: Tensor
+    anchor: Tensor
+    offset: Tensor
+
+    @classmethod
+    def around(cls, anchor: Tensor, importance: Tensor) -> Quadratic:
+        """Return the function that is 0 at the anchor."""
+        return cls(importance, anchor, anchor.new_zeros(()))
+
+    def plus(self, other: Quadratic) -> Quadratic:
+        """Return the sum of both functions: a quadratic around their weighted centre."""
+        total = self.importance + other.importance
+        share = torch.where(total > 0, other.importance / total, 0.0)
+        apart = other.anchor - self.anchor
+        between = (self.importance * share * apart.square()).sum()
+        return Quadratic(total, self.anchor + share * apart, self.offset + other.offset + between)
+
+
+class QuadraticPenalty(Strategy):
+    r"""Base of the strategies that hold each weight near an old value, as strongly as it matters.
+
+    .. math:: \mathcal L = \mathcal L_{task} + s\,\lambda \sum_j \Omega_j (\theta_j - \theta^*_j)^2
+
+    A subclass sets ``penalty``, the sum, from :meth:`weights` and its own importance :math:`\Omega`; until then
+    nothing is added.
+
+    Args:
+        strength: :math:`\lambda`, at least 0.
+        only: Patterns (``fnmatch``, such as ``"*qkv*"``) of the names of the parameters that are held; all trainable
+            ones when ``None``.
+
+    Attributes:
+        factor: :math:`s`, a constant of the method.
+        penalty: The sum, over flat weights ``[P]`` in the order of the module's parameters.
+
+    Raises:
+        ConfigurationError: If a value is out of range; in training, if a pattern matches no trainable parameter, or
+            others become trainable than those that are remembered.
+    """
+
+    carries_weights = True
+    factor: ClassVar[float] = 1.0
+
+    def __init__(self, strength: float, *, only: Sequence[str] | None = None) -> None:
+        if strength < 0:
+            raise ConfigurationError(f"strength={strength} is not possible; use 0 or more.")
+        self.strength = strength
+        self.only = None if only is None else check_patterns("only", only)
+        self.penalty: Quadratic | None = None
+
+    def held(self, module: LightningModule) -> dict[str, nn.Parameter]:
+        """Return the parameters that the penalty is about, by name."""
+        parameters = trainable(module)
+        return parameters if self.only is None else select(parameters, self.only, "trainable parameter")
+
+    def weights(self, module: LightningModule) -> Tensor:
+        """Return a copy of them, flat, ``[P]``."""
+        return flat(self.held(module).values()).detach()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.held(pl_module)
+        if self.penalty is not None:
+            self.penalty = Quadratic(*(tensor.to(pl_module.device) for tensor in self.penalty))
+
+    def loss_term(self, trainer: Trainer, module: LightningModule, batch: Any, loss: Tensor) -> Tensor | None:
+        if self.penalty is None or self.strength == 0:
+            return None
+        importance, anchor, offset = self.penalty
+        weights = flat(self.held(module).values())
+        if len(weights) != len(anchor):
+            raise ConfigurationError(
+                f"{type(self).__name__} remembers {len(anchor)} weights, but {len(weights)} are trainable now; keep "
+                "requires_grad of all parameters the same over the stream."
+            )
+        distance = weights - anchor
+        return self.factor * self.strength * ((importance * distance.square()).sum() + offset)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"penalty": None if self.penalty is None else tuple(self.penalty)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        penalty = state_dict["penalty"]
+        self.penalty = None if penalty is None else Quadratic(*penalty)
+
+
+def choose_samples(experience: Experience, samples: int | None, seed: int) -> Tensor:
+    """Return positions of random training samples of an experience, at most ``samples``, all when ``None``."""
+    n = len(experience.train)  # type: ignore[arg-type]
+    return torch.from_numpy(private_rng(seed, 4, experience.index).permutation(n)[:samples])
+
+
+@torch.no_grad()
+def sum_over_samples(
+    trainer: Trainer,
+    module: LightningModule,
+    experience: Experience,
+    parameters: Mapping[str, Tensor],
+    measure: Callable[[Any], Iterable[Tensor]],
+    *,
+    rows: Tensor,
+    size: int,
+) -> Tensor:
+    """Go over training samples in evaluation mode, shared out over the processes, and sum what they give.
+
+    Args:
+        trainer: The trainer.
+        module: The module.
+        experience: The experience with the samples.
+        parameters: The parameters that are measured, by name.
+        measure: Returns what a batch adds to the sum, in parts, one value for each weight, ``[P]``.
+        rows: Positions of the samples.
+        size: Samples in one batch.
+
+    Returns:
+        The sum over all batches and processes, ``[P]``.
+    """
+    collate_fn = stream_data(trainer).collate_fn
+    total = torch.zeros_like(flat(parameters.values()))
+    with evaluation_mode(module):
+        for chunk in torch.split(rows, size)[trainer.global_rank :: trainer.world_size]:
+            batch = to_device(trainer, read_samples(experience.train, chunk, collate_fn=collate_fn))
+            for part in measure(batch):
+                total += part
+    return sum_over_processes(trainer, total)
+
+
+def sample_gradients(
+    module: LightningModule,
+    parameters: Mapping[str, Tensor],
+    function: Callable[..., Tensor],
+    inputs: tuple[Tensor, ...],
+    *others: Tensor,
+) -> dict[str, Tensor]:
+    """Return each sample's own gradient, without autocast.
+
+    Args:
+        module: The module.
+        parameters: What to differentiate by, by name.
+        function: Maps the module's output for one sample (``float32``, without batch dimension) and that sample's
+            ``others`` to a scalar.
+        inputs: What ``module`` is called with, ``[B, ...]`` each.
+        *others: More arguments of the function, ``[B, ...]`` each.
+
+    Returns:
+        Gradients ``[B, *parameter.shape]`` by name.
+    """
+
+    def value(parameters: dict[str, Tensor], sample: tuple[Tensor, ...], *others: Tensor) -> Tensor:
+        output = functional_call(module, parameters, tuple(part.unsqueeze(0) for part in sample))
+        return function(output[0].float(), *others)
+
+    in_dims = (None, 0, *[0] * len(others))
+    detached = {name: parameter.detach() for name, parameter in parameters.items()}
+    gradients = vmap(grad(value), in_dims=in_dims, randomness="different")
+    return gradients(detached, inputs, *others)  # type: ignore[no-any-return]
+
+
+def gradient_batch_size(parameters: Mapping[str, Tensor]) -> int:
+    """Return how many samples' gradients fit in 128 MiB, at least 1 and at most 256."""
+    return min(max(2**25 // sum(parameter.numel() for parameter in parameters.values()), 1), 256)

@@ -1,0 +1,164 @@
+"""What a continual-learning method is: a Lightning callback with four more hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
+from typing import Any, cast
+
+import numpy as np
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch.utils.data import Dataset
+
+from clkit.data.datamodule import stream_data
+from clkit.data.hooks import Hooks, callbacks_of, overrides
+from clkit.data.loader import read_samples
+from clkit.distributed import need_whole_weights
+from clkit.errors import ConfigurationError
+from clkit.method.forward import to_device
+
+View = Callable[[LightningModule], AbstractContextManager[None]]
+"""Puts other weights into a module inside its context, and the live ones back, bit for bit, after it."""
+
+
+class Strategy(Hooks):
+    """Base class of all strategies.
+
+    A strategy overrides the hooks it needs: the four below, and Lightning's own for the rest (gradients in
+    ``on_before_optimizer_step``, weights and buffers in ``on_train_batch_end``). Several strategies compose in the
+    order of the trainer's callbacks. The order within one step is: :meth:`transform_batch`, the module's own
+    ``training_step``, :meth:`loss_term`, backward, ``on_before_optimizer_step``, optimizer, ``on_train_batch_end``.
+
+    Whatever a strategy must remember goes into ``state_dict`` / ``load_state_dict`` as tensors, numbers and strings, so
+    that a checkpoint loads with ``weights_only=True``. An object belongs to one run: a second fit goes on with what it
+    remembers.
+
+    Attributes:
+        views: Other weights than the live ones that the strategy offers for evaluation, by name; see
+            ``StabilityGap(view=...)``.
+        prediction: Name of the view that the method predicts with, ``None`` for the live weights. ``StabilityGap``
+            evaluates it unless told otherwise; the strategy itself puts it into the module in ``on_fit_end``.
+        carries_weights: Whether it compares or mixes trainable weights with those of an earlier experience.
+        renews_weights: Whether it starts new trainable weights at an experience's start. What carries weights cannot be
+            combined with it, and what offers ``views`` must come after it.
+        replaces_data: Whether it replaces what the experiences train on; one strategy alone can.
+        is_new_group: Whether the current experience trains weights of which no earlier one has trained any; see
+            :class:`~clkit.method.routing.Router`.
+        works_sharded: Whether it works where each process holds a part of the weights only (FSDP).
+    """
+
+    views: Mapping[str, View] = MappingProxyType({})
+    prediction: str | None = None
+    carries_weights = False
+    renews_weights = False
+    replaces_data = False
+    is_new_group = False
+    works_sharded = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what the strategy cannot work with; overriding methods call ``super().setup(...)`` first.
+
+        Raises:
+            ConfigurationError: If the trainer's data is no :class:`~clkit.StreamDataModule`, the module optimizes
+                manually and the strategy adds a loss term, or the trainer shards weights that it needs whole.
+        """
+        stream_data(trainer)
+        adds_loss = overrides(self, "loss_term")
+        if adds_loss and not pl_module.automatic_optimization:
+            raise ConfigurationError(
+                f"{type(self).__name__} adds a term to the loss, but {type(pl_module).__name__} optimizes manually and "
+                "runs its own backward; set automatic_optimization = True or add the term in your training_step."
+            )
+        if not self.works_sharded:
+            need_whole_weights(trainer, type(self).__name__)
+        self._check_others(callbacks_of(trainer))
+
+    def _check_others(self, callbacks: list[Callback]) -> None:
+        own = type(self).__name__
+        for position, other in enumerate(callbacks):
+            if not isinstance(other, Strategy) or other is self:
+                continue
+            name = type(other).__name__
+            if self.replaces_data and other.replaces_data:
+                raise ConfigurationError(f"{own} and {name} both choose what an experience trains on; use one of them.")
+            if not self.renews_weights:
+                continue
+            if other.carries_weights or other.renews_weights:
+                raise ConfigurationError(
+                    f"{own} starts each experience with new weights, and {name} "
+                    f"{'does so too' if other.renews_weights else 'compares weights with those of earlier ones'}; "
+                    "use one of them."
+                )
+            if other.views and position < callbacks.index(self):
+                raise ConfigurationError(
+                    f"{own} starts each experience with new weights, and {name} copies them then; put {own} before "
+                    f"{name}."
+                )
+
+    def remembered(self) -> Any:
+        """Return all past samples that the strategy remembers, as one batch like those of the stream, or ``None``.
+
+        Other strategies may train on them.
+        """
+        return None
+
+
+def views_of(trainer: Trainer) -> dict[str, View]:
+    """Return the weights that can be evaluated, by name: ``live`` and what the strategies offer."""
+    strategies = [callback for callback in callbacks_of(trainer) if isinstance(callback, Strategy)]
+    offered = {name: view for strategy in strategies for name, view in strategy.views.items()}
+    return {"live": lambda module: nullcontext(), **offered}
+
+
+def chosen_view(trainer: Trainer, name: str | None) -> tuple[str, View]:
+    """Return the name of a view and the view; for ``None`` what the last strategy with a ``prediction`` predicts with.
+
+    Raises:
+        ConfigurationError: If no strategy offers it.
+    """
+    views = views_of(trainer)
+    predicting = [c.prediction for c in callbacks_of(trainer) if isinstance(c, Strategy) and c.prediction]
+    found = name or ["live", *predicting][-1]
+    if found not in views:
+        raise ConfigurationError(
+            f"No strategy offers the view {found!r}; known: {', '.join(views)}. Add the strategy, or leave view out."
+        )
+    return found, views[found]
+
+
+def random_samples(trainer: Trainer, dataset: Dataset[Any], n: int, rng: np.random.Generator) -> Any:
+    """Return ``n`` different random samples of a dataset (all if it has fewer) as one batch on the module's device."""
+    size = len(cast(Sequence[Any], dataset))
+    chosen = torch.from_numpy(rng.choice(size, min(n, size), replace=False))
+    return to_device(trainer, read_samples(dataset, chosen, collate_fn=stream_data(trainer).collate_fn))
+
+
+def check_pairs(trainer: Trainer, name: str, instead: str) -> None:
+    """Make sure that the stream's batches are ``(x, y)`` or ``(x, y, task)``.
+
+    Args:
+        trainer: The trainer.
+        name: What needs them.
+        instead: What to do otherwise.
+
+    Raises:
+        ConfigurationError: If they have another form.
+    """
+    if not gives_pairs(trainer):
+        batch = _first(trainer)
+        raise ConfigurationError(
+            f"{name} needs (x, y) or (x, y, task) batches, but the stream gives {type(batch).__name__}; {instead}."
+        )
+
+
+def gives_pairs(trainer: Trainer) -> bool:
+    """Tell whether the stream's batches are ``(x, y)`` or ``(x, y, task)``."""
+    batch = _first(trainer)
+    return isinstance(batch, (tuple, list)) and len(batch) in (2, 3)
+
+
+def _first(trainer: Trainer) -> Any:
+    data = stream_data(trainer)
+    return read_samples(data.stream[0].train, torch.tensor([0]), collate_fn=data.collate_fn)

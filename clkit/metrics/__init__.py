@@ -1,0 +1,1 @@
+"""What was measured: the history of a run, the metrics on it, and the files that hold both; no model is needed."""

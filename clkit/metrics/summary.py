@@ -1,0 +1,99 @@
+"""``metrics.json``: what a run amounts to, as plain data."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+
+from clkit.metrics.functional import Statistics
+from clkit.metrics.history import History
+
+_UNBIASED = {"ACC", "ACC_subset", "FORG", "FORG_max", "BWT", "FWT"}
+_PACKAGES = ("clkit", "torch", "pytorch-lightning", "torchmetrics", "numpy")
+
+
+def summary(
+    history: History,
+    *,
+    stream: Mapping[str, Any],
+    complete: bool,
+    schedule: str,
+    subset: int | None,
+    score: str = "accuracy",
+    mask: str = "none",
+    view: str = "live",
+    windows: Sequence[int] = (10, 100),
+    n_undefined: int = 0,
+    approximation: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """Build the content of ``metrics.json``: a function of the history, the settings and the installed versions.
+
+    Args:
+        history: The run's evaluations.
+        stream: ``name``, ``kind`` and ``experiences`` (K names) of the stream; ``steps``, the last step of each
+            finished experience, is added.
+        complete: Whether the run reached the end of the stream.
+        schedule: When evaluations took place, ``every step`` or another.
+        subset: Samples of each experience in a per-iteration evaluation; ``None`` for all.
+        score: Name of the score.
+        mask: Which outputs compete in an evaluation; ``none`` for all.
+        view: Which weights were evaluated: the live ones, or those that a strategy offers under another name.
+        windows: Window lengths in evaluations.
+        n_undefined: Evaluated samples whose score was NaN.
+        approximation: What is known of the error of approximate evaluations.
+
+    Returns:
+        Data for :func:`json.dump`; ``None`` where a metric is undefined.
+    """
+    statistics = Statistics.of(history, windows)
+    each, metrics = statistics.per_experience(), statistics.metrics()
+    content = {
+        "format": 1,
+        "complete": complete,
+        "score": score,
+        "schedule": schedule,
+        "biased": [] if schedule == "every step" else _biased(metrics, bool(approximation)),
+        "subset": subset,
+        "mask": mask,
+        "view": view,
+        "stream": {**stream, "steps": history.boundaries()},
+        "metrics": metrics | {"n_undefined": n_undefined},
+        "per_experience": {name: each[name] for name in ("forgetting", "minimum", "final")},
+        "accuracy_matrix": statistics.matrix(),
+        "gaps": statistics.gaps,
+        "approximation": dict(approximation or {}),
+        "versions": versions(),
+    }
+    return {key: to_json(value) for key, value in content.items()}
+
+
+def _biased(metrics: Mapping[str, float], approximate: bool) -> list[str]:
+    exact = _UNBIASED - {"ACC_subset", "FWT"} if approximate else _UNBIASED
+    return [name for name in metrics if name not in exact and not name.startswith("n_")]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that the numbers depend on, without importing them."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def to_json(value: Any) -> Any:
+    """Return data for :func:`json.dump`: arrays as lists, undefined numbers as ``None``."""
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(item) for item in value]
+    if isinstance(value, (np.ndarray, np.generic)):
+        return to_json(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,1 @@
+"""Networks and a module for those who bring none."""

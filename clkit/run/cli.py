@@ -1,0 +1,196 @@
+"""The command line: ``clkit train``, ``clkit sweep``, ``clkit report``, ``clkit connect``, ``clkit list``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from clkit import __version__
+from clkit.signals import STOP
+
+GROUPS = {
+    "strategies": "strategy",
+    "scenarios": "scenario",
+    "models": "model",
+    "schedules": "schedule",
+    "callbacks": "callbacks",
+    "experiments": "experiment",
+    "trainers": "trainer",
+    "loggers": "logger",
+    "launchers": "hydra/launcher",
+}
+INTERRUPTED = 130
+STOPPED = (INTERRUPTED, *(128 + number for number in STOP))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return 0, 1 for a bug, 2 for a mistake, or 128 and a signal's number when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments[:1] == ["train"]:
+            return _train(arguments[1:])
+        args = _parser().parse_args(arguments)
+        if args.command == "list":
+            return _list(args.group)
+        return {"connect": _connect, "report": _report, "sweep": _status}[args.command](args)
+    except KeyboardInterrupt:
+        print("clkit: interrupted.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="clkit", description="Continual learning with PyTorch Lightning.")
+    parser.add_argument("--version", action="version", version=f"clkit {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser(
+        "train",
+        help="train on a stream: clkit train strategy=er scenario=split_digits seed=0 (-m sweeps, --help tells more)",
+    )
+    report = commands.add_parser("report", help="tables and figures of one run or many")
+    report.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="a run's folder, or a folder of runs")
+    report.add_argument("--output", type=Path, metavar="DIR", help="where to write the report")
+    report.add_argument("--width", type=float, default=7.1, metavar="INCHES", help="of figures; 3.4 fits one column")
+    report.add_argument("--style", type=Path, metavar="FILE", help="matplotlib style file on top of clkit's")
+    connect = commands.add_parser("connect", help="loss and accuracy on the straight line between weights of a run")
+    connect.add_argument(
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="the folder of a run with checkpoint.keep_ends=true, or two checkpoint files",
+    )
+    connect.add_argument("--points", type=int, default=11, metavar="N", help="points on each line; default: 11")
+    connect.add_argument("--output", type=Path, metavar="DIR", help="where to write; default: the run's folder")
+    sweep = commands.add_parser("sweep", help="where the runs of a sweep are")
+    actions = sweep.add_subparsers(dest="action", required=True, metavar="ACTION")
+    status = actions.add_parser("status", help="what is done, runs, waits or failed, time left, results so far")
+    status.add_argument("directory", type=Path, metavar="DIR", help="the sweep's folder; by default Hydra's is runs")
+    status.add_argument("--once", action="store_true", help="print it once, as without a terminal")
+    status.add_argument("--all", action="store_true", help="show every run, the finished ones too")
+    listing = commands.add_parser("list", help="what can be chosen: strategies, scenarios, models, ...")
+    listing.add_argument("group", nargs="?", choices=GROUPS, metavar="GROUP", help=", ".join(GROUPS) + "; default: all")
+    return parser
+
+
+def _train(overrides: list[str]) -> int:
+    with _hydra_raises(), _arguments([sys.argv[0], *overrides]):
+        from clkit.run import jobs
+        from clkit.run.mistakes import complain
+        from clkit.run.rank import is_rank_zero
+
+        try:
+            jobs.main()
+            code = jobs.end_sweep()
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 0
+        except Exception as error:
+            code = jobs.end_sweep() or complain(error)
+        if code in STOPPED and is_rank_zero():
+            print("clkit: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+        return code
+
+
+def _report(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from clkit.errors import ConfigurationError
+    from clkit.report import write_report
+    from clkit.run.mistakes import complain
+
+    try:
+        report = write_report(args.directories, args.output, style=args.style, width=args.width)
+    except ConfigurationError as error:
+        return complain(error)
+    report.show(Console(soft_wrap=True))
+    return 0
+
+
+def _status(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from clkit.errors import ConfigurationError
+    from clkit.run.mistakes import complain
+    from clkit.run.sweep_status import show_status
+
+    console = Console(soft_wrap=not sys.stdout.isatty())
+    try:
+        show_status(args.directory, console, live=console.is_terminal and not args.once, every=args.all)
+    except ConfigurationError as error:
+        return complain(error)
+    return 0
+
+
+def _connect(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from clkit.report.tables import connectivity_table
+    from clkit.run.connect import connect
+    from clkit.run.jobs import quieten_libraries
+    from clkit.run.mistakes import complain
+
+    quieten_libraries()
+    try:
+        lines, files = connect(args.paths, points=args.points, output=args.output)
+    except Exception as error:
+        return complain(error)
+    console = Console(soft_wrap=True)
+    console.print(connectivity_table(lines).rich())
+    console.print(*files, sep="\n", style="dim", highlight=False)
+    return 0
+
+
+def _list(group: str | None) -> int:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    from clkit.run.plugins import choices
+
+    console = Console()
+    for title in [group] if group else GROUPS:
+        key = GROUPS[title]
+        table = Table(
+            "name",
+            "what it is",
+            "from",
+            box=SIMPLE_HEAD,
+            title=f"{title}: clkit train {key}=NAME",
+            title_justify="left",
+        )
+        for choice in choices(key):
+            table.add_row(choice.name, choice.description, choice.origin)
+        console.print(table)
+    return 0
+
+
+@contextmanager
+def _hydra_raises() -> Iterator[None]:
+    """Let errors come out of Hydra, remembering whether the user wants to see full tracebacks."""
+    before = dict(os.environ)
+    os.environ.setdefault("CLKIT_FULL_ERROR", before.get("HYDRA_FULL_ERROR", "0"))
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        for name in ("CLKIT_FULL_ERROR", "HYDRA_FULL_ERROR"):
+            os.environ.pop(name, None)
+            if name in before:
+                os.environ[name] = before[name]
+
+
+@contextmanager
+def _arguments(argv: list[str]) -> Iterator[None]:
+    before, sys.argv = sys.argv, argv
+    try:
+        yield
+    finally:
+        sys.argv = before

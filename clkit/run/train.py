@@ -1,0 +1,224 @@
+"""One training run from a config: build the parts, fit, report."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import pytorch_lightning as pl
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from clkit.data.datamodule import StreamDataModule
+from clkit.errors import ConfigurationError
+from clkit.report import write_report
+from clkit.run.checkpoint import checkpoints, latest_checkpoint, step_of
+from clkit.run.folder import (
+    LOG,
+    GaveUp,
+    Record,
+    attempt,
+    attempts,
+    claim,
+    fingerprint,
+    fruitless,
+    hold,
+    is_finished,
+    owner,
+)
+from clkit.run.mistakes import check
+from clkit.run.progress import StreamProgress
+from clkit.run.rank import is_rank_zero
+
+FIGURES = ("stability_gap", "zoom", "overlay", "worst_case", "time", "drift", "connectivity")
+RESULTS = (
+    *("run.json", "history*.csv", "metrics.json", "checkpoints", "tensorboard", "csv", "wandb", "mlruns", "adapters"),
+    *("report.md", "report.tex", "report.csv", "runs.csv", "report.html", "timing.json", "gradients.csv"),
+    *("drift.csv", "flops.json", "connectivity.csv", "answers", "answers.csv", "answers.json"),
+    *(f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")),
+)
+RECORDS = ("attempts.jsonl", "train.log")
+
+
+def run(config: DictConfig, folder: Path, *, in_sweep: bool = False) -> None:
+    """Train into a run's folder, or go on with what is there, and write the report.
+
+    Args:
+        config: Composed from ``conf/train.yaml``. With ``resume`` a finished run is only shown again and an unfinished
+            one goes on from its newest whole checkpoint; without, the folder's earlier results are removed.
+        folder: The run's folder.
+        in_sweep: Write no report of this run alone, and do not try again what failed ``attempts`` times.
+
+    Raises:
+        Busy: If another process trains in the folder.
+        GaveUp: If the run has failed too often.
+        ConfigurationError: If the config cannot work, or the folder holds a run of another config.
+    """
+    if type(config.resume) is not bool:
+        raise ConfigurationError(f"resume={config.resume!r} is not possible; use true or false.")
+    console = Console(quiet=not is_rank_zero(), soft_wrap=True)
+    with hold(folder) if is_rank_zero() else nullcontext():
+        if is_rank_zero():
+            _claim(folder, fingerprint(config), config.resume)
+        if config.resume and is_finished(folder):
+            console.print(f"Finished before, shown again (resume=false trains anew): {folder}")
+        else:
+            if in_sweep:
+                _check_attempts(folder, config.attempts)
+            checkpoint = latest_checkpoint(folder / "checkpoints") if config.resume else None
+            with attempt(folder, step_of(checkpoint)) if is_rank_zero() else nullcontext() as record:
+                _train(config, folder, checkpoint, record, console)
+        if is_rank_zero() and not in_sweep:
+            write_report([folder]).show(console)
+
+
+def _train(config: DictConfig, folder: Path, checkpoint: Path | None, record: Record | None, console: Console) -> None:
+    _check_own(config)
+    check(_inside(config, folder))
+    if config.resume and checkpoint is None and checkpoints(folder / "checkpoints"):
+        raise ConfigurationError(
+            f"No checkpoint in {folder / 'checkpoints'} can be read; start over with resume=false, or put one back."
+        )
+    trainer, module, data = build(config, folder)
+    if record is not None:
+        data.trainer = trainer
+        record.plan(data.experience_steps)
+    if checkpoint is not None:
+        console.print(f"Going on from {checkpoint}")
+    fit(trainer, module, data, checkpoint)
+
+
+def _check_attempts(folder: Path, limit: int) -> None:
+    tried = attempts(folder)
+    count = fruitless(tried)
+    if count >= limit:
+        error = next((attempt.error for attempt in reversed(tried) if attempt.error), "killed, perhaps out of memory")
+        raise GaveUp(
+            f"It failed {count} times at the same place ({error}); see {folder / LOG}, "
+            f"and try again with attempts={count + limit} or resume=false."
+        )
+
+
+def build(config: DictConfig, folder: Path) -> tuple[pl.Trainer, pl.LightningModule, StreamDataModule]:
+    """Build what ``trainer.fit(module, datamodule=data)`` needs; callbacks and loggers write into the folder."""
+    config = _inside(config, folder)
+    module, data = build_module(config)
+    callbacks = [
+        *(instantiate(strategy) for strategy in (config.get("strategy") or {}).values()),
+        *(instantiate(callback) for callback in (config.get("callbacks") or {}).values()),
+        instantiate(config.evaluation, dir=folder),
+        instantiate(config.checkpoint, dir=folder / "checkpoints"),
+    ]
+    if config.trainer.get("enable_progress_bar", True):
+        callbacks.append(StreamProgress())
+    loggers = [instantiate(logger) for logger in (config.get("logger") or {}).values()]
+    try:
+        trainer = instantiate(config.trainer, _partial_=True)(
+            max_epochs=config.trainer.get("max_epochs") or data.total_epochs,
+            default_root_dir=folder,
+            callbacks=callbacks,
+            logger=loggers or False,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise ConfigurationError(f"The trainer refuses its settings: {error}") from error
+    return trainer, module, data
+
+
+def build_module(config: Any) -> tuple[pl.LightningModule, StreamDataModule]:
+    """Build the module, as it is before training, and its stream; the global seed is set to the config's."""
+    pl.seed_everything(config.seed, workers=True)
+    stream = instantiate(config.scenario)
+    if config.get("experiences") is not None:
+        if config.experiences > len(stream):
+            raise ConfigurationError(
+                f"experiences={config.experiences} is not possible; {stream.name} has {len(stream)} experiences."
+            )
+        stream = stream[: config.experiences]
+    data: StreamDataModule = instantiate(config.data, _partial_=True)(stream)
+    module = instantiate(config.model, **stream.model_arguments)
+    return module, data
+
+
+def fit(trainer: pl.Trainer, module: pl.LightningModule, data: StreamDataModule, checkpoint: Path | None) -> None:
+    """Run ``trainer.fit``, from a checkpoint or from the start.
+
+    Raises:
+        SystemExit: If Ctrl-C (code 130) or one of :data:`clkit.signals.STOP` (128 and its number) ended it early.
+    """
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit as stop:
+        # Lightning ends with 1 after Ctrl-C, and with none after a SIGTERM between the experiences
+        code = 130 if stop.code == 1 else 143 if stop.code is None else stop.code
+        raise SystemExit(code) from stop
+
+
+def _check_own(config: DictConfig) -> None:
+    if type(config.seed) is not int or not 0 <= config.seed < 2**32:
+        raise ConfigurationError(f"seed={config.seed!r} is not possible; use a whole number from 0 to 2**32 - 1.")
+    for group in ("data", "scenario", "model", "trainer", "evaluation", "checkpoint"):
+        if not isinstance(config.get(group), DictConfig):
+            raise ConfigurationError(
+                f"{group}={config.get(group)!r} is not possible; change single settings such as {group}.KEY=VALUE."
+            )
+    for group in ("strategy", "callbacks", "logger"):
+        for name, entry in (config.get(group) or {}).items():
+            if not isinstance(entry, DictConfig):
+                raise ConfigurationError(f"{group}.{name}={entry!r} is not possible; set {group}.{name}.KEY=VALUE.")
+            if "_target_" not in entry:
+                raise ConfigurationError(
+                    f"{group}.{name} has settings ({', '.join(map(str, entry))}), but it is not chosen; add it by "
+                    f"{group}={name} (or {group}=[{name},...]), or leave its settings out."
+                )
+    if not OmegaConf.is_missing(config, "folder"):
+        raise ConfigurationError(f"folder={config.folder} is not possible; choose the folder with hydra.run.dir=DIR.")
+    trainer = config.trainer
+    for key, least in (("accumulate_grad_batches", 1), ("gradient_clip_val", 0)):
+        value = trainer.get(key)
+        if isinstance(value, (int, float)) and value < least:
+            raise ConfigurationError(f"trainer.{key}={value} is not possible; use {least} or more.")
+    cores = os.cpu_count() or 1
+    devices = trainer.get("devices")
+    if trainer.get("accelerator") == "cpu" and isinstance(devices, int) and devices > cores:
+        raise ConfigurationError(f"trainer.devices={devices} is not possible; this machine has {cores} CPU cores.")
+    if config.get("experiences") is not None and (type(config.experiences) is not int or config.experiences < 1):
+        raise ConfigurationError(f"experiences={config.experiences!r} is not possible; use a whole number from 1.")
+    if type(config.attempts) is not int or config.attempts < 1:
+        raise ConfigurationError(f"attempts={config.attempts!r} is not possible; use a whole number from 1.")
+
+
+def _inside(config: DictConfig, folder: Path) -> DictConfig:
+    return cast(DictConfig, OmegaConf.merge(config, {"folder": str(folder)}))
+
+
+def _claim(folder: Path, config: str, resume: bool) -> None:
+    """Mark the folder as this config's and clear it of what cannot be resumed; refuse results of another config."""
+    there = owner(folder)
+    ours = there is not None and there["config"] == config
+    if resume and (folder / "history.csv").exists() and not ours:
+        made = (
+            f"a run of another config, made with clkit {there['clkit']}"
+            if there
+            else "results that clkit train did not make"
+        )
+        raise ConfigurationError(
+            f"{folder} holds {made}; start over with resume=false, or choose another folder with hydra.run.dir=DIR."
+        )
+    if resume and ours and (is_finished(folder) or checkpoints(folder / "checkpoints")):
+        return
+    _remove(folder, RESULTS if resume and ours else (*RESULTS, *RECORDS))
+    claim(folder, config)
+
+
+def _remove(folder: Path, patterns: Iterable[str]) -> None:
+    second = [path.parent for path in folder.glob("*/history.csv")]
+    for path in (*second, *(path for pattern in patterns for path in folder.glob(pattern))):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

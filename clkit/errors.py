@@ -1,7 +1,9 @@
-"""The one error a user's own mistake raises."""
+"""The one error a user's own mistake raises, and the checks that raise it."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+from difflib import get_close_matches
 from typing import Any
 
 
@@ -21,3 +23,22 @@ def check_whole(name: str, value: Any, least: int) -> None:
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ConfigurationError(f"{name}={value!r} is not possible; use a whole number of at least {least}.")
+
+
+def check_choice(name: str, value: Any, known: Collection[Any]) -> None:
+    """Check that ``value`` is one of those known.
+
+    Raises:
+        ConfigurationError: If it is not.
+    """
+    if value not in known:
+        raise ConfigurationError(f"{name}={value!r} is unknown; use {', '.join(map(str, known))}.")
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return a hint: the known names near to ``name``, or all of them when none is near."""
+    known = sorted(known)
+    near = get_close_matches(name, known)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"known: {', '.join(known)}." if known else "there is none."

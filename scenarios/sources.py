@@ -14,9 +14,8 @@ from torch import Tensor
 
 from clkit.data.datasets import BatchTransform, InMemoryDataset
 from clkit.data.stream import Experience
-from clkit.errors import ConfigurationError, check_whole
+from clkit.errors import ConfigurationError, check_whole, suggest
 from clkit.rng import private_rng
-from clkit.run.mistakes import suggest
 
 # Distinct from the tags of the core, so that equal seeds never give equal draws
 TEST_SPLIT, VAL_SPLIT, CLASS_ORDER, PERMUTATION = range(11, 15)

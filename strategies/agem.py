@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from clkit.data.batch import local_share
 from clkit.data.datamodule import stream_data
 from clkit.data.stream import Experience
-from clkit.errors import ConfigurationError
+from clkit.errors import check_whole
 from clkit.memory.buffer import ReservoirBuffer
 from clkit.method.gradient import add_to_gradients, check_automatic, flatten, loss_gradient, with_gradient
 from clkit.method.strategy import Strategy, random_samples
@@ -40,8 +40,7 @@ class AGEM(Strategy):
 
     def __init__(self, samples_per_experience: int = 200, *, batch_size: int = 256, seed: int = 0) -> None:
         for name, value in (("samples_per_experience", samples_per_experience), ("batch_size", batch_size)):
-            if value < 1:
-                raise ConfigurationError(f"{name}={value} is not possible; use at least 1.")
+            check_whole(name, value, 1)
         self.samples_per_experience, self.batch_size, self.seed = samples_per_experience, batch_size, seed
         self.memory: ReservoirBuffer | None = None
 

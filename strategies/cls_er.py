@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from clkit.data.batch import concatenate, gather_batch
-from clkit.errors import ConfigurationError
+from clkit.errors import ConfigurationError, check_whole
 from clkit.memory.buffer import ReservoirBuffer, draw_replay
 from clkit.method.evaluation_mode import evaluation_mode
 from clkit.method.forward import logit_distance, outputs
@@ -80,8 +80,8 @@ class CLSER(Strategy):
         seed: int = 0,
         device: str | None = None,
     ) -> None:
-        if batch_size is not None and batch_size < 1:
-            raise ConfigurationError(f"batch_size={batch_size} is not possible; use at least 1, or null.")
+        if batch_size is not None:
+            check_whole("batch_size", batch_size, 1)
         if weight < 0:
             raise ConfigurationError(f"weight={weight} is not possible; use 0 or more.")
         for name, rate in (("plastic_rate", plastic_rate), ("stable_rate", stable_rate)):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from clkit.data.batch import gather_batch
-from clkit.errors import ConfigurationError
+from clkit.errors import ConfigurationError, check_choice, check_whole
 from clkit.memory.buffer import ReservoirBuffer, draw_replay
 from clkit.method.forward import logit_distance, outputs, task_loss, task_loss_and_outputs
 from clkit.method.strategy import Strategy, check_pairs
@@ -61,10 +61,9 @@ class DER(Strategy):
         for name, value in (("alpha", alpha), ("beta", beta)):
             if value < 0:
                 raise ConfigurationError(f"{name}={value} is not possible; use 0 or more.")
-        if batch_size is not None and batch_size < 1:
-            raise ConfigurationError(f"batch_size={batch_size} is not possible; use at least 1, or null.")
-        if draws not in ("two", "one"):
-            raise ConfigurationError(f"draws={draws!r} is unknown; use two or one.")
+        if batch_size is not None:
+            check_whole("batch_size", batch_size, 1)
+        check_choice("draws", draws, ("two", "one"))
         self.buffer = ReservoirBuffer(capacity, seed=seed, device=device)
         self.alpha, self.beta, self.batch_size, self.draws = alpha, beta, batch_size, draws
         self._logits: Tensor | None = None

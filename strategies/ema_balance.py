@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from clkit.data.hooks import callbacks_of
 from clkit.data.stream import Experience
-from clkit.errors import ConfigurationError, check_whole
+from clkit.errors import ConfigurationError, check_choice, check_whole
 from clkit.method.parameters import assign, swapped, trainable
 from clkit.method.strategy import Strategy
 
@@ -67,12 +67,10 @@ class EMABalance(Strategy):
         every: int = 1,
         init: Literal["task_start", "after_first_step"] = "task_start",
     ) -> None:
-        if preset not in PRESETS:
-            raise ConfigurationError(f"preset={preset!r} is unknown; use one of {', '.join(PRESETS)}.")
+        check_choice("preset", preset, PRESETS)
         if not 0 < decay < 1:
             raise ConfigurationError(f"decay={decay} is not possible; use a number between 0 and 1, such as 0.99.")
-        if init not in ("task_start", "after_first_step"):
-            raise ConfigurationError(f"init={init!r} is unknown; use task_start or after_first_step.")
+        check_choice("init", init, ("task_start", "after_first_step"))
         check_whole("every", every, 1)
         self.preset, self.decay, self.every, self.init = preset, decay, every, init
         self.average: dict[str, Tensor] = {}

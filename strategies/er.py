@@ -10,7 +10,7 @@ from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
 from clkit.data.batch import concatenate, gather_batch
-from clkit.errors import ConfigurationError
+from clkit.errors import ConfigurationError, check_choice, check_whole
 from clkit.memory.buffer import ClassBalancedBuffer, ReservoirBuffer, draw_replay
 from clkit.method.forward import task_loss
 from clkit.method.strategy import Strategy
@@ -56,10 +56,9 @@ class ExperienceReplay(Strategy):
         seed: int = 0,
         device: str | None = None,
     ) -> None:
-        if buffer not in BUFFERS:
-            raise ConfigurationError(f"buffer={buffer!r} is unknown; use one of {', '.join(BUFFERS)}.")
-        if batch_size is not None and batch_size < 1:
-            raise ConfigurationError(f"batch_size={batch_size} is not possible; use at least 1, or null.")
+        check_choice("buffer", buffer, BUFFERS)
+        if batch_size is not None:
+            check_whole("batch_size", batch_size, 1)
         if alpha is not None and not 0 < alpha <= 1:
             raise ConfigurationError(f"alpha={alpha} is not possible; use a weight above 0 and at most 1, or null.")
         self.buffer = BUFFERS[buffer](capacity, seed=seed, device=device)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clkit.data.datamodule import stream_data
 from clkit.data.stream import Experience
-from clkit.errors import ConfigurationError
+from clkit.errors import ConfigurationError, check_choice, check_whole
 from clkit.method.forward import task_loss
 from clkit.method.parameters import flat
 from clkit.method.penalty import (
@@ -78,14 +78,12 @@ class EWC(QuadraticPenalty):
         only: Sequence[str] | None = None,
     ) -> None:
         super().__init__(strength, only=only)
-        if mode not in ("offline", "online"):
-            raise ConfigurationError(f"mode={mode!r} is unknown; use offline or online.")
+        check_choice("mode", mode, ("offline", "online"))
         if not 0 <= decay <= 1:
             raise ConfigurationError(f"decay={decay} is not possible; use a number from 0 to 1.")
-        if fisher not in FISHERS:
-            raise ConfigurationError(f"fisher={fisher!r} is unknown; use one of {', '.join(FISHERS)}.")
-        if samples is not None and samples < 1:
-            raise ConfigurationError(f"samples={samples} is not possible; use at least 1, or null for all.")
+        check_choice("fisher", fisher, FISHERS)
+        if samples is not None:
+            check_whole("samples", samples, 1)
         self.mode, self.decay, self.fisher, self.samples, self.seed = mode, decay, fisher, samples, seed
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -20,7 +20,7 @@ from clkit.data.datasets import labels_of
 from clkit.data.hooks import callbacks_of
 from clkit.data.stream import Experience
 from clkit.distributed import sum_over_processes
-from clkit.errors import ConfigurationError, check_whole
+from clkit.errors import ConfigurationError, check_choice, check_whole
 from clkit.evaluation.drift import ModuleDrift
 from clkit.evaluation.prefix import PrefixTable
 from clkit.memory.buffer import ReservoirBuffer
@@ -174,8 +174,7 @@ class FPF(_Finetuning):
         seed: int = 0,
     ) -> None:
         super().__init__(select, steps, batch_size, lr, momentum, clip, restart, seed)
-        if when not in ("end", "experience"):
-            raise ConfigurationError(f"when={when!r} is unknown; use end or experience.")
+        check_choice("when", when, ("end", "experience"))
         self.when = when
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

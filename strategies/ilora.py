@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from clkit.data.batch import gather_batch
 from clkit.data.datamodule import stream_data
-from clkit.errors import ConfigurationError
+from clkit.errors import ConfigurationError, check_choice, check_whole
 from clkit.memory.buffer import ReservoirBuffer, draw_replay
 from clkit.method.evaluation_mode import evaluation_mode
 from clkit.method.forward import task_loss
@@ -83,12 +83,10 @@ class InterpolatedLoRA(Strategy):
             raise ConfigurationError(f"decay={decay} is not possible; use a number from 0 to 1, such as 0.99.")
         if gamma < 0:
             raise ConfigurationError(f"gamma={gamma} is not possible; use 0 or more.")
-        if batch_size is not None and batch_size < 1:
-            raise ConfigurationError(f"batch_size={batch_size} is not possible; use at least 1, or null.")
-        if form not in ("mse", "one_sided"):
-            raise ConfigurationError(f"form={form!r} is unknown; use mse or one_sided.")
-        if predict_with not in ("slow", "fast"):
-            raise ConfigurationError(f"predict_with={predict_with!r} is unknown; use slow or fast.")
+        if batch_size is not None:
+            check_whole("batch_size", batch_size, 1)
+        check_choice("form", form, ("mse", "one_sided"))
+        check_choice("predict_with", predict_with, ("slow", "fast"))
         self.batch_size, self.decay, self.gamma, self.form, self.ramp = batch_size, decay, gamma, form, ramp
         self.layers = layers if isinstance(layers, str) else list(layers)
         self.prediction = "slow" if predict_with == "slow" else None

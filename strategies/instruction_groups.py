@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from clkit.data.datamodule import stream_data
 from clkit.data.stream import Experience
-from clkit.errors import ConfigurationError
+from clkit.errors import ConfigurationError, check_choice
 from clkit.language.dataset import InstructionDataset
 from clkit.language.records import Record
 from clkit.language.similarity import Similarity, mean_similarity, tfidf_cosine
@@ -70,8 +70,7 @@ class InstructionGroups(Router):
             ("start", start, ("last", "initial")),
             ("fallback", fallback, ("newest", "nearest")),
         ):
-            if value not in known:
-                raise ConfigurationError(f"{name}={value!r} is unknown; use {' or '.join(known)}.")
+            check_choice(name, value, known)
         if isinstance(instruction, str) and instruction not in PARTS:
             raise ConfigurationError(f"instruction={instruction!r} is unknown; use {', '.join(PARTS)} or a function.")
         if isinstance(similarity, str) and similarity != "tfidf":

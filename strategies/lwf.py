@@ -11,7 +11,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, kl_div
 
 from clkit.data.datamodule import stream_data
 from clkit.data.stream import Experience
-from clkit.errors import ConfigurationError
+from clkit.errors import ConfigurationError, check_choice
 from clkit.method.distillation import Distillation, ask
 from clkit.method.forward import outputs
 from clkit.method.strategy import check_pairs
@@ -54,8 +54,7 @@ class LwF(Distillation):
         super().__init__(alpha)
         if temperature <= 0:
             raise ConfigurationError(f"temperature={temperature} is not possible; use a number above 0.")
-        if form not in ("softmax", "bce"):
-            raise ConfigurationError(f"form={form!r} is unknown; use softmax or bce.")
+        check_choice("form", form, ("softmax", "bce"))
         self.temperature, self.form = temperature, form
         self._groups: list[Tensor] = []
 

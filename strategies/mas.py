@@ -10,7 +10,7 @@ from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
 from clkit.data.stream import Experience
-from clkit.errors import ConfigurationError
+from clkit.errors import check_whole
 from clkit.method.parameters import flat
 from clkit.method.penalty import (
     Quadratic,
@@ -56,8 +56,8 @@ class MAS(QuadraticPenalty):
         only: Sequence[str] | None = None,
     ) -> None:
         super().__init__(strength, only=only)
-        if samples is not None and samples < 1:
-            raise ConfigurationError(f"samples={samples} is not possible; use at least 1, or null for all.")
+        if samples is not None:
+            check_whole("samples", samples, 1)
         self.samples, self.seed = samples, seed
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

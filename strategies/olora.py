@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.optim import Optimizer
 
-from clkit.errors import ConfigurationError
+from clkit.errors import ConfigurationError, check_choice
 from clkit.method.adapters import AdapterPerExperience
 
 
@@ -56,8 +56,7 @@ class OLoRA(AdapterPerExperience):
     ) -> None:
         if strength < 0 or l2 < 0:
             raise ConfigurationError(f"strength={strength} and l2={l2} are not possible; use 0 or more.")
-        if form not in ("square", "absolute"):
-            raise ConfigurationError(f"form={form!r} is unknown; use square or absolute.")
+        check_choice("form", form, ("square", "absolute"))
         super().__init__(seed)
         self.strength, self.l2, self.form = strength, l2, form
         self.subspaces: dict[str, Tensor] = {}

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from clkit.data.stream import Experience
-from clkit.errors import ConfigurationError
+from clkit.errors import check_choice
 from clkit.method.routing import Router
 
 
@@ -29,8 +29,7 @@ class PerTask(Router):
 
     def __init__(self, start: Literal["initial", "last"] = "initial") -> None:
         super().__init__()
-        if start not in ("initial", "last"):
-            raise ConfigurationError(f"start={start!r} is unknown; use initial or last.")
+        check_choice("start", start, ("initial", "last"))
         self.start = start
 
     def on_experience_start(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:

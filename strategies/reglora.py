@@ -12,7 +12,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from clkit.errors import ConfigurationError
+from clkit.errors import ConfigurationError, check_choice
 from clkit.method.adapters import AdapterPerExperience, LowRank
 
 
@@ -67,10 +67,8 @@ class RegLoRA(AdapterPerExperience):
             raise ConfigurationError(f"strength={strength} is not possible; use 0 or more.")
         if not 0 < percent <= 100:
             raise ConfigurationError(f"percent={percent} is not possible; use a number above 0 and at most 100.")
-        if duplicates not in ("union", "multiset"):
-            raise ConfigurationError(f"duplicates={duplicates!r} is unknown; use union or multiset.")
-        if product not in ("auto", "dense", "sparse"):
-            raise ConfigurationError(f"product={product!r} is unknown; use auto, dense or sparse.")
+        check_choice("duplicates", duplicates, ("union", "multiset"))
+        check_choice("product", product, ("auto", "dense", "sparse"))
         super().__init__(seed)
         self.strength, self.percent, self.duplicates = strength, percent, duplicates
         self.product = product

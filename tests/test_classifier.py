@@ -243,9 +243,9 @@ def test_the_loss_goes_on_with_the_current_classes_of_a_checkpoint(tmp_path):
 
 
 def test_an_unknown_loss_is_refused():
-    with pytest.raises(ConfigurationError, match="loss='mse' is unknown; use one of ce, ce_masked, bce"):
+    with pytest.raises(ConfigurationError, match="loss='mse' is unknown; use ce, ce_masked, bce"):
         linear(loss="mse")
-    with pytest.raises(ConfigurationError, match="bce_classes='old' is unknown; use one of experience, seen"):
+    with pytest.raises(ConfigurationError, match="bce_classes='old' is unknown; use experience, seen"):
         linear(bce_classes="old")
 
 

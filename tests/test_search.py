@@ -44,7 +44,7 @@ def test_the_first_experiences_of_a_stream_keep_the_classes_of_the_whole() -> No
 @pytest.mark.parametrize("value", ["0", "1.5", "all"])
 def test_another_number_of_experiences_is_a_mistake(tmp_path: Path, value: str, capsys) -> None:
     assert main(["train", f"experiences={value}", f"hydra.run.dir={tmp_path}"]) == 2
-    assert "use a whole number from 1" in capsys.readouterr().err
+    assert "use a whole number of at least 1" in capsys.readouterr().err
 
 
 def search(folder: Path, *overrides: str) -> list[str]:

@@ -18,8 +18,8 @@ from rich.console import Console
 from clkit import ConfigurationError, ResetOptimizer, StabilityGap, StreamCheckpoint, StreamProgress
 from clkit.run.checkpoint import latest_checkpoint
 from clkit.run.cli import main
+from clkit.run.config_check import check
 from clkit.run.jobs import task as task  # registers the resolver of run names
-from clkit.run.mistakes import check
 from clkit.run.plugins import choices
 from clkit.run.train import build, fingerprint, run
 from clkit.strategies import EWC, ExperienceReplay

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from clkit.data.datasets import can_slice, read_batch, targets_of
-from clkit.errors import ConfigurationError
+from clkit.errors import ConfigurationError, check_choice
 
 Kind = Literal["class-incremental", "task-incremental", "domain-incremental", "instruction", "task-free"]
 
@@ -67,8 +67,7 @@ class Stream(Sequence[Experience]):
     ) -> None:
         self._experiences = tuple(experiences)
         self.name, self.kind, self.n_classes, self.collate_fn = name, kind, n_classes, collate_fn
-        if kind not in get_args(Kind):
-            raise ConfigurationError(f"kind={kind!r} is unknown; use one of {', '.join(get_args(Kind))}.")
+        check_choice("kind", kind, get_args(Kind))
         if not self._experiences:
             raise ConfigurationError(f"Stream {name!r} has no experience; give it at least one.")
         for position, experience in enumerate(self._experiences):

@@ -23,11 +23,12 @@ from clkit.data.datamodule import stream_data
 from clkit.data.loader import StreamLoader, read_samples
 from clkit.data.stream import Experience, Stream
 from clkit.distributed import holds_shards, own_share, sum_over_processes
-from clkit.errors import ConfigurationError, check_whole
+from clkit.errors import ConfigurationError, check_choice, check_whole
 from clkit.evaluation.device_evaluator import DeviceEvaluator
-from clkit.evaluation.evaluator import Evaluator, ProcessEvaluator, Result, SnapshotEvaluator
+from clkit.evaluation.evaluator import Evaluator, Result, SnapshotEvaluator
 from clkit.evaluation.lazy_evaluator import LazyEvaluator
 from clkit.evaluation.prefix import FrozenPrefix
+from clkit.evaluation.process_evaluator import ProcessEvaluator
 from clkit.evaluation.schedule import Every, Schedule
 from clkit.evaluation.scores import Mask, Score, Scorer, named
 from clkit.evaluation.subsets import Subsets, choose
@@ -116,11 +117,10 @@ class StabilityGap(Callback):
     ) -> None:
         least = {"subset": subset, "batch_size": batch_size, "flush_every": flush_every, "snapshots": snapshots}
         for setting, value in {**least, "queue": queue}.items():
-            if value is not None and value < 1:
-                raise ConfigurationError(f"{setting}={value} is not possible; use a whole number of at least 1.")
+            if value is not None:
+                check_whole(setting, value, 1)
         for setting, chosen, known in (("split", split, ("test", "val")), ("mask", mask, get_args(Mask))):
-            if chosen not in known:
-                raise ConfigurationError(f"{setting}={chosen!r} is unknown; use {', '.join(known)}.")
+            check_choice(setting, chosen, known)
         for window in windows:
             check_whole("windows", window, 2)
         if asynchronous + (snapshots > 1) + lazy > 1:

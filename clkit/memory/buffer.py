@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from clkit.data.batch import local_share
 from clkit.data.datasets import labels_of
-from clkit.errors import ConfigurationError
+from clkit.errors import ConfigurationError, check_whole
 from clkit.memory.storage import DISK, Slots, Storage, make_storage
 from clkit.rng import private_rng, rng_state, set_rng_state
 
@@ -35,10 +35,7 @@ class ReservoirBuffer:
     """
 
     def __init__(self, capacity: int, *, seed: int = 0, device: torch.device | str | None = None) -> None:
-        if not isinstance(capacity, int) or capacity < 0:
-            raise ConfigurationError(
-                f"capacity={capacity!r} is not possible; use the number of samples to keep, 0 or more."
-            )
+        check_whole("capacity", capacity, 0)
         try:
             torch.empty(0, device=None if device == DISK else device)
         except (RuntimeError, AssertionError) as error:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from clkit.errors import ConfigurationError
+from clkit.errors import ConfigurationError, check_choice
 
 
 def find_blocks(module: nn.Module, layers: str | Sequence[str] = "all") -> list[nn.Module]:
@@ -36,8 +36,7 @@ def find_blocks(module: nn.Module, layers: str | Sequence[str] = "all") -> list[
             for name, child in module.named_modules()
             if any(fnmatch.fnmatchcase(name, pattern) for pattern in layers)
         ]
-    if layers not in ("all", "last"):
-        raise ConfigurationError(f"layers={layers!r} is unknown; use all, last or a list of patterns of module paths.")
+    check_choice("layers", layers, ("all", "last"))
     found = _repeated(module) or _weighted(module)[:-1]
     if not found:
         raise ConfigurationError(

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.ndimage import maximum_filter1d
 
-from clkit.errors import ConfigurationError
+from clkit.errors import ConfigurationError, check_choice
 from clkit.metrics.history import History
 
 Array = NDArray[np.float64]
@@ -203,8 +203,7 @@ def backward_transfer(matrix: ArrayLike, after: int | None = None, *, normalizer
     Raises:
         ConfigurationError: If the normalizer is unknown, or ``after`` is not from 1 to T.
     """
-    if normalizer not in ("t", "t-1"):
-        raise ConfigurationError(f"normalizer={normalizer!r} is unknown; use t or t-1.")
+    check_choice("normalizer", normalizer, ("t", "t-1"))
     r = _first(matrix, after)
     n = len(r) - (normalizer == "t-1")
     return float((r[-1] - np.diag(r)).sum() / n) if n else np.nan

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from clkit.errors import ConfigurationError
+from clkit.errors import check_whole
 from clkit.metrics.functional import BETA, WITHIN, Gap, Statistics
 from clkit.metrics.history import Phase, count_finished
 
@@ -55,11 +55,9 @@ class _ContinualMetric(Metric):
         self, n_experiences: int, windows: Sequence[int] = (), *, persistent: bool = True, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        if n_experiences < 1 or min(windows, default=2) < 2:
-            raise ConfigurationError(
-                f"Got n_experiences={n_experiences} and windows={tuple(windows)}; "
-                "use at least one experience, and at least two evaluations in a window."
-            )
+        check_whole("n_experiences", n_experiences, 1)
+        for window in windows:
+            check_whole("windows", window, 2)
         self.windows = tuple(windows)
 
         def add(name: str, *shape: int, fill: float = torch.nan) -> None:

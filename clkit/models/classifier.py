@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from clkit.errors import ConfigurationError
+from clkit.errors import ConfigurationError, check_choice
 from clkit.method.adapters import add_adapter
 from clkit.models.networks import Network, build_network
 
@@ -86,8 +86,7 @@ class Classifier(pl.LightningModule):
     ) -> None:
         super().__init__()
         for name, value, known in (("loss", loss, Loss), ("bce_classes", bce_classes, BceClasses)):
-            if value not in get_args(known):
-                raise ConfigurationError(f"{name}={value!r} is unknown; use one of {', '.join(get_args(known))}.")
+            check_choice(name, value, get_args(known))
         if not isinstance(net, nn.Module):
             if n_classes is None or input_shape is None:
                 raise ConfigurationError(

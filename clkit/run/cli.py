@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
 def _train(overrides: list[str]) -> int:
     with _hydra_raises(), _arguments([sys.argv[0], *overrides]):
         from clkit.run import jobs
-        from clkit.run.mistakes import complain
+        from clkit.run.explain import complain
         from clkit.run.rank import is_rank_zero
 
         try:
@@ -104,7 +104,7 @@ def _report(args: argparse.Namespace) -> int:
 
     from clkit.errors import ConfigurationError
     from clkit.report import write_report
-    from clkit.run.mistakes import complain
+    from clkit.run.explain import complain
 
     try:
         report = write_report(args.directories, args.output, style=args.style, width=args.width)
@@ -118,7 +118,7 @@ def _status(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from clkit.errors import ConfigurationError
-    from clkit.run.mistakes import complain
+    from clkit.run.explain import complain
     from clkit.run.sweep_status import show_status
 
     console = Console(soft_wrap=not sys.stdout.isatty())
@@ -134,8 +134,8 @@ def _connect(args: argparse.Namespace) -> int:
 
     from clkit.report.tables import connectivity_table
     from clkit.run.connect import connect
+    from clkit.run.explain import complain
     from clkit.run.jobs import quieten_libraries
-    from clkit.run.mistakes import complain
 
     quieten_libraries()
     try:

@@ -21,8 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from clkit.errors import ConfigurationError
 from clkit.run import plugins
+from clkit.run.explain import complain, explain
 from clkit.run.folder import Busy, is_finished, owned_by
-from clkit.run.mistakes import complain, explain
 from clkit.run.rank import is_rank_zero
 from clkit.run.sweep import Planner
 

@@ -15,9 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from clkit.data.datamodule import StreamDataModule
-from clkit.errors import ConfigurationError
+from clkit.errors import ConfigurationError, check_whole
 from clkit.report import write_report
 from clkit.run.checkpoint import checkpoints, latest_checkpoint, step_of
+from clkit.run.config_check import check
 from clkit.run.folder import (
     LOG,
     GaveUp,
@@ -31,7 +32,6 @@ from clkit.run.folder import (
     is_finished,
     owner,
 )
-from clkit.run.mistakes import check
 from clkit.run.progress import StreamProgress
 from clkit.run.rank import is_rank_zero
 
@@ -186,10 +186,9 @@ def _check_own(config: DictConfig) -> None:
     devices = trainer.get("devices")
     if trainer.get("accelerator") == "cpu" and isinstance(devices, int) and devices > cores:
         raise ConfigurationError(f"trainer.devices={devices} is not possible; this machine has {cores} CPU cores.")
-    if config.get("experiences") is not None and (type(config.experiences) is not int or config.experiences < 1):
-        raise ConfigurationError(f"experiences={config.experiences!r} is not possible; use a whole number from 1.")
-    if type(config.attempts) is not int or config.attempts < 1:
-        raise ConfigurationError(f"attempts={config.attempts!r} is not possible; use a whole number from 1.")
+    if config.get("experiences") is not None:
+        check_whole("experiences", config.experiences, 1)
+    check_whole("attempts", config.attempts, 1)
 
 
 def _inside(config: DictConfig, folder: Path) -> DictConfig:

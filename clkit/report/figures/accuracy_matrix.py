@@ -1,0 +1,44 @@
+"""The scores at experience ends as a heat map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from clkit.report.figures.canvas import new_figure, style, wrapped
+
+
+def accuracy_matrix_figure(
+    matrix: NDArray[np.float64], names: Sequence[str] | None = None, *, title: str = "", score: str = "accuracy"
+) -> Figure:
+    """Draw the scores at experience ends as a heat map.
+
+    Args:
+        matrix: ``[K, K]``, row learned, column evaluated, fractions; NaN where not evaluated.
+        names: K names; ``E0``, ``E1``, ... by default.
+        title: Title of the figure.
+        score: Name of the score, for the colour bar.
+    """
+    names = names or [f"E{k}" for k in range(len(matrix))]
+    with style():
+        side = min(2.2 + 0.42 * len(matrix), 8.0)
+        figure = new_figure(side + 0.6, side)
+        axes = figure.subplots()
+        image = axes.imshow(100 * matrix, vmin=0, vmax=100)
+        figure.colorbar(image, label=f"{score} (%)", shrink=0.85).outline.set_visible(False)
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(len(names)), names)
+        axes.tick_params(length=0)
+        axes.set(xlabel="evaluated on", ylabel="after learning")
+        axes.set_title(wrapped(title, 0.8 * side))
+        if len(matrix) <= 12:
+            for (row, column), value in np.ndenumerate(100 * matrix):
+                if np.isfinite(value):
+                    color = "white" if value > 60 else "black"
+                    axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color)
+    return figure

@@ -45,6 +45,16 @@ def test_help_and_version_import_nothing_heavy(option: str) -> None:
     assert "clkit" in result.stdout
 
 
+def test_training_imports_libraries_that_it_does_not_use_late() -> None:
+    code = (
+        "import sys, clkit.run.train; from clkit import strategies, scenarios; from clkit.models.networks import MLP\n"
+        "MLP((1, 8, 8), 10), strategies.ExperienceReplay(10), scenarios.SplitDigits\n"
+        "assert not {'timm', 'avalanche', 'peft'} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 def test_train_help_is_hydras(tmp_path: Path) -> None:
     result = clkit("train", "--help", cwd=tmp_path)
     assert result.returncode == 0

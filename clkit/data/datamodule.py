@@ -109,6 +109,22 @@ class StreamDataModule(pl.LightningDataModule):
         return [epochs * -(-n // accumulated) for epochs, n in zip(self.epochs, batches, strict=True)]
 
     @property
+    def steps_taken(self) -> int:
+        """Optimizer steps so far that really happened: a step that fp16's scaler leaves out is none.
+
+        Schedules go by ``trainer.global_step``, which counts those too.
+        """
+        return 0 if self._runner is None else self._runner.steps.count
+
+    @property
+    def has_stepped(self) -> bool:
+        """Whether the current batch moved the weights: not while gradients accumulate, nor where fp16 left a step out.
+
+        Known from ``on_train_batch_end`` on.
+        """
+        return self._runner is not None and self._runner.steps.in_batch > 0
+
+    @property
     def experience(self) -> Experience:
         """The experience that is being learned."""
         return self.stream[min(bisect_right(self._ends, self._epoch), len(self.stream) - 1)]

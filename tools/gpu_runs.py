@@ -17,7 +17,7 @@ from torch import nn
 
 from clkit import Classifier, InMemoryDataset, StabilityGap, Stream, StreamDataModule
 from clkit import strategies as s
-from clkit.evaluation.history import History
+from clkit.metrics.history import History
 from clkit.testing import SmallModule, small_instructions, small_language_module, small_stream
 
 Facts = dict[str, Any]

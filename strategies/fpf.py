@@ -117,7 +117,7 @@ class _Finetuning(Strategy):
 
     def phase_loss(self, module: LightningModule, batch: Any) -> Tensor:
         """Return the loss of a phase's step on a batch of memory."""
-        return task_loss(module, batch)
+        return task_loss(module, batch, own_backward=True)
 
     def state_dict(self) -> dict[str, Any]:
         return {"phases": self.phases}
@@ -284,9 +284,9 @@ class KFPF(_Finetuning):
 
     def phase_loss(self, module: LightningModule, batch: Any) -> Tensor:
         if self.distillation == 0:
-            return task_loss(module, batch)
+            return task_loss(module, batch, own_backward=True)
         *pair, old = batch
-        loss, new = task_loss_and_outputs(module, tuple(pair))
+        loss, new = task_loss_and_outputs(module, tuple(pair), own_backward=True)
         return loss + self.distillation * mse_loss(new.float(), old.float(), reduction="sum") / len(old)
 
     def remembered(self) -> Any:

@@ -1,4 +1,4 @@
-"""A step that fp16's scaler leaves out is no step, with a real scaler on the CPU."""
+"""fp16 with a real scaler on the CPU: a step that it leaves out is no step, and gradients are whole without it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pytorch_lightning.plugins import MixedPrecision
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from clkit import Strategy, StreamCheckpoint, StreamDataModule
+from clkit.method.gradient import loss_gradient
 from clkit.strategies import CLSER, FPF, EMABalance, ExperienceReplay, InterpolatedLoRA
 from clkit.testing import SmallModule, small_stream
 
@@ -26,7 +27,8 @@ class Module(SmallModule):
         self.fused = fused
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9, fused=self.fused)
+        # no momentum: that of torch's fused SGD is uninitialised memory where its first step was left out
+        return torch.optim.SGD(self.parameters(), lr=0.05, fused=self.fused)
 
 
 class Moves(pl.Callback):
@@ -55,7 +57,7 @@ class Counted(EMABalance):
         return super().update(*args)
 
 
-def fit(callbacks, *, fused=False, scale=2.0**19, checkpoint=None, **settings):
+def fit(callbacks, *, module=Module, fused=False, scale=2.0**19, checkpoint=None, **settings):
     pl.seed_everything(0, verbose=False)
     data = StreamDataModule(small_stream(2), batch_size=8)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale)
@@ -69,9 +71,9 @@ def fit(callbacks, *, fused=False, scale=2.0**19, checkpoint=None, **settings):
         enable_checkpointing=any(isinstance(callback, StreamCheckpoint) for callback in callbacks),
         **{"plugins": MixedPrecision("16-mixed", "cpu", scaler), **settings},
     )
-    module = Module(fused)
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    return module, trainer
+    trained = module(fused)
+    trainer.fit(trained, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    return trained, trainer
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -130,6 +132,30 @@ def test_optimizers_that_unscale_within_their_step_show_strategies_the_same_grad
     ends = [fit([own], fused=fused, scale=2.0**8)[0] for own, fused in ((one, False), (other, True))]
     torch.testing.assert_close(torch.stack(one.found), torch.stack(other.found), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(*(list(end.parameters()) for end in ends), rtol=1e-3, atol=1e-5)
+
+
+class Faint(Module):
+    """Its gradients are below what fp16 can hold."""
+
+    def training_step(self, batch, batch_idx):
+        return 1e-8 * super().training_step(batch, batch_idx)
+
+
+def test_a_backward_of_ones_own_keeps_gradients_that_vanish_in_fp16():
+    found = {}
+
+    class Measures(Strategy):
+        def __init__(self, name):
+            self.name = name
+
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            batch = small_stream(1)[0].train.batch(torch.arange(8))
+            found.setdefault(self.name, loss_gradient(trainer, module, list(module.parameters()), batch))
+
+    fit([Measures("fp16")], module=Faint)
+    fit([Measures("full")], module=Faint, plugins=[])
+    assert found["full"].count_nonzero() > 100
+    torch.testing.assert_close(found["fp16"], found["full"], rtol=1e-3, atol=0)
 
 
 def test_nothing_counts_after_a_fit_however_it_ends():

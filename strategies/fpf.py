@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from clkit.data.batch import gather_batch, local_share
 from clkit.data.datamodule import stream_data
-from clkit.data.datasets import labels_of
+from clkit.data.datasets import labels_of, sent
 from clkit.data.hooks import callbacks_of
 from clkit.data.stream import Experience
 from clkit.distributed import sum_over_processes
@@ -89,7 +89,7 @@ class _Finetuning(Strategy):
             for step in range(self.steps):
                 rows = torch.from_numpy(rng.choice(size, self.batch_size, replace=size < self.batch_size))
                 rows = local_share(trainer, rows)
-                batch = tree_map(lambda held, rows=rows: held[rows.to(held.device)], memory)
+                batch = tree_map(lambda held, rows=rows: held[sent(rows, held.device)], memory)
                 with torch.enable_grad(), replayed(rows):
                     loss = self.phase_loss(module, move_data_to_device(batch, module.device))
                     grads = torch.autograd.grad(loss, params, materialize_grads=True)

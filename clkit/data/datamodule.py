@@ -39,7 +39,7 @@ class StreamDataModule(pl.LightningDataModule):
         seed: Seed of the sample order, at least 0.
         drop_last: Leave out the last batch of an epoch if it is not full (it is kept, smaller, by default).
         num_workers: Worker processes for datasets that are not held as tensors.
-        pin_memory: Pin such batches.
+        pin_memory: Copy batches to pinned memory, from which they go to a GPU while it works.
         collate_fn: Turns a list of samples into a batch; the stream's own, or torch's default, when ``None``.
         group_by_length: Put samples of similar length into a batch, to save padding: within every 50 shuffled batches,
             samples are sorted by length, and the batches shuffled. The datasets must have ``lengths``.

@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from clkit.data.batch import concatenate, gather_batch
+from clkit.data.datamodule import stream_data
 from clkit.errors import ConfigurationError, check_whole
 from clkit.memory.buffer import ReservoirBuffer, draw_replay
 from clkit.method.evaluation_mode import evaluation_mode
@@ -98,7 +99,6 @@ class CLSER(Strategy):
         self.views = {name: functools.partial(self._view, name) for name in self.averages}
         self.rng = private_rng(seed, 6)
         self._replayed: slice | None = None
-        self._last_step = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -108,7 +108,6 @@ class CLSER(Strategy):
         self.buffer.to(pl_module.device)
         self.averages = tree_map_only(Tensor, lambda tensor: tensor.to(pl_module.device), self.averages)
         self._begin(_averaged(pl_module))
-        self._last_step = trainer.global_step
 
     def _begin(self, live: dict[str, Tensor]) -> None:
         for average in self.averages.values():
@@ -139,15 +138,14 @@ class CLSER(Strategy):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.buffer.insert(gather_batch(trainer, batch))
-        step = trainer.global_step
-        if step == self._last_step:
+        data = stream_data(trainer)
+        if not data.has_stepped:
             return
-        self._last_step = step
         live = _averaged(pl_module)
         self._begin(live)
         for (name, average), drawn in zip(self.averages.items(), self.rng.random(2), strict=True):
             if drawn < self.rates[name]:
-                decay = min(self.decays[name], 1 - 1 / (step + 1))
+                decay = min(self.decays[name], 1 - 1 / (data.steps_taken + 1))
                 torch._foreach_lerp_([average[key] for key in live], list(live.values()), 1 - decay)
 
     def _view(self, name: str, module: LightningModule) -> AbstractContextManager[None]:

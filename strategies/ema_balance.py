@@ -11,6 +11,7 @@ from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from clkit.data.datamodule import stream_data
 from clkit.data.hooks import callbacks_of
 from clkit.data.stream import Experience
 from clkit.errors import ConfigurationError, check_choice, check_whole
@@ -77,7 +78,6 @@ class EMABalance(Strategy):
         self.gradient: dict[str, Tensor] = {}
         self.weights: dict[str, Tensor] = {}
         self.views = {"averaged": self.averaged}
-        self._last_step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for name in ("average", "gradient", "weights"):
@@ -86,7 +86,6 @@ class EMABalance(Strategy):
 
     def on_experience_start(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
         self._forget()
-        self._last_step = trainer.global_step
         if self.init == "task_start" and not self._rests(trainer):
             self._begin(trainable(module))
 
@@ -103,17 +102,16 @@ class EMABalance(Strategy):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step = trainer.global_step
-        if step == self._last_step or step % self.every or self._rests(trainer):
+        data = stream_data(trainer)
+        if not data.has_stepped or data.steps_taken % self.every or self._rests(trainer):
             return
-        self._last_step = step
         parameters = trainable(pl_module)
         self._begin({name: p for name, p in parameters.items() if name not in self.average})
         moved = {name: p for name, p in parameters.items() if p.grad is not None}
         if not moved:
             return
         live, fell_back = self.update(moved, {name: p.grad for name, p in moved.items() if p.grad is not None})
-        if step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._log(pl_module, list(moved), live, fell_back)
 
     def update(self, weights: dict[str, Any], gradients: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -186,16 +184,11 @@ class EMABalance(Strategy):
         self.average, self.gradient, self.weights = {}, {}, {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "average": self.average,
-            "gradient": self.gradient,
-            "weights": self.weights,
-            "last_step": self._last_step,
-        }
+        return {"average": self.average, "gradient": self.gradient, "weights": self.weights}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.average, self.gradient = dict(state_dict["average"]), dict(state_dict["gradient"])
-        self.weights, self._last_step = dict(state_dict["weights"]), state_dict["last_step"]
+        self.weights = dict(state_dict["weights"])
 
 
 def _norms(tensors: Sequence[Tensor]) -> Tensor:

@@ -123,7 +123,8 @@ class EWC(QuadraticPenalty):
     ) -> Iterator[Tensor]:
         if own_loss:
             with torch.enable_grad():
-                grads = torch.autograd.grad(task_loss(module, batch), list(params.values()), materialize_grads=True)
+                loss = task_loss(module, batch, own_backward=True)
+                grads = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
             yield flat(grads).square()
             return
         x, y, *task = batch

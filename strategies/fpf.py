@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from clkit.data.batch import gather_batch, local_share
 from clkit.data.datamodule import stream_data
-from clkit.data.datasets import labels_of
+from clkit.data.datasets import labels_of, sent
 from clkit.data.hooks import callbacks_of
 from clkit.data.stream import Experience
 from clkit.distributed import sum_over_processes
@@ -89,7 +89,7 @@ class _Finetuning(Strategy):
             for step in range(self.steps):
                 rows = torch.from_numpy(rng.choice(size, self.batch_size, replace=size < self.batch_size))
                 rows = local_share(trainer, rows)
-                batch = tree_map(lambda held, rows=rows: held[rows.to(held.device)], memory)
+                batch = tree_map(lambda held, rows=rows: held[sent(rows, held.device)], memory)
                 with torch.enable_grad(), replayed(rows):
                     loss = self.phase_loss(module, move_data_to_device(batch, module.device))
                     grads = torch.autograd.grad(loss, params, materialize_grads=True)
@@ -117,7 +117,7 @@ class _Finetuning(Strategy):
 
     def phase_loss(self, module: LightningModule, batch: Any) -> Tensor:
         """Return the loss of a phase's step on a batch of memory."""
-        return task_loss(module, batch)
+        return task_loss(module, batch, own_backward=True)
 
     def state_dict(self) -> dict[str, Any]:
         return {"phases": self.phases}
@@ -283,9 +283,9 @@ class KFPF(_Finetuning):
 
     def phase_loss(self, module: LightningModule, batch: Any) -> Tensor:
         if self.distillation == 0:
-            return task_loss(module, batch)
+            return task_loss(module, batch, own_backward=True)
         *pair, old = batch
-        loss, new = task_loss_and_outputs(module, tuple(pair))
+        loss, new = task_loss_and_outputs(module, tuple(pair), own_backward=True)
         return loss + self.distillation * mse_loss(new.float(), old.float(), reduction="sum") / len(old)
 
     def remembered(self) -> Any:

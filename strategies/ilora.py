@@ -94,7 +94,6 @@ class InterpolatedLoRA(Strategy):
         self.buffer = ReservoirBuffer(capacity, seed=seed, device=device)
         self.slow: dict[str, Tensor] = {}
         self.k = 0
-        self._last_step = 0
         self._replayed: Any = None
         self._targets: list[Tensor] = []
 
@@ -145,8 +144,7 @@ class InterpolatedLoRA(Strategy):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step != self._last_step:
-            self._last_step = trainer.global_step
+        if stream_data(trainer).has_stepped:
             fast = trainable(pl_module)
             self.interpolate({name: fast[name] for name in self.slow})
         self.buffer.insert(gather_batch(trainer, batch))
@@ -166,11 +164,10 @@ class InterpolatedLoRA(Strategy):
         return self.buffer.contents()
 
     def state_dict(self) -> dict[str, Any]:
-        buffer = self.buffer.state_dict()
-        return {"slow": self.slow, "k": self.k, "last_step": self._last_step, "buffer": buffer}
+        return {"slow": self.slow, "k": self.k, "buffer": self.buffer.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.slow, self.k, self._last_step = state_dict["slow"], state_dict["k"], state_dict["last_step"]
+        self.slow, self.k = state_dict["slow"], state_dict["k"]
         self.buffer.load_state_dict(state_dict["buffer"])
 
 

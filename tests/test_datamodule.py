@@ -281,3 +281,14 @@ def test_the_clock_stands_at_the_first_experience_before_a_fit():
 def test_the_fingerprint_tells_streams_with_other_data_apart():
     assert make_stream(seed=0).fingerprint() == make_stream(seed=0).fingerprint()
     assert make_stream(seed=0).fingerprint() != make_stream(seed=1).fingerprint()
+
+
+def test_batches_read_by_slices_are_pinned_where_there_is_a_gpu(monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.shape) or tensor)
+    dataset = InMemoryDataset(torch.zeros(5, 3), torch.zeros(5).long())
+    list(StreamLoader(dataset, torch.arange(5), 4, pin_memory=True))
+    assert pinned == [(4, 3), (4,), (1, 3), (1,)]
+    list(StreamLoader(dataset, torch.arange(5), 4))
+    assert len(pinned) == 4

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
+from clkit.data.datasets import sent
+
 IGNORED = -100
 """The label of a token that no loss or score counts."""
 
@@ -50,7 +52,7 @@ def concatenate(batches: Sequence[Any]) -> Any:
 
 
 def _cat(*parts: Tensor) -> Tensor:
-    return torch.cat([part.to(parts[0].device, non_blocking=True) for part in parts])
+    return torch.cat([sent(part, parts[0].device) for part in parts])
 
 
 def gather_batch(trainer: Trainer, batch: Any) -> Any:

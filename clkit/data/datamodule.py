@@ -39,7 +39,7 @@ class StreamDataModule(pl.LightningDataModule):
         seed: Seed of the sample order, at least 0.
         drop_last: Leave out the last batch of an epoch if it is not full (it is kept, smaller, by default).
         num_workers: Worker processes for datasets that are not held as tensors.
-        pin_memory: Pin such batches.
+        pin_memory: Copy batches to pinned memory, from which they go to a GPU while it works.
         collate_fn: Turns a list of samples into a batch; the stream's own, or torch's default, when ``None``.
         group_by_length: Put samples of similar length into a batch, to save padding: within every 50 shuffled batches,
             samples are sorted by length, and the batches shuffled. The datasets must have ``lengths``.
@@ -107,6 +107,22 @@ class StreamDataModule(pl.LightningDataModule):
         lengths = (len(cast(Sequence[Any], dataset)) for dataset in self.train_sets)
         batches = (n // size if self.drop_last else -(-n // size) for n in lengths)
         return [epochs * -(-n // accumulated) for epochs, n in zip(self.epochs, batches, strict=True)]
+
+    @property
+    def steps_taken(self) -> int:
+        """Optimizer steps so far that really happened: a step that fp16's scaler leaves out is none.
+
+        Schedules go by ``trainer.global_step``, which counts those too.
+        """
+        return 0 if self._runner is None else self._runner.steps.count
+
+    @property
+    def has_stepped(self) -> bool:
+        """Whether the current batch moved the weights: not while gradients accumulate, nor where fp16 left a step out.
+
+        Known from ``on_train_batch_end`` on.
+        """
+        return self._runner is not None and self._runner.steps.in_batch > 0
 
     @property
     def experience(self) -> Experience:

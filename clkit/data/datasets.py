@@ -14,6 +14,11 @@ from clkit.errors import ConfigurationError
 BatchTransform = Callable[[Tensor], Tensor]
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device; one that goes to a GPU is not waited for."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 class InMemoryDataset(Dataset[tuple[Tensor, ...]]):
     """A view on samples held as tensors, sliced by whole batches instead of collated one by one.
 
@@ -50,10 +55,10 @@ class InMemoryDataset(Dataset[tuple[Tensor, ...]]):
     def batch(self, indices: Tensor) -> tuple[Tensor, ...]:
         """Return the samples at ``indices`` (``int64``, shape ``[B]``) as one collated batch."""
         rows = self.indices[indices]
-        x = self.x[rows]
+        x = self.x[sent(rows, self.x.device)]
         parts = [x if self.transform is None else self.transform(x)]
         if self.y is not None:
-            parts.append(self.y[rows])
+            parts.append(self.y[sent(rows, self.y.device)])
         if self.task is not None:
             parts.append(torch.full((len(rows),), self.task))
         return tuple(parts)
@@ -87,8 +92,9 @@ def read_batch(dataset: Dataset[Any], indices: Tensor) -> tuple[Tensor, ...]:
             if bool((part_of == p).any())
         ]
         inverse = order.argsort()
-        return tuple(torch.cat(column)[inverse] for column in zip(*pieces, strict=True))
-    return tuple(tensor[indices] for tensor in cast(TensorDataset, dataset).tensors)
+        joined = (torch.cat(column) for column in zip(*pieces, strict=True))
+        return tuple(column[sent(inverse, column.device)] for column in joined)
+    return tuple(tensor[sent(indices, tensor.device)] for tensor in cast(TensorDataset, dataset).tensors)
 
 
 def labels_of(batch: Any) -> Tensor:

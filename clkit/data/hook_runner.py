@@ -11,9 +11,11 @@ import torch
 from lightning_fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_warn
+from torch.optim import Optimizer
 
 from clkit.data.forward_record import OWN_STEP, forget_forward, record_forward
 from clkit.data.hooks import Hooks, callbacks_of, overrides
+from clkit.data.optimizer_steps import OptimizerSteps, unscale
 from clkit.data.stream import Experience, Stream
 
 
@@ -36,7 +38,7 @@ class Clock(Protocol):
 
 
 class HookRunner(Callback):
-    """Runs the four hooks and keeps the random state for resuming; :class:`~clkit.StreamDataModule` installs it.
+    """Runs the four hooks, counts steps and keeps the random state; :class:`~clkit.StreamDataModule` installs it.
 
     It is the trainer's first callback while a fit lasts. Experience hooks run for every callback that has them,
     those with the four hooks first, each group in the order of the trainer's callbacks.
@@ -46,6 +48,7 @@ class HookRunner(Callback):
         self.stream_clock = clock
         self.started = -1
         self.ended = -1
+        self.steps = OptimizerSteps()
         self._random_state: dict[str, Any] | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -76,15 +79,18 @@ class HookRunner(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.current_epoch >= self.stream_clock.total_epochs and trainer.is_last_batch:
             self._catch_up(trainer, pl_module, len(self.stream_clock.stream))
+        self.steps.close()
         self._restore_step(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.steps.close()
         self._restore_step(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Lightning leaves out a checkpoint's loader state when configure_optimizers made the loaders before (as
         # trainer.estimated_stepping_batches does), and an epoch resumed in its middle would start over
         trainer.fit_loop._load_combined_loader_states()
+        self.steps.open(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restore_random_state()
@@ -92,8 +98,12 @@ class HookRunner(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._restore_random_state()
+        self.steps.begin_batch()
         # after a resume from an epoch's last batch Lightning skips on_train_epoch_start too
         self._enter(trainer, pl_module)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        unscale(trainer, optimizer)
 
     def _enter(self, trainer: Trainer, module: LightningModule) -> None:
         current = self.stream_clock.experience.index
@@ -128,16 +138,16 @@ class HookRunner(Callback):
                 module.training_step = own_step  # type: ignore[method-assign]
 
     def clock(self, trainer: Trainer) -> dict[str, Any]:
-        """Return which hooks have run, and the random state of every process, for the checkpoint."""
+        """Return which hooks have run, the steps taken and every process's random state, for the checkpoint."""
         states: list[Any] = [_random_state()]
         if trainer.world_size > 1:
             states = states * trainer.world_size
             torch.distributed.all_gather_object(states, _random_state())
-        return {"started": self.started, "ended": self.ended, "random_states": states}
+        return {"started": self.started, "ended": self.ended, "steps": self.steps.count, "random_states": states}
 
     def set_clock(self, trainer: Trainer, clock: dict[str, Any]) -> None:
         """Go on from what :meth:`clock` returned."""
-        self.started, self.ended = clock["started"], clock["ended"]
+        self.started, self.ended, self.steps.count = clock["started"], clock["ended"], clock["steps"]
         states = clock["random_states"]
         if len(states) != trainer.world_size:
             rank_zero_warn(

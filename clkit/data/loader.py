@@ -31,7 +31,7 @@ class StreamLoader:
         rank: Index of this process.
         world_size: Number of processes.
         num_workers: Worker processes for datasets that are not held as tensors.
-        pin_memory: Copy such batches to pinned memory.
+        pin_memory: Copy batches to pinned memory, from which they go to a GPU while it works.
         collate_fn: Turns a list of samples into a batch; torch's default when ``None``.
     """
 
@@ -70,13 +70,19 @@ class StreamLoader:
     def __iter__(self) -> Iterator[Any]:
         numbers = range(self._next, self._length)
         if can_slice(self.dataset) and self.collate_fn is None:
-            batches: Iterator[Any] = (read_batch(self.dataset, self.indices(n)) for n in numbers)
+            batches: Iterator[Any] = self._sliced(numbers)
         else:
             batches = self._collated(numbers)
         for n, batch in zip(numbers, batches, strict=True):
             self._next = n + 1
             yield batch
         self._next = 0
+
+    def _sliced(self, numbers: range) -> Iterator[Any]:
+        pins = self.pin_memory and torch.cuda.is_available()
+        for n in numbers:
+            batch = read_batch(self.dataset, self.indices(n))
+            yield tuple(part.pin_memory() if pins and part.device.type == "cpu" else part for part in batch)
 
     def _collated(self, numbers: range) -> Iterator[Any]:
         keys: Any = [((self.seed + n) % 2**32, self.indices(n).tolist()) for n in numbers]

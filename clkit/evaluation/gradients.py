@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from clkit.data.datamodule import stream_data
+from clkit.data.datasets import sent
 from clkit.errors import ConfigurationError, check_whole
 from clkit.method.forward import frozen_statistics
 from clkit.method.gradient import flatten, loss_gradient, with_gradient
@@ -85,7 +86,7 @@ class GradientNorms(Strategy):
         cosine = plasticity @ stability / (norms[1] * norms[2])
         where = torch.tensor([trainer.global_step + 1, stream_data(trainer).experience.index], dtype=torch.float64)
         row = torch.stack([*norms, cosine]).double()
-        self._rows.append(torch.cat([where.to(row.device), row]))
+        self._rows.append(torch.cat([sent(where, row.device), row]))
         names = (f"gradient/{name}" for name in _COLUMNS[2:])
         pl_module.log_dict(dict(zip(names, row.unbind(), strict=True)), batch_size=1)
 

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
+from clkit.data.datasets import sent
 from clkit.errors import ConfigurationError
 from clkit.method.evaluation_mode import evaluation_mode
 from clkit.method.forward import frozen_statistics
@@ -267,7 +268,7 @@ class PrefixTable:
 
 def _rows(batch: Any, index: Tensor | slice) -> Any:
     def pick(tensor: Tensor) -> Tensor:
-        return tensor[index.to(tensor.device) if isinstance(index, Tensor) else index]
+        return tensor[sent(index, tensor.device) if isinstance(index, Tensor) else index]
 
     return tree_map_only(Tensor, pick, batch)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from clkit.data.batch import IGNORED, is_text, per_token
+from clkit.data.datasets import sent
 from clkit.errors import ConfigurationError
 
 Slots = np.ndarray[Any, np.dtype[np.int64]]
@@ -84,14 +85,14 @@ class TensorStorage:
                     f"The buffer holds samples of shape {tuple(held.shape[1:])} and got {tuple(new.shape[1:])}; "
                     "samples must have one shape: resize or pad them in the dataset."
                 )
-            held[to.to(held.device)] = new.detach()[of.to(new.device)].to(held.device)
+            held[sent(to, held.device)] = sent(new.detach()[sent(of, new.device)], held.device)
 
         tree_map(copy, self.tensors, batch)
 
     def read(self, slots: Slots) -> Any:
         """Return copies."""
         index = torch.from_numpy(slots)
-        return tree_map(lambda held: held[index.to(held.device)], self.tensors)
+        return tree_map(lambda held: held[sent(index, held.device)], self.tensors)
 
     def packed(self, slots: Slots) -> Any:
         """Return copies."""
@@ -155,7 +156,8 @@ class TextStorage:
             fill = torch.full(mask.shape, IGNORED if key == "labels" else 0, dtype=torch.int32)
             parts[key] = fill.masked_scatter(mask, values)
         parts.update(zip(self._numbers, torch.from_numpy(numbers).unbind(1), strict=True))
-        return {key: parts[key].to(self._device, getattr(torch, dtype)) for key, (_, dtype) in self.form.items()}
+        typed = {key: parts[key].to(getattr(torch, dtype)) for key, (_, dtype) in self.form.items()}
+        return {key: sent(part, self._device) for key, part in typed.items()}
 
     def packed(self, slots: Slots) -> dict[str, Any]:
         """Return the texts one after another, ``int32``, and the number of integers of each."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -144,13 +145,26 @@ class LowRank:
         base = self.layer.get_base_layer()
         cast(Any, self.layer).merge(adapter_names=[self.adapter])
         self.layer.merged_adapters.clear()
-        with torch.random.fork_rng(devices=[]):
+        with _on_cpu(self.weights), torch.random.fork_rng(devices=[]):
             torch.set_rng_state(generator.get_state())
             cast(Any, self.layer).reset_lora_parameters(self.adapter, init_lora_weights=True)
             generator.set_state(torch.get_rng_state())
         # peft writes through .data, which caches of frozen layers' outputs cannot see
         for parameter in base.parameters(recurse=False):
             torch.autograd.graph.increment_version(parameter)
+
+
+@contextmanager
+def _on_cpu(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Hold parameters on the CPU inside the context: what is drawn for them then depends on no device."""
+    own = [parameter.data for parameter in parameters]
+    for parameter in parameters:
+        parameter.data = parameter.data.cpu()
+    try:
+        yield
+    finally:
+        for parameter, there in zip(parameters, own, strict=True):
+            parameter.data = there.copy_(parameter.data)
 
 
 def lora_layers(module: nn.Module) -> list[LowRank]:

@@ -46,19 +46,25 @@ def to_device(trainer: Trainer, batch: Any) -> Any:
     return trainer.strategy.batch_to_device(batch)
 
 
-def task_loss(module: LightningModule, batch: Any) -> Tensor:
+def task_loss(module: LightningModule, batch: Any, *, own_backward: bool = False) -> Tensor:
     """Return the loss of the module's own ``training_step`` on any batch, without trace in its logs and metrics.
 
     It is computed in the trainer's precision, if the module has a trainer.
+
+    Args:
+        module: The module.
+        batch: The batch.
+        own_backward: Whether the caller goes backward from it alone. In fp16 small gradients vanish without the
+            scaler, which is the trainer's, so that full precision takes its place.
 
     Raises:
         ConfigurationError: If ``training_step`` returns no loss.
     """
     step = own_step(module)
     args = (batch, 0)[: len(inspect.signature(step).parameters)]
-    trainer = module._trainer
-    precision = nullcontext() if trainer is None else trainer.precision_plugin.train_step_context()
-    with _silent(module), precision:
+    plugin = None if module._trainer is None else module._trainer.precision_plugin
+    full = plugin is None or (own_backward and getattr(plugin, "scaler", None) is not None)
+    with _silent(module), nullcontext() if full else cast(Any, plugin).train_step_context():
         output = step(*args)
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if loss is None:
@@ -68,12 +74,12 @@ def task_loss(module: LightningModule, batch: Any) -> Tensor:
     return cast(Tensor, loss)
 
 
-def task_loss_and_outputs(module: LightningModule, batch: Any) -> tuple[Tensor, Any]:
+def task_loss_and_outputs(module: LightningModule, batch: Any, *, own_backward: bool = False) -> tuple[Tensor, Any]:
     """Return :func:`task_loss` of an ``(x, y)`` or ``(x, y, task)`` batch and, of the same forward, the outputs."""
     x, _, *task = batch
     with set_aside(module):
         with record_forward(module):
-            loss = task_loss(module, batch)
+            loss = task_loss(module, batch, own_backward=own_backward)
         return loss, outputs(module, x, *task)
 
 

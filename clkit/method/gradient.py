@@ -40,7 +40,7 @@ def flatten(tensors: Iterable[Tensor | None]) -> Tensor:
 def loss_gradient(trainer: Trainer, module: LightningModule, params: Sequence[Tensor], batch: Any) -> Tensor:
     """Return the gradient ``[P]`` of the module's own loss on a batch, averaged over the processes' batches."""
     with torch.enable_grad():
-        grads = torch.autograd.grad(task_loss(module, batch), params, materialize_grads=True)
+        grads = torch.autograd.grad(task_loss(module, batch, own_backward=True), params, materialize_grads=True)
     return sum_over_processes(trainer, flatten(grads)) / trainer.world_size
 
 

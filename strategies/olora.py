@@ -91,7 +91,8 @@ class OLoRA(AdapterPerExperience):
     def remember(self) -> None:
         for entry in self.layers:
             a = entry.factors[1].float()
-            rows = torch.cat([self.subspaces.get(entry.name, a[:0]), a])
+            # Lightning has taken the module off the GPU when a fit ends
+            rows = torch.cat([self.subspaces.get(entry.name, a[:0]).to(a.device), a])
             self.subspaces[entry.name] = rows
             if len(rows) + len(a) > rows.shape[1]:
                 rank_zero_warn(

@@ -142,7 +142,7 @@ TEXTS: dict[str, Build] = {
     "groups, texts": lambda: [s.InstructionGroups(0.9), s.EMABalance()],
     "ilora, texts": lambda: s.InterpolatedLoRA(16),
 }
-SYNCS = {"er, balanced", "gem", "kfpf", "groups, texts", "ilora, texts"}
+SYNCS = {"er, balanced", "er, memory on the CPU", "gem", "kfpf", "groups, texts", "ilora, texts"}
 
 
 def methods(small: bool) -> dict[str, tuple[Build, Build, Build]]:

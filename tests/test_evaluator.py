@@ -549,11 +549,18 @@ def test_the_process_ends_with_a_killed_training(tmp_path):
     assert not os.path.exists(f"/proc/{worker}")
 
 
-@pytest.mark.parametrize("part", ["all", "body"])
+@pytest.mark.parametrize("part", ["all", "body", "body in place"])
 def test_compiled_modules_are_evaluated_as_they_are(part, tmp_path):
     module = seeded(Frozen)
     if part == "body":
         module.body = torch.compile(module.body, backend="eager")
+    elif part == "body in place":
+        module.body.compile(backend="eager")
+        with torch.no_grad():
+            prefix, x = FrozenPrefix(module.eval()), torch.zeros(8, 6)
+            prefix.run(0, lambda: module(x))
+        assert not prefix.modules
+        module.train()
     else:
         module = torch.compile(module, backend="eager")
     compiled = fit(StabilityGap(dir=tmp_path / "compiled", plot=False), module)

@@ -15,6 +15,7 @@ from plain import QUIET, UserModule, make_module, make_stream, weights
 
 from clkit import ConfigurationError, StabilityGap, StreamCheckpoint, StreamDataModule
 from clkit.data.checkpoint_io import verify_checkpoint
+from clkit.data.hook_runner import HookRunner
 from clkit.run.checkpoint import checkpoints, latest_checkpoint
 from clkit.strategies import EWC, ExperienceReplay
 
@@ -222,3 +223,16 @@ def test_a_history_continues_in_another_folder(tmp_path):
 def test_a_bad_number_is_refused():
     with pytest.raises(ConfigurationError, match="keep=0"):
         StreamCheckpoint(keep=0)
+
+
+def test_a_checkpoint_of_more_gpus_than_there_are_is_no_obstacle(monkeypatch):
+    process = SimpleNamespace(world_size=1, global_rank=0)
+    runner = HookRunner(StreamDataModule(make_stream()))
+    clock = runner.clock(process)
+    clock["random_states"][0]["torch.cuda"] = [torch.zeros(16, dtype=torch.uint8)] * 3
+    restored = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", lambda states: restored.append(len(states)))
+    runner.set_clock(process, clock)
+    runner._restore_random_state()
+    assert restored == [1]

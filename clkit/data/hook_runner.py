@@ -161,7 +161,9 @@ class HookRunner(Callback):
             state, self._random_state = self._random_state, None
             numpy_state = state["numpy"]
             keys = numpy_state[1].numpy().astype(np.uint32)
-            _set_rng_states({**state, "numpy": (numpy_state[0], keys, *numpy_state[2:])})
+            # a machine with fewer GPUs, or none, has no place for the rest
+            gpus = state["torch.cuda"][: torch.cuda.device_count()]
+            _set_rng_states({**state, "torch.cuda": gpus, "numpy": (numpy_state[0], keys, *numpy_state[2:])})
 
 
 def _random_state() -> dict[str, Any]:

@@ -59,19 +59,34 @@ class DeviceEvaluator(Evaluator):
         self._limit, self._queue, self._device = limit, queue, device
         self._lane = _Lane(device)
         self._broken = False
+        self._copy: LightningModule | None = None
+        self._copy_prefix: FrozenPrefix | None = None
+        self._slots: list[dict[str, Tensor]] = []
 
     def start(self) -> None:
         """Copy the module as it is now."""
         super().start()
-        module = copy.copy(self.module)
-        module.__dict__.pop("training_step", None)
+        # what the last copy is still evaluated with would be overwritten by the next owner of its memory
+        self._lane.drain()
+        if self._copy_prefix is not None:
+            self._copy_prefix.check()
+        if self._broken:
+            return
         try:
-            self._copy = copy.deepcopy(module).to(self._device).eval()
+            self._begin()
+        except torch.OutOfMemoryError as error:
+            self._give_up(error)
         except (TypeError, RuntimeError) as error:
             raise ConfigurationError(
                 f"asynchronous=True works on a copy of the module, but {type(self.module).__name__} cannot be copied "
                 f"({error}); use asynchronous=False."
             ) from error
+
+    def _begin(self) -> None:
+        self._drop()
+        module = copy.copy(self.module)
+        module.__dict__.pop("training_step", None)
+        self._copy = copy.deepcopy(module).to(self._device).eval()
         self._copy_prefix = None if self.prefix is None else FrozenPrefix(self._copy, self._limit)
         self._signature = frozen_versions(self.module)
         live = live_tensors(self.module)
@@ -87,22 +102,34 @@ class DeviceEvaluator(Evaluator):
         """Copy the weights and enqueue their evaluation."""
         if not self._broken and frozen_versions(self.module) != self._signature:
             self.start()
-        if self._broken:
+        if self._broken or self._copy is None:
             return super().submit(index)
         slot, self._next = self._next, (self._next + 1) % self._queue
         names = self._snapshot(slot)
         try:
             with self._lane.behind(self.module.device):
-                sums = self._evaluate(slot, names, index)
+                sums = self._evaluate(self._copy, slot, names, index)
                 done = self._lane.mark()
         except torch.OutOfMemoryError as error:
-            rank_zero_warn(
-                f"Evaluation beside the training ran out of memory ({str(error).splitlines()[0]}); nothing is lost: "
-                "this one, and all that follow, are done by the training itself."
-            )
-            self._broken = True
+            self._give_up(error)
             return super().submit(index)
         return lambda: self._lane.fetch(sums, done, self.module.device)
+
+    def _give_up(self, error: torch.OutOfMemoryError) -> None:
+        rank_zero_warn(
+            f"Evaluation beside the training ran out of memory ({str(error).splitlines()[0]}); nothing is lost: "
+            "this one, and all that follow, are done by the training itself."
+        )
+        self._broken = True
+        self.close()
+
+    def _drop(self) -> None:
+        self._copy, self._copy_prefix, self._slots = None, None, []
+
+    def close(self) -> None:
+        """Wait for what is being evaluated, and free what it is evaluated with."""
+        self._lane.drain()
+        self._drop()
 
     def _snapshot(self, slot: int) -> list[str]:
         """Copy what has changed into a slot, once the copy of the module has taken what was in it."""
@@ -113,26 +140,31 @@ class DeviceEvaluator(Evaluator):
         written = {_owner(name) for name, tensor in live.items() if tensor._version != self._versions[name]}
         names = [name for name, tensor in live.items() if tensor.requires_grad or _owner(name) in written]
         self._versions = {name: tensor._version for name, tensor in live.items()}
-        for name in names:
-            held[name].copy_(live[name].detach(), non_blocking=True)
+        _copy_all([held[name] for name in names], [live[name].detach() for name in names])
         return names
 
-    def _evaluate(self, slot: int, names: list[str], index: int) -> Tensor:
-        there, held = live_tensors(self._copy), self._slots[slot]
-        with untouched(self.trainer, self._copy):
-            for name in names:
-                there[name].copy_(held[name], non_blocking=True)
+    def _evaluate(self, module: LightningModule, slot: int, names: list[str], index: int) -> Tensor:
+        there, held = live_tensors(module), self._slots[slot]
+        with untouched(self.trainer, module):
+            _copy_all([there[name].detach() for name in names], [held[name] for name in names])
             self._taken[slot] = self._lane.mark()
             if self._copy_prefix is not None:
                 self._copy_prefix.begin()
             chunks = self.chunks(range(index + 1))
-            return evaluate_chunks(self._copy, self._there, self._scorer_there, chunks, index, self._copy_prefix)
+            return evaluate_chunks(module, self._there, self._scorer_there, chunks, index, self._copy_prefix)
 
     def check(self) -> None:
         """Make sure of the results so far."""
         super().check()
         if self._copy_prefix is not None:
             self._copy_prefix.check()
+
+
+def _copy_all(to: list[Tensor], of: list[Tensor]) -> None:
+    """Copy all at once: one kernel for each dtype, and not one for each tensor."""
+    for dtype in {tensor.dtype for tensor in to}:
+        pairs = [pair for pair in zip(to, of, strict=True) if pair[0].dtype == dtype]
+        torch._foreach_copy_([pair[0] for pair in pairs], [pair[1] for pair in pairs], non_blocking=True)
 
 
 def _owner(name: str) -> str:
@@ -147,9 +179,11 @@ class _Lane:
 
     @contextmanager
     def behind(self, training: torch.device) -> Iterator[None]:
-        """Enqueue in this stream, after what the training's device has been given so far."""
-        if self._stream is not None and training.type == "cuda":
-            self._stream.wait_stream(torch.cuda.current_stream(training))
+        """Enqueue in this stream, after what the training's device, and this one, have been given so far."""
+        if self._stream is not None:
+            for device in {training, self._stream.device}:
+                if device.type == "cuda":
+                    self._stream.wait_stream(torch.cuda.current_stream(device))
         inside: AbstractContextManager[Any] = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
         with inside:
             yield
@@ -169,6 +203,14 @@ class _Lane:
     def fetch(self, tensor: Tensor, done: Any, training: torch.device) -> Tensor:
         """Return a result to the training's device."""
         self.wait(done, training)
-        if self._stream is not None and training == tensor.device:
-            tensor.record_stream(cast(Any, torch.cuda.current_stream(training)))
+        if self._stream is not None:
+            # the stream that reads it, also where it is copied to another device
+            reading = cast(Any, torch.cuda.current_stream(tensor.device))
+            reading.wait_event(done)
+            tensor.record_stream(reading)
         return tensor.to(training)
+
+    def drain(self) -> None:
+        """Wait for all that this stream has been given."""
+        if self._stream is not None:
+            self._stream.synchronize()

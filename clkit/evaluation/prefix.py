@@ -351,8 +351,9 @@ def _replay(calls: Sequence[Call]) -> Iterator[None]:
 
 def _is_compiled(module: nn.Module) -> bool:
     """Tell whether torch.compile has a part in the module: what it compiled cannot be replayed in parts."""
-    marks = ("_compiler_ctx", "_orig_mod")  # Lightning's for a compiled LightningModule, and PyTorch's
-    return any(part.__dict__.get(marks[0]) or marks[1] in part._modules for part in module.modules())
+    # Lightning's for a compiled LightningModule, PyTorch's for module.compile(), and for torch.compile(module)
+    marks = ("_compiler_ctx", "_compiled_call_impl")
+    return any("_orig_mod" in part._modules or any(map(part.__dict__.get, marks)) for part in module.modules())
 
 
 def _hollow(tensor: Tensor) -> Tensor:
@@ -371,7 +372,7 @@ def _condense(value: Any) -> Any:
 
 
 def _norms(tensors: list[Tensor]) -> Tensor:
-    return torch.stack([tensor.detach().float().norm() for tensor in tensors])
+    return torch.stack(torch._foreach_norm([tensor.detach().float() for tensor in tensors]))
 
 
 def _bytes(output: Any) -> int:

@@ -9,6 +9,7 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clkit.data.datamodule import stream_data
 from clkit.data.loader import read_samples
@@ -179,7 +180,9 @@ def sample_gradients(
     in_dims = (None, 0, *[0] * len(others))
     detached = {name: parameter.detach() for name, parameter in parameters.items()}
     gradients = vmap(grad(value), in_dims=in_dims, randomness="different")
-    return gradients(detached, inputs, *others)  # type: ignore[no-any-return]
+    # the fused kernels of attention have no backward pass for vmap
+    with sdpa_kernel(SDPBackend.MATH):
+        return gradients(detached, inputs, *others)  # type: ignore[no-any-return]
 
 
 def gradient_batch_size(parameters: Mapping[str, Tensor]) -> int:

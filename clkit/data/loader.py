@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from clkit.data.datasets import can_slice, read_batch
+from clkit.rng import private_rng
 
 
 class StreamLoader:
@@ -100,6 +101,11 @@ class StreamLoader:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._next = state["next"]
+
+
+def choose_rows(n: int, count: int | None, *seeds: int) -> Tensor:
+    """Choose ``count`` of ``n`` rows at random, all when ``None``: ``int64``, in random order."""
+    return torch.from_numpy(private_rng(*seeds).permutation(n)[:count])
 
 
 def read_samples(

@@ -16,7 +16,6 @@ from clkit.errors import check_whole
 from clkit.memory.buffer import ReservoirBuffer
 from clkit.method.gradient import add_to_gradients, check_automatic, flatten, loss_gradient, with_gradient
 from clkit.method.strategy import Strategy, random_samples
-from clkit.rng import private_rng
 
 
 class AGEM(Strategy):
@@ -57,8 +56,7 @@ class AGEM(Strategy):
 
     def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
         assert self.memory is not None
-        rng = private_rng(self.seed, 3, experience.index)
-        self.memory.insert(random_samples(trainer, experience.train, self.samples_per_experience, rng))
+        self.memory.insert(random_samples(trainer, experience, self.samples_per_experience, self.seed))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         assert self.memory is not None

@@ -90,7 +90,7 @@ class EMABalance(Strategy):
             self._begin(trainable(module))
 
     def _rests(self, trainer: Trainer) -> bool:
-        return any(isinstance(other, Strategy) and other.is_new_group for other in callbacks_of(trainer))
+        return any(other.is_new_group for other in callbacks_of(trainer, Strategy))
 
     def _begin(self, parameters: dict[str, Any]) -> None:
         for name, parameter in parameters.items():

@@ -182,10 +182,10 @@ class FPF(_Finetuning):
         self._memory(trainer)
 
     def _memory(self, trainer: Trainer) -> Strategy:
-        callbacks = callbacks_of(trainer)
-        for callback in reversed(callbacks[: callbacks.index(self)]):
-            if isinstance(callback, Strategy) and type(callback).remembered is not Strategy.remembered:
-                return callback
+        strategies = callbacks_of(trainer, Strategy)
+        for strategy in reversed(strategies[: strategies.index(self)]):
+            if type(strategy).remembered is not Strategy.remembered:
+                return strategy
         raise ConfigurationError(
             "FPF finetunes on the memory of another strategy, and none before it has one; put it after a replay "
             "strategy, such as strategy=[er,fpf], or use kfpf."
@@ -328,9 +328,8 @@ def _n_classes(memory: Any) -> int:
 
 
 def _find_drift(trainer: Trainer) -> ModuleDrift:
-    for callback in callbacks_of(trainer):
-        if isinstance(callback, ModuleDrift):
-            return callback
+    for callback in callbacks_of(trainer, ModuleDrift):
+        return callback
     raise ConfigurationError(
         "select='drift' needs the measurements of a ModuleDrift callback; add one (callbacks=module_drift), or use "
         "select='preset'."

@@ -18,7 +18,6 @@ from clkit.data.stream import Experience
 from clkit.errors import ConfigurationError, check_whole
 from clkit.method.gradient import add_to_gradients, check_automatic, flatten, loss_gradient, with_gradient
 from clkit.method.strategy import Strategy, random_samples
-from clkit.rng import private_rng
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -72,8 +71,7 @@ class GEM(Strategy):
         self.memories = tree_map_only(Tensor, lambda tensor: tensor.to(pl_module.device), self.memories)
 
     def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
-        rng = private_rng(self.seed, 3, experience.index)
-        self.memories.append(random_samples(trainer, experience.train, self.samples_per_experience, rng))
+        self.memories.append(random_samples(trainer, experience, self.samples_per_experience, self.seed))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         params = with_gradient(pl_module)

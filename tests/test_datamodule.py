@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from plain import QUIET, UserModule, make_module, make_stream, weights
-from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, default_collate
 
 from clkit import ConfigurationError, InMemoryDataset, ResetOptimizer, Stream, StreamDataModule
 from clkit.data.datasets import can_slice, read_batch, targets_of
@@ -151,6 +153,41 @@ def test_a_loader_continues_at_the_next_batch(k):
     assert [x.tolist() for (x,) in second] == [x.tolist() for (x,) in loader()]
 
 
+@given(st.integers(0, 10), st.integers(1, 10), st.booleans())
+def test_an_iteration_begins_at_the_first_batch_whatever_the_one_before_it_read(resumed_at, read, collated):
+    loader = StreamLoader(
+        TensorDataset(torch.arange(20)), torch.arange(20), 2, collate_fn=default_collate if collated else None
+    )
+    loader.load_state_dict({"next": resumed_at})
+    assert len(list(islice(loader, read))) == min(read, 10 - resumed_at)
+    for _ in range(2):
+        assert torch.equal(torch.cat([x for (x,) in loader]), torch.arange(20))
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"num_sanity_val_steps": 1}, {"val_check_interval": 3}, {"val_check_interval": 0.5}]
+)
+def test_every_validation_sees_all_validation_samples(settings):
+    class Validated(UserModule):
+        seen = ()
+
+        def on_validation_epoch_start(self):
+            self.seen += ([],)
+
+        def validation_step(self, batch, batch_idx):
+            self.seen[-1].extend(batch[1].tolist())
+
+    stream = Stream([replace(e, val=e.test) for e in make_stream(2)], name="val", kind="class-incremental", n_classes=4)
+    module = fit(
+        StreamDataModule(stream, batch_size=8, epochs=2), Validated(), **{"num_sanity_val_steps": 0} | settings
+    )
+    sanity = settings.get("num_sanity_val_steps", 0)
+    assert len(module.seen) >= 4 + sanity
+    for labels in module.seen[sanity:]:
+        assert len(labels) == 40
+        assert len(set(labels)) == 2
+
+
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(0, 99))
 def test_reading_a_batch_equals_reading_sample_by_sample(sizes, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -175,8 +212,6 @@ def test_reading_a_batch_equals_reading_sample_by_sample(sizes, seed):
 
 def test_validation_runs_on_the_current_experience():
     plain = make_stream(2)
-    from dataclasses import replace
-
     stream = Stream([replace(e, val=e.test) for e in plain], name="val", kind="class-incremental", n_classes=4)
 
     class Validated(UserModule):

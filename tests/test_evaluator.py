@@ -26,7 +26,7 @@ from clkit import (
     StreamCheckpoint,
     StreamDataModule,
 )
-from clkit.evaluation import evaluator, scores
+from clkit.evaluation import process_evaluator, scores
 from clkit.evaluation.prefix import FrozenPrefix
 
 
@@ -244,9 +244,9 @@ def test_a_forward_that_cannot_be_replayed_is_computed():
 
 def test_an_asynchronous_evaluation_writes_the_same_history(tmp_path, monkeypatch):
     folders, text = [], {}
-    original = evaluator.tempfile.TemporaryDirectory
+    original = process_evaluator.tempfile.TemporaryDirectory
     monkeypatch.setattr(
-        evaluator.tempfile, "TemporaryDirectory", lambda **kw: folders.append(original(**kw)) or folders[0]
+        process_evaluator.tempfile, "TemporaryDirectory", lambda **kw: folders.append(original(**kw)) or folders[0]
     )
     for name, settings in {"process": {"asynchronous": True, "queue": 3}, "plain": {}}.items():
         gap = StabilityGap(dir=tmp_path / name, plot=False, **settings)

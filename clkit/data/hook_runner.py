@@ -52,7 +52,7 @@ class HookRunner(Callback):
         self._random_state: dict[str, Any] | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        strategies = [callback for callback in callbacks_of(trainer) if isinstance(callback, Hooks)]
+        strategies = callbacks_of(trainer, Hooks)
         transforms = [s.transform_batch for s in strategies if overrides(s, "transform_batch")]
         terms = [s.loss_term for s in strategies if overrides(s, "loss_term")]
         if not transforms and not terms:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from clkit.data.stream import Experience
+
+T = TypeVar("T")
 
 
 class Hooks(Callback):
@@ -44,7 +46,10 @@ def overrides(hooks: Hooks, name: str) -> bool:
     return getattr(type(hooks), name) is not getattr(Hooks, name)
 
 
-def callbacks_of(trainer: Trainer) -> list[Callback]:
-    """Return the trainer's callbacks in their order; Lightning's annotations do not know the attribute."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return callbacks
+@overload
+def callbacks_of(trainer: Trainer) -> list[Callback]: ...
+@overload
+def callbacks_of(trainer: Trainer, kind: type[T]) -> list[T]: ...
+def callbacks_of(trainer: Trainer, kind: type[Any] = Callback) -> list[Any]:
+    """Return the trainer's callbacks of a class, in their order."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from clkit.data.datasets import can_slice, read_batch
+from clkit.rng import private_rng
 
 
 class StreamLoader:
@@ -56,7 +57,7 @@ class StreamLoader:
         self.num_workers, self.pin_memory, self.collate_fn = num_workers, pin_memory, collate_fn
         step = batch_size * world_size
         self._length = len(self.order) // step if drop_last else -(-len(self.order) // step)
-        self._next = 0
+        self._next = self._resume_at = 0
 
     def __len__(self) -> int:
         return self._length
@@ -68,6 +69,8 @@ class StreamLoader:
         return whole.chunk(self.world_size)[self.rank]
 
     def __iter__(self) -> Iterator[Any]:
+        # an iteration that was left half-way is no place to go on from: only a loaded state is
+        self._next, self._resume_at = self._resume_at, 0
         numbers = range(self._next, self._length)
         if can_slice(self.dataset) and self.collate_fn is None:
             batches: Iterator[Any] = self._sliced(numbers)
@@ -99,7 +102,12 @@ class StreamLoader:
         return {"next": self._next}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self._next = state["next"]
+        self._next = self._resume_at = state["next"]
+
+
+def choose_rows(n: int, count: int | None, *seeds: int) -> Tensor:
+    """Choose ``count`` of ``n`` rows at random, all when ``None``: ``int64``, in random order."""
+    return torch.from_numpy(private_rng(*seeds).permutation(n)[:count])
 
 
 def read_samples(

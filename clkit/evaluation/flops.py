@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from clkit.data.datamodule import stream_data
+from clkit.files import result_folder, write_atomically
 
 
 class Flops(Callback):
@@ -32,6 +33,7 @@ class Flops(Callback):
         self._mode: _Counting | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._dir = result_folder(trainer, self._own_dir)
         n = len(stream_data(trainer).stream)
         self.counts = self.counts or [0] * n
 
@@ -57,11 +59,8 @@ class Flops(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
-            log_dir = trainer.log_dir if self._own_dir is None else None
-            folder = self._own_dir or Path(log_dir or trainer.default_root_dir)
-            folder.mkdir(parents=True, exist_ok=True)
             content = {"total": self.total, "experiences": self.counts}
-            (folder / "flops.json").write_text(json.dumps(content) + "\n")
+            write_atomically(self._dir / "flops.json", json.dumps(content) + "\n")
 
     def state_dict(self) -> dict[str, Any]:
         return {"counts": list(self.counts)}

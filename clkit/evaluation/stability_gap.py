@@ -3,40 +3,28 @@
 from __future__ import annotations
 
 import json
-import math
-import os
-import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.strategies import FSDPStrategy
-from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
-from torch.utils.data import Dataset
+from pytorch_lightning.utilities import rank_zero_info
 
 from clkit.data.datamodule import stream_data
-from clkit.data.loader import StreamLoader, read_samples
 from clkit.data.stream import Experience, Stream
-from clkit.distributed import holds_shards, own_share, sum_over_processes
 from clkit.errors import ConfigurationError, check_choice, check_whole
-from clkit.evaluation.device_evaluator import DeviceEvaluator
-from clkit.evaluation.evaluator import Evaluator, Result, SnapshotEvaluator
-from clkit.evaluation.lazy_evaluator import LazyEvaluator
-from clkit.evaluation.prefix import FrozenPrefix
-from clkit.evaluation.process_evaluator import ProcessEvaluator
+from clkit.evaluation.evaluator import Evaluator
+from clkit.evaluation.evaluator_choice import EvaluatorChoice
+from clkit.evaluation.held_out import HeldOut, Split, held_out
+from clkit.evaluation.recorder import Recorder
 from clkit.evaluation.schedule import Every, Schedule
 from clkit.evaluation.scores import Mask, Score, Scorer, named
-from clkit.evaluation.subsets import Subsets, choose
-from clkit.method.evaluation_mode import untouched
-from clkit.method.forward import to_device
-from clkit.method.routing import by_route, route_of
-from clkit.method.strategy import chosen_view, views_of
-from clkit.metrics.history import History, HistoryWriter, Phase
+from clkit.evaluation.stopwatch import Stopwatch
+from clkit.files import result_folder, write_atomically
+from clkit.method.strategy import chosen_view
+from clkit.metrics.history import History
 from clkit.metrics.summary import summary
 
 
@@ -97,7 +85,7 @@ class StabilityGap(Callback):
         *,
         score: Score | str = "accuracy",
         mask: Mask = "none",
-        split: Literal["test", "val"] = "test",
+        split: Split = "test",
         zero_shot: bool = True,
         windows: Sequence[int] = (10, 100),
         batch_size: int = 500,
@@ -115,164 +103,105 @@ class StabilityGap(Callback):
         flush_every: int = 32,
         plot: bool = True,
     ) -> None:
-        least = {"subset": subset, "batch_size": batch_size, "flush_every": flush_every, "snapshots": snapshots}
-        for setting, value in {**least, "queue": queue}.items():
+        least = {"subset": subset, "batch_size": batch_size, "flush_every": flush_every}
+        for setting, value in least.items():
             if value is not None:
                 check_whole(setting, value, 1)
         for setting, chosen, known in (("split", split, ("test", "val")), ("mask", mask, get_args(Mask))):
             check_choice(setting, chosen, known)
         for window in windows:
             check_whole("windows", window, 2)
-        if asynchronous + (snapshots > 1) + lazy > 1:
-            raise ConfigurationError("asynchronous, snapshots above 1 and lazy exclude each other; use one of them.")
-        if device is not None and not asynchronous:
-            raise ConfigurationError(f"device={device!r} is for asynchronous=True; set that too, or leave it out.")
-        self.device = None if device is None else _device(device)
+        self._choice = EvaluatorChoice(
+            prefix_cache=prefix_cache,
+            prefix_cache_limit=prefix_cache_limit,
+            snapshots=snapshots,
+            asynchronous=asynchronous,
+            device=device,
+            queue=queue,
+            lazy=lazy,
+            seed=seed,
+        )
         self.schedule = every if isinstance(every, Schedule) else Every(every)
         self.subset, self.split, self.windows, self.zero_shot = subset, split, tuple(windows), zero_shot
         self.score: Score = named(score)
         self.mask: Mask = mask
         self.batch_size, self.seed, self.flush_every = batch_size, seed, flush_every
-        self.prefix_cache, self.prefix_cache_limit = prefix_cache, prefix_cache_limit
-        self.snapshots, self.asynchronous, self.queue, self.lazy = snapshots, asynchronous, queue, lazy
         self.plot, self.view, self.name = plot, view, view if name is None else name
         self._own_dir = None if dir is None else Path(dir)
         self.dir: Path | None = None
         self.metrics: dict[str, Any] = {}
-        self.latest: list[float] = []
-        self._writer: HistoryWriter | None = None
-        self._resume_from: dict[str, Any] | None = None
+        self._recorder: Recorder | None = None
         self._evaluator: Evaluator | None = None
-        self._pending: list[_Row] = []
-        self._start_step = self._last_step = self._evaluated_step = self._n_undefined = 0
-        self._seconds = self._evaluating = self._started = 0.0
-        self._offset = 0
-        self._evaluator_state: dict[str, Any] = {}
+        self._resume_from: dict[str, Any] | None = None
+        self._start_step = self._last_step = self._evaluated_step = 0
+        self._clock = Stopwatch()
         self._approximation: dict[str, float] = {}
         self._module_mask = False
 
     @property
     def history(self) -> History:
         """Everything evaluated so far, read from ``history.csv``."""
-        if self._writer is not None:
-            self._writer.flush()
+        if self._recorder is not None:
+            self._recorder.flush()
         assert self.dir is not None
         return History.read(self.dir / "history.csv")
 
+    @property
+    def latest(self) -> list[float]:
+        """The last scores of the experiences seen; empty before the first."""
+        return [] if self._recorder is None else self._recorder.latest
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         stream = stream_data(trainer).stream
-        if any(self._held_out(experience) is None for experience in stream):
+        if any(held_out(experience, self.split) is None for experience in stream):
             raise ConfigurationError(
                 f"split={self.split!r}, but stream {stream.name!r} has an experience without {self.split} data; "
                 "use split='test' or build the scenario with val_fraction above 0."
             )
-        if isinstance(trainer.strategy, FSDPStrategy):
-            raise ConfigurationError(
-                "FSDPStrategy gives the weights out within a training step only; use trainer=fsdp, Lightning's "
-                "ModelParallelStrategy, with which they can be evaluated."
-            )
-        if holds_shards(trainer) and (self.asynchronous or self.lazy or self.snapshots > 1):
-            raise ConfigurationError(
-                "asynchronous, lazy and snapshots copy whole weights, but the trainer shards them; leave them out."
-            )
-        log_dir = trainer.log_dir if self._own_dir is None else None
-        self.dir = self._own_dir or Path(log_dir or trainer.default_root_dir, self.name or "")
+        self._choice.check(trainer)
+        self.dir = result_folder(trainer, self._own_dir, self.name or "")
         self._evaluated, self._shown = chosen_view(trainer, self.view)
-        self._trainer = trainer
         self._module_mask = bool(getattr(pl_module, "mask_unseen", False))
 
     @property
     def state_key(self) -> str:
         return self._generate_state_key(name=self.name)
 
-    def _start(self, trainer: Trainer) -> None:
-        self._pending, self.latest = [], []
-        if self._resume_from is None:
-            self._start_step = self._last_step = self._evaluated_step = self._n_undefined = 0
-            self._seconds = self._evaluating = 0.0
-            self._evaluator_state = {}
-        self._started = time.monotonic()
-        if trainer.is_global_zero:
-            self._open(len(stream_data(trainer).stream))
-        self._resume_from = None
-
-    def _open(self, n_experiences: int) -> None:
-        assert self.dir is not None
-        self.dir.mkdir(parents=True, exist_ok=True)
-        path = self.dir / "history.csv"
-        if self._resume_from is None:
-            _keep_aside(path)
-            self._writer = HistoryWriter(path, n_experiences)
-            return
-        offset, origin = self._resume_from["offset"], Path(self._resume_from["path"])
-        if not path.exists() and origin.exists():
-            path.write_bytes(origin.read_bytes()[:offset])
-        self._writer = HistoryWriter.resume(path, n_experiences, offset)
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # not in on_fit_start: sharded weights are restored, and all states with them, after it
-        self._start(trainer)
+        assert self.dir is not None
         stream, device = stream_data(trainer).stream, pl_module.device
-        with untouched(trainer, pl_module):
-            parts = [self._choose_subset(trainer, experience) for experience in stream]
-        self._chosen, batches = (list(column) for column in zip(*parts, strict=True))
-        self._subsets = Subsets(batches, [len(rows) for rows in self._chosen], self.batch_size, device)
-        self._route(trainer)
-        self._full_counts = self._subsets.counts.new_tensor([_size(self._held_out(e)) for e in stream])
+        resumed, self._resume_from = self._resume_from, None
+        if resumed is None:
+            self._start_step = self._last_step = self._evaluated_step = 0
+            self._clock = Stopwatch()
+        self._clock.start()
+        self._held_out = HeldOut(
+            trainer, pl_module, split=self.split, subset=self.subset, seed=self.seed, batch_size=self.batch_size
+        )
         self._scorer = Scorer.of(self.score, self.mask, stream, device)
-        self._evaluator = self._build(trainer, pl_module)
+        curve = self._scorer.name + (f"-{self.name}" if self.name else "")
+        counts = self._held_out.subsets.counts, self._held_out.full_counts
+        self._recorder = Recorder(trainer, self.dir / "history.csv", *counts, curve, resumed)
+        self._evaluator = self._choice.build(trainer, pl_module, self._held_out.subsets, self._scorer)
         if trainer.global_step == 0:
             first = range(len(stream) if self.zero_shot else 1)
             with self._shown(pl_module):
-                self._note(0, 0, "init", first, self._evaluator.now(0, first))
-        elif self._evaluator_state:
-            self._evaluator.load_state_dict(self._evaluator_state)
+                self._recorder.note(0, 0, "init", first, self._evaluator.now(0, first))
+        elif resumed is not None and resumed["evaluator"]:
+            self._evaluator.load_state_dict(resumed["evaluator"])
         else:
             self._evaluator.start()
 
-    def _build(self, trainer: Trainer, module: LightningModule) -> Evaluator:
-        parts = (trainer, module, self._subsets, self._scorer)
-        if self._subsets.views is not None and (self.asynchronous or self.lazy or self.snapshots > 1):
-            raise ConfigurationError(
-                "A strategy predicts some samples with other weights than others, which asynchronous, lazy and "
-                "snapshots cannot follow; leave them out."
-            )
-        if self.asynchronous:
-            options: dict[str, Any] = {
-                "use_prefix": self.prefix_cache,
-                "limit": self.prefix_cache_limit,
-                "queue": self.queue,
-            }
-            if self.device is None and module.device.type == "cpu":
-                return ProcessEvaluator(*parts, **options)
-            return DeviceEvaluator(*parts, device=self.device or module.device, **options)
-        if self.lazy:
-            return LazyEvaluator(*parts, seed=self.seed)
-        if self.snapshots > 1:
-            return SnapshotEvaluator(*parts, self.snapshots)
-        cached = self.prefix_cache and not holds_shards(trainer)
-        return Evaluator(*parts, FrozenPrefix(module, self.prefix_cache_limit) if cached else None)
-
-    def _choose_subset(self, trainer: Trainer, experience: Experience) -> tuple[Tensor, Any]:
-        dataset = self._held_out(experience)
-        chosen = choose(_size(dataset), self.subset, self.seed, experience.index)
-        batch = read_samples(dataset, chosen, collate_fn=stream_data(trainer).collate_fn)
-        return chosen, to_device(trainer, batch)
-
-    def _route(self, trainer: Trainer) -> None:
-        route = route_of(trainer)
-        if route is not None:
-            pairs = zip(stream_data(trainer).stream, self._chosen, strict=True)
-            self._subsets.views = [name for e, rows in pairs for name in route(e, self._held_out(e), rows)]
-
     def on_experience_start(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
         assert self._evaluator is not None
-        self._route(trainer)
+        assert self._recorder is not None
+        self._held_out.route()
         self._start_step, index = trainer.global_step, experience.index
         if self.zero_shot and index > 0:
             this = range(index, index + 1)
             with self._shown(module):
-                self._note(trainer.global_step, index - 1, "before", this, self._evaluator.now(index, this))
+                self._recorder.note(self._start_step, index - 1, "before", this, self._evaluator.now(index, this))
         self._evaluator.start()
 
     def on_train_batch_end(
@@ -294,116 +223,63 @@ class StabilityGap(Callback):
 
     def _evaluate(self, module: LightningModule, step: int, index: int) -> None:
         assert self._evaluator is not None
-        start = time.monotonic()
-        with self._shown(module):
-            self._note(step, index, "step", range(index + 1), self._evaluator.submit(index))
-        self._evaluated_step = step
-        if len(self._pending) >= self.flush_every:
-            self._flush()
-        if self.schedule.timed and module.device.type != "cpu":
-            torch.accelerator.synchronize()
-        self._evaluating += time.monotonic() - start
+        assert self._recorder is not None
+        with self._clock.evaluating() as spent:
+            with self._shown(module):
+                self._recorder.note(step, index, "step", range(index + 1), self._evaluator.submit(index))
+            self._evaluated_step = step
+            if len(self._recorder) >= self.flush_every:
+                self._flush()
+            if self.schedule.timed and module.device.type != "cpu":
+                torch.accelerator.synchronize()
         if self.schedule.timed:
-            self.schedule.spent(time.monotonic() - start)
+            self.schedule.spent(spent())
 
     def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
-        start, seen = time.monotonic(), range(experience.index + 1)
-        sums = self._full_sums(trainer, module, seen)
-        self._note(trainer.global_step, experience.index, "end", seen, lambda: sums)
-        self._flush()
-        self._evaluating += time.monotonic() - start
-
-    def _full_sums(self, trainer: Trainer, module: LightningModule, seen: range) -> Tensor:
-        total = self._subsets.counts.new_zeros(2, len(self._full_counts))
-        data, route, views = stream_data(trainer), route_of(trainer), views_of(trainer)
-        with self._shown(module), untouched(trainer, module):
-            for k in seen:
-                dataset = self._held_out(data.stream[k])
-                own = torch.arange(_size(dataset))[own_share(trainer)]
-                for name, rows in by_route(route, data.stream[k], dataset, own).items():
-                    with views[name](module):
-                        for batch in StreamLoader(dataset, rows, self.batch_size, collate_fn=data.collate_fn):
-                            values = self._scorer(module, to_device(trainer, batch), seen[-1]).to(total.dtype)
-                            undefined = values.isnan()
-                            total[:, k] += torch.stack([values.masked_fill(undefined, 0.0).sum(), undefined.sum()])
-        return total
-
-    def _held_out(self, experience: Experience) -> Dataset[Any]:
-        dataset: Dataset[Any] = getattr(experience, self.split)
-        return dataset
-
-    def _note(self, step: int, index: int, phase: Phase, experiences: range, result: Result) -> None:
-        self._pending.append(_Row(step, index, phase, experiences, result))
+        assert self._recorder is not None
+        seen = range(experience.index + 1)
+        with self._clock.evaluating():
+            with self._shown(module):
+                sums = self._held_out.full_sums(self._scorer, seen)
+            self._recorder.note(trainer.global_step, experience.index, "end", seen, lambda: sums)
+            self._flush()
 
     def _flush(self) -> None:
-        rows, self._pending = self._pending, []
-        if not rows or self._evaluator is None:
-            return
-        sums = torch.stack([row.result() for row in rows])
-        if not holds_shards(self._trainer):
-            sums = sum_over_processes(self._trainer, sums)
-        self._evaluator.check()
-        counts = torch.stack([self._full_counts if row.phase == "end" else self._subsets.counts for row in rows])
-        means, undefined = (sums[:, 0] / counts).tolist(), int(sums[:, 1].sum())
-        self._count_undefined(undefined)
-        for row, values in zip(rows, means, strict=True):
-            scores = [value if k in row.experiences else math.nan for k, value in enumerate(values)]
-            if row.phase in ("step", "end"):
-                self.latest = scores[: row.index + 1]
-            if self._writer is not None:
-                self._writer.append(row.step, row.index, row.phase, scores)
-            if row.phase != "end":
-                curve = Scorer(self.score).name + (f"-{self.name}" if self.name else "")
-                curves = {f"{curve}/E{k}": scores[k] for k in row.experiences}
-                for logger in self._trainer.loggers:
-                    logger.log_metrics(curves, step=row.step)
-        if self._writer is not None:
-            self._writer.flush()
-
-    def _count_undefined(self, number: int) -> None:
-        if number and not self._n_undefined:
-            rank_zero_warn(
-                "Evaluated samples have NaN as their score and count as 0; n_undefined in metrics.json counts them."
-            )
-        self._n_undefined += number
+        if self._recorder is not None:
+            self._recorder.flush()
+        if self._evaluator is not None:
+            self._evaluator.check()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._flush()
-        self._close_evaluator()
-        if self._writer is None:
+        self._close()
+        if not trainer.is_global_zero or self._recorder is None:
             return
         assert self.dir is not None
-        self._offset = self._writer.offset
-        self._writer.close()
-        self._writer = None
         stream = stream_data(trainer).stream
         history = self.history
         self.metrics = self._summary(history, stream)
-        _write_atomically(self.dir / "metrics.json", json.dumps(self.metrics, indent=2, allow_nan=False))
-        timing = {"training_seconds": self._training_seconds(), "evaluation_seconds": self._evaluating}
-        _write_atomically(self.dir / "timing.json", json.dumps(timing, indent=2))
+        write_atomically(self.dir / "metrics.json", json.dumps(self.metrics, indent=2, allow_nan=False) + "\n")
+        write_atomically(self.dir / "timing.json", json.dumps(self._clock.seconds(), indent=2) + "\n")
         if self.plot:
             self._draw(history, [experience.name for experience in stream])
 
     def _summary(self, history: History, stream: Stream) -> dict[str, Any]:
+        assert self._recorder is not None
         names = [experience.name for experience in stream]
         return summary(
             history,
             stream={"name": stream.name, "kind": stream.kind, "experiences": names, **_left_out(stream)},
             complete=len(stream) - 1 in history.select("end").experience,
-            score=Scorer(self.score).name,
-            schedule=f"{self.schedule}, approximately" if self.lazy else str(self.schedule),
+            score=self._scorer.name,
+            schedule=f"{self.schedule}, approximately" if self._choice.lazy else str(self.schedule),
             approximation=self._approximation,
             subset=self.subset,
             mask="seen" if self.mask == "none" and self._module_mask else self.mask,
             view=self._evaluated,
             windows=self.windows,
-            n_undefined=self._n_undefined,
+            n_undefined=self._recorder.n_undefined,
         )
-
-    def _training_seconds(self) -> float:
-        """Wall-clock time of the fit without evaluation, over all its parts."""
-        return self._seconds + time.monotonic() - self._started - self._evaluating
 
     def _draw(self, history: History, names: list[str]) -> None:
         from clkit.report.figures import save, stability_gap_figure
@@ -416,35 +292,33 @@ class StabilityGap(Callback):
         if trainer.world_size == 1:
             with suppress(Exception):
                 self._flush()
-        self._close_evaluator()
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        self._close()
 
-    def _close_evaluator(self) -> None:
+    def _close(self) -> None:
         if self._evaluator is not None:
             self._approximation = self._evaluator.report()
             self._evaluator.close()
             self._evaluator = None
+        if self._recorder is not None:
+            self._recorder.close()
 
     def state_dict(self) -> dict[str, Any]:
-        self._flush()
-        if self._writer is not None:
-            self._writer.sync()
-            self._offset = self._writer.offset
         return {
-            "offset": self._offset,
-            "path": str(None if self.dir is None else self.dir / "history.csv"),
+            **self._history_state(),
             "start_step": self._start_step,
             "last_step": self._last_step,
             "evaluated_step": self._evaluated_step,
-            "n_undefined": self._n_undefined,
             "schedule": self.schedule.state_dict(),
             "evaluator": {} if self._evaluator is None else self._evaluator.state_dict(),
-            "seconds": self._seconds + time.monotonic() - self._started,
-            "evaluating": self._evaluating,
+            "clock": self._clock.state_dict(),
             "settings": self._settings(),
         }
+
+    def _history_state(self) -> dict[str, Any]:
+        if self._recorder is not None:
+            return self._recorder.state_dict()
+        before = self._resume_from or {"offset": 0, "path": "", "n_undefined": 0}
+        return {name: before[name] for name in ("offset", "path", "n_undefined")}
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -453,7 +327,7 @@ class StabilityGap(Callback):
             "split": self.split,
             "mask": self.mask,
             "zero_shot": self.zero_shot,
-            "lazy": self.lazy,
+            "lazy": self._choice.lazy,
             "view": self._evaluated,
             "seed": self.seed,
         }
@@ -470,45 +344,9 @@ class StabilityGap(Callback):
             )
         self._resume_from = state_dict
         self._start_step, self._last_step = state_dict["start_step"], state_dict["last_step"]
-        self._evaluated_step, self._n_undefined = state_dict["evaluated_step"], state_dict["n_undefined"]
-        self._seconds, self._evaluating = state_dict["seconds"], state_dict["evaluating"]
+        self._evaluated_step = state_dict["evaluated_step"]
+        self._clock.load_state_dict(state_dict["clock"])
         self.schedule.load_state_dict(state_dict["schedule"])
-        self._evaluator_state = state_dict["evaluator"]
-
-
-@dataclass(frozen=True)
-class _Row:
-    step: int
-    index: int
-    phase: Phase
-    experiences: range
-    result: Result
-
-
-def _device(name: str) -> torch.device:
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigurationError(f"device={name!r} is not possible here ({reason}); leave it out.") from error
-
-
-def _size(dataset: Dataset[Any]) -> int:
-    return len(dataset)  # type: ignore[arg-type]
-
-
-def _keep_aside(path: Path) -> None:
-    if path.exists():
-        number = 1
-        while path.with_suffix(f".{number}.csv").exists():
-            number += 1
-        path.rename(path.with_suffix(f".{number}.csv"))
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(text + "\n")
-    os.replace(unfinished, path)
 
 
 def _left_out(stream: Stream) -> dict[str, dict[str, int]]:

@@ -12,14 +12,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from clkit.data.batch import concatenate, is_text, per_token
-from clkit.rng import private_rng
+from clkit.data.loader import choose_rows
 
 
 def choose(n: int, subset: int | None, seed: int, experience: int) -> Tensor:
     """Choose which of an experience's ``n`` held-out samples are evaluated, sorted, ``int64``; all for ``None``."""
-    chosen = private_rng(seed, 5, experience).permutation(n)[:subset]
-    chosen.sort()
-    return torch.from_numpy(chosen)
+    return choose_rows(n, subset, seed, 5, experience).sort().values
 
 
 class Subsets:

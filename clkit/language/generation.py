@@ -21,6 +21,7 @@ from clkit.distributed import holds_shards, own_share
 from clkit.errors import ConfigurationError, check_whole
 from clkit.evaluation.subsets import choose
 from clkit.evaluation.token_scores import language_model, positions
+from clkit.files import result_folder
 from clkit.language.answers import score_answer
 from clkit.language.dataset import InstructionDataset, Pad
 from clkit.language.models import transformers
@@ -147,8 +148,7 @@ class AnswerScores(Callback):
                 # a reference that the metric cannot read is better found before the training than after
                 self._scored(data, i, data.records[i].answer)
         self._evaluated, self._shown = chosen_view(trainer, self.view)
-        log_dir = trainer.log_dir if self._own_dir is None else None
-        self.dir = self._own_dir or Path(log_dir or trainer.default_root_dir)
+        self.dir = result_folder(trainer, self._own_dir)
         self.rows = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -18,6 +18,7 @@ from clkit.data.datamodule import stream_data
 from clkit.data.stream import Experience
 from clkit.distributed import need_whole_weights
 from clkit.errors import ConfigurationError, check_whole
+from clkit.files import result_folder
 from clkit.method.optimizer import forget_state
 from clkit.method.strategy import Strategy, views_of
 from clkit.rng import private_rng
@@ -301,6 +302,7 @@ class SaveAdapters(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         stream_data(trainer)
         need_whole_weights(trainer, "SaveAdapters")
+        self._dir = result_folder(trainer, self._own_dir, "adapters")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         list(adapter_models(pl_module))
@@ -308,8 +310,7 @@ class SaveAdapters(Callback):
     def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
         if not trainer.is_global_zero:
             return
-        log_dir = trainer.log_dir if self._own_dir is None else None
-        folder = self._own_dir or Path(log_dir or trainer.default_root_dir, "adapters")
+        folder = self._dir
         folder.mkdir(parents=True, exist_ok=True)
         models = list(adapter_models(module))
         with tempfile.TemporaryDirectory(dir=folder, prefix=".") as unfinished:

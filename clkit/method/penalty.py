@@ -12,7 +12,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clkit.data.datamodule import stream_data
-from clkit.data.loader import read_samples
+from clkit.data.loader import choose_rows, read_samples
 from clkit.data.stream import Experience
 from clkit.distributed import sum_over_processes
 from clkit.errors import ConfigurationError
@@ -20,7 +20,6 @@ from clkit.method.evaluation_mode import evaluation_mode
 from clkit.method.forward import to_device
 from clkit.method.parameters import check_patterns, flat, select, trainable
 from clkit.method.strategy import Strategy
-from clkit.rng import private_rng
 
 
 class Quadratic(NamedTuple):
@@ -113,8 +112,7 @@ class QuadraticPenalty(Strategy):
 
 def choose_samples(experience: Experience, samples: int | None, seed: int) -> Tensor:
     """Return positions of random training samples of an experience, at most ``samples``, all when ``None``."""
-    n = len(experience.train)  # type: ignore[arg-type]
-    return torch.from_numpy(private_rng(seed, 4, experience.index).permutation(n)[:samples])
+    return choose_rows(len(experience.train), samples, seed, 4, experience.index)  # type: ignore[arg-type]
 
 
 @torch.no_grad()

@@ -102,7 +102,7 @@ def route_of(trainer: Trainer) -> Route | None:
 
     Views are ``live`` and those of :attr:`Router.views`.
     """
-    routers = [callback for callback in callbacks_of(trainer) if isinstance(callback, Router)]
+    routers = callbacks_of(trainer, Router)
     if not routers:
         return None
     router = routers[0]

@@ -7,14 +7,13 @@ from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
 from typing import Any, cast
 
-import numpy as np
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
-from torch.utils.data import Dataset
+from pytorch_lightning import LightningModule, Trainer
 
 from clkit.data.datamodule import stream_data
 from clkit.data.hooks import Hooks, callbacks_of, overrides
-from clkit.data.loader import read_samples
+from clkit.data.loader import choose_rows, read_samples
+from clkit.data.stream import Experience
 from clkit.distributed import need_whole_weights
 from clkit.errors import ConfigurationError
 from clkit.method.forward import to_device
@@ -73,12 +72,12 @@ class Strategy(Hooks):
             )
         if not self.works_sharded:
             need_whole_weights(trainer, type(self).__name__)
-        self._check_others(callbacks_of(trainer))
+        self._check_others(callbacks_of(trainer, Strategy))
 
-    def _check_others(self, callbacks: list[Callback]) -> None:
+    def _check_others(self, strategies: list[Strategy]) -> None:
         own = type(self).__name__
-        for position, other in enumerate(callbacks):
-            if not isinstance(other, Strategy) or other is self:
+        for position, other in enumerate(strategies):
+            if other is self:
                 continue
             name = type(other).__name__
             if self.replaces_data and other.replaces_data:
@@ -91,7 +90,7 @@ class Strategy(Hooks):
                     f"{'does so too' if other.renews_weights else 'compares weights with those of earlier ones'}; "
                     "use one of them."
                 )
-            if other.views and position < callbacks.index(self):
+            if other.views and position < strategies.index(self):
                 raise ConfigurationError(
                     f"{own} starts each experience with new weights, and {name} copies them then; put {own} before "
                     f"{name}."
@@ -107,8 +106,7 @@ class Strategy(Hooks):
 
 def views_of(trainer: Trainer) -> dict[str, View]:
     """Return the weights that can be evaluated, by name: ``live`` and what the strategies offer."""
-    strategies = [callback for callback in callbacks_of(trainer) if isinstance(callback, Strategy)]
-    offered = {name: view for strategy in strategies for name, view in strategy.views.items()}
+    offered = {name: view for strategy in callbacks_of(trainer, Strategy) for name, view in strategy.views.items()}
     return {"live": lambda module: nullcontext(), **offered}
 
 
@@ -119,7 +117,7 @@ def chosen_view(trainer: Trainer, name: str | None) -> tuple[str, View]:
         ConfigurationError: If no strategy offers it.
     """
     views = views_of(trainer)
-    predicting = [c.prediction for c in callbacks_of(trainer) if isinstance(c, Strategy) and c.prediction]
+    predicting = [strategy.prediction for strategy in callbacks_of(trainer, Strategy) if strategy.prediction]
     found = name or ["live", *predicting][-1]
     if found not in views:
         raise ConfigurationError(
@@ -128,10 +126,10 @@ def chosen_view(trainer: Trainer, name: str | None) -> tuple[str, View]:
     return found, views[found]
 
 
-def random_samples(trainer: Trainer, dataset: Dataset[Any], n: int, rng: np.random.Generator) -> Any:
-    """Return ``n`` different random samples of a dataset (all if it has fewer) as one batch on the module's device."""
-    size = len(cast(Sequence[Any], dataset))
-    chosen = torch.from_numpy(rng.choice(size, min(n, size), replace=False))
+def random_samples(trainer: Trainer, experience: Experience, n: int, seed: int) -> Any:
+    """Return ``n`` training samples of an experience (all if it has fewer) as one batch on the module's device."""
+    dataset = experience.train
+    chosen = choose_rows(len(cast(Sequence[Any], dataset)), n, seed, 3, experience.index)
     return to_device(trainer, read_samples(dataset, chosen, collate_fn=stream_data(trainer).collate_fn))
 
 

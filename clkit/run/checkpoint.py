@@ -17,6 +17,7 @@ from clkit.data.checkpoint_io import verify_checkpoint
 from clkit.data.datamodule import stream_data
 from clkit.data.stream import Experience
 from clkit.errors import ConfigurationError
+from clkit.files import result_folder
 from clkit.signals import StopSignals
 
 
@@ -71,8 +72,7 @@ class StreamCheckpoint(Checkpoint):
             )
         if getattr(trainer.strategy, "_state_dict_type", "full") != "full":
             raise ConfigurationError("StreamCheckpoint writes one file; use FSDPStrategy(state_dict_type='full').")
-        log_dir = trainer.log_dir if self._own_dir is None else None
-        self.dir = self._own_dir or Path(log_dir or trainer.default_root_dir) / "checkpoints"
+        self.dir = result_folder(trainer, self._own_dir, "checkpoints")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Lightning's own, set later, cannot wait for the other processes and for a file

@@ -131,7 +131,7 @@ class StreamProgress(ProgressBar):
 
     def _scores(self, trainer: Trainer) -> str:
         loss = "" if self._loss is None else f"loss {float(self._loss):.3f}"
-        latest = next((c.latest for c in callbacks_of(trainer) if isinstance(c, StabilityGap)), [])
+        latest = next((gap.latest for gap in callbacks_of(trainer, StabilityGap)), [])
         first = max(len(latest) - _SCORES_SHOWN, 0)
         scores = (" …" if first else "") + "".join(f" {score:.2f}" for score in latest[first:])
         return "  ".join(filter(None, (loss, f"scores{scores}" if scores else "")))

@@ -1,0 +1,95 @@
+"""The held-out data that a stream is evaluated on: a fixed subset of each experience, and all of it at its end."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from clkit.data.datamodule import stream_data
+from clkit.data.loader import StreamLoader, read_samples
+from clkit.data.stream import Experience
+from clkit.distributed import own_share
+from clkit.evaluation.scores import Scorer
+from clkit.evaluation.subsets import Subsets, choose
+from clkit.method.evaluation_mode import untouched
+from clkit.method.forward import to_device
+from clkit.method.routing import by_route, route_of
+from clkit.method.strategy import views_of
+
+Split = Literal["test", "val"]
+
+
+class HeldOut:
+    """The held-out data of every experience, on the module's device as far as it is evaluated again and again.
+
+    Args:
+        trainer: The trainer.
+        module: The module.
+        split: ``"test"`` or ``"val"``.
+        subset: Samples of each experience in the subset; all when ``None``.
+        seed: Seed of their choice.
+        batch_size: Samples in one forward.
+
+    Attributes:
+        subsets: The subsets.
+        full_counts: Number of all held-out samples of each experience, ``[K]``.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        *,
+        split: Split,
+        subset: int | None,
+        seed: int,
+        batch_size: int,
+    ) -> None:
+        self.trainer, self.module, self.split, self.batch_size = trainer, module, split, batch_size
+        stream, collate_fn = stream_data(trainer).stream, stream_data(trainer).collate_fn
+        sets = [held_out(experience, split) for experience in stream]
+        self._chosen = [choose(_size(part), subset, seed, k) for k, part in enumerate(sets)]
+        with untouched(trainer, module):
+            pairs = zip(sets, self._chosen, strict=True)
+            batches = [to_device(trainer, read_samples(part, rows, collate_fn=collate_fn)) for part, rows in pairs]
+        self.subsets = Subsets(batches, [len(rows) for rows in self._chosen], batch_size, module.device)
+        self.full_counts = self.subsets.counts.new_tensor([_size(part) for part in sets])
+        self.route()
+
+    def route(self) -> None:
+        """Find out anew which view predicts which sample."""
+        route = route_of(self.trainer)
+        if route is not None:
+            pairs = zip(stream_data(self.trainer).stream, self._chosen, strict=True)
+            self.subsets.views = [name for e, rows in pairs for name in route(e, held_out(e, self.split), rows)]
+
+    def full_sums(self, scorer: Scorer, seen: range) -> Tensor:
+        """Evaluate all held-out data of some experiences: this process's share of :meth:`Subsets.sums`."""
+        trainer, data = self.trainer, stream_data(self.trainer)
+        total = self.full_counts.new_zeros(2, len(self.full_counts))
+        route, views = route_of(trainer), views_of(trainer)
+        with untouched(trainer, self.module):
+            for k in seen:
+                dataset = held_out(data.stream[k], self.split)
+                own = torch.arange(_size(dataset))[own_share(trainer)]
+                for name, rows in by_route(route, data.stream[k], dataset, own).items():
+                    with views[name](self.module):
+                        for batch in StreamLoader(dataset, rows, self.batch_size, collate_fn=data.collate_fn):
+                            values = scorer(self.module, to_device(trainer, batch), seen[-1]).to(total.dtype)
+                            undefined = values.isnan()
+                            total[:, k] += torch.stack([values.masked_fill(undefined, 0.0).sum(), undefined.sum()])
+        return total
+
+
+def held_out(experience: Experience, split: Split) -> Dataset[object]:
+    """Return one of the held-out datasets of an experience."""
+    dataset: Dataset[object] = getattr(experience, split)
+    return dataset
+
+
+def _size(dataset: Dataset[object]) -> int:
+    return len(dataset)  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ from clkit.data.datamodule import stream_data
 from clkit.data.stream import Experience
 from clkit.distributed import need_whole_weights
 from clkit.errors import check_whole
+from clkit.files import write_atomically
 from clkit.method.module_kinds import Part, parts
 from clkit.metrics.drift_file import COLUMNS
 
@@ -148,16 +149,13 @@ class ModuleDrift(Callback):
     def _write(self, trainer: Trainer) -> None:
         log_dir = trainer.log_dir if self._own_dir is None else None
         folder = self._own_dir or Path(log_dir or trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(COLUMNS)
         for row, within, across in zip(self._rows, self._within, self._across, strict=True):
             for part, c, d in zip(self._parts, within.tolist(), across.tolist(), strict=True):
                 writer.writerow([*row, part.name, part.kind, part.size, repr(c), "" if math.isnan(d) else repr(d)])
-        unfinished = folder / "drift.csv.part"
-        unfinished.write_text(text.getvalue())
-        unfinished.replace(folder / "drift.csv")
+        write_atomically(folder / "drift.csv", text.getvalue())
 
     def state_dict(self) -> dict[str, Any]:
         return {

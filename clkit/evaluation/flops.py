@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from clkit.data.datamodule import stream_data
+from clkit.files import write_atomically
 
 
 class Flops(Callback):
@@ -59,9 +60,8 @@ class Flops(Callback):
         if trainer.is_global_zero:
             log_dir = trainer.log_dir if self._own_dir is None else None
             folder = self._own_dir or Path(log_dir or trainer.default_root_dir)
-            folder.mkdir(parents=True, exist_ok=True)
             content = {"total": self.total, "experiences": self.counts}
-            (folder / "flops.json").write_text(json.dumps(content) + "\n")
+            write_atomically(folder / "flops.json", json.dumps(content) + "\n")
 
     def state_dict(self) -> dict[str, Any]:
         return {"counts": list(self.counts)}

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from clkit.data.datamodule import stream_data
 from clkit.data.datasets import sent
 from clkit.errors import ConfigurationError, check_whole
+from clkit.files import write_atomically
 from clkit.method.forward import frozen_statistics
 from clkit.method.gradient import flatten, loss_gradient, with_gradient
 from clkit.method.strategy import Strategy
@@ -100,10 +101,9 @@ class GradientNorms(Strategy):
             return
         log_dir = trainer.log_dir if self._own_dir is None else None
         folder = self._own_dir or Path(log_dir or trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         lines = [",".join(_COLUMNS)]
         lines += [f"{int(step)},{int(k)},{','.join(map(repr, rest))}" for step, k, *rest in self.table.tolist()]
-        (folder / "gradients.csv").write_text("\n".join(lines) + "\n")
+        write_atomically(folder / "gradients.csv", "\n".join(lines) + "\n")
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.table}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -32,6 +31,7 @@ from clkit.evaluation.process_evaluator import ProcessEvaluator
 from clkit.evaluation.schedule import Every, Schedule
 from clkit.evaluation.scores import Mask, Score, Scorer, named
 from clkit.evaluation.subsets import Subsets, choose
+from clkit.files import set_aside, write_atomically
 from clkit.method.evaluation_mode import untouched
 from clkit.method.forward import to_device
 from clkit.method.routing import by_route, route_of
@@ -201,7 +201,7 @@ class StabilityGap(Callback):
         self.dir.mkdir(parents=True, exist_ok=True)
         path = self.dir / "history.csv"
         if self._resume_from is None:
-            _keep_aside(path)
+            set_aside(path)
             self._writer = HistoryWriter(path, n_experiences)
             return
         offset, origin = self._resume_from["offset"], Path(self._resume_from["path"])
@@ -379,11 +379,12 @@ class StabilityGap(Callback):
         stream = stream_data(trainer).stream
         history = self.history
         self.metrics = self._summary(history, stream)
-        _write_atomically(self.dir / "metrics.json", json.dumps(self.metrics, indent=2, allow_nan=False))
         timing = {"training_seconds": self._training_seconds(), "evaluation_seconds": self._evaluating}
-        _write_atomically(self.dir / "timing.json", json.dumps(timing, indent=2))
+        write_atomically(self.dir / "timing.json", json.dumps(timing, indent=2) + "\n")
         if self.plot:
             self._draw(history, [experience.name for experience in stream])
+        # the last of a run's files: it tells that all are there
+        write_atomically(self.dir / "metrics.json", json.dumps(self.metrics, indent=2, allow_nan=False) + "\n")
 
     def _summary(self, history: History, stream: Stream) -> dict[str, Any]:
         names = [experience.name for experience in stream]
@@ -495,20 +496,6 @@ def _device(name: str) -> torch.device:
 
 def _size(dataset: Dataset[Any]) -> int:
     return len(dataset)  # type: ignore[arg-type]
-
-
-def _keep_aside(path: Path) -> None:
-    if path.exists():
-        number = 1
-        while path.with_suffix(f".{number}.csv").exists():
-            number += 1
-        path.rename(path.with_suffix(f".{number}.csv"))
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(text + "\n")
-    os.replace(unfinished, path)
 
 
 def _left_out(stream: Stream) -> dict[str, dict[str, int]]:

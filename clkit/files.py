@@ -1,11 +1,20 @@
-"""Where callbacks write their files, and how: whole or not at all."""
+"""Files that are whole or not there however a process or its machine ends, and a place for those that end with it."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pytorch_lightning import Trainer
+if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
+
+UNFINISHED = ".part"
+_scratch: Path | None = None
 
 
 def result_folder(trainer: Trainer, own: Path | None, below: str = "") -> Path:
@@ -18,18 +27,88 @@ def result_folder(trainer: Trainer, own: Path | None, below: str = "") -> Path:
     return Path(trainer.log_dir or trainer.default_root_dir, below)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file whose old content stays until the new one is complete; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.part")
-    unfinished.write_text(text, encoding="utf-8")
+def write_atomically(path: str | Path, content: str | bytes) -> None:
+    """Write a file beside its final name, flush it to disk and rename it; its folder is made if need be.
+
+    Raises:
+        OSError: If it cannot be written, on a full disk say; it names ``path``, whose old content is still there.
+    """
+    path = Path(path)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = unfinished_name(path)
+        try:
+            unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+        except OSError:
+            unfinished.unlink(missing_ok=True)
+            raise
+        put_in_place(unfinished, path)
+
+
+def unfinished_name(path: Path) -> Path:
+    """Return the name beside ``path`` under which it is written."""
+    return path.with_name(path.name + UNFINISHED)
+
+
+def put_in_place(unfinished: Path, path: Path) -> None:
+    """Flush a file to disk and give it its final name in the same folder, whatever is there."""
+    _sync(unfinished)
     os.replace(unfinished, path)
+    _sync(path.parent)
 
 
-def keep_aside(path: Path) -> None:
-    """Give an existing file the first free name of ``NAME.1.csv``, ``NAME.2.csv``, ..."""
-    if path.exists():
-        number = 1
-        while path.with_suffix(f".{number}{path.suffix}").exists():
-            number += 1
-        path.rename(path.with_suffix(f".{number}{path.suffix}"))
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let errors of the operating system name a path; those of a full disk name none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def set_aside(path: Path) -> Path | None:
+    """Rename a file or folder to the first free ``NAME.1.SUFFIX``, ``NAME.2.SUFFIX``, ...; return its new name."""
+    if not path.exists():
+        return None
+    number = 1
+    while (aside := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    path.rename(aside)
+    return aside
+
+
+@contextmanager
+def scratch_in(folder: Path, *, clear: bool = True) -> Iterator[None]:
+    """Let :func:`scratch` make its folders in ``folder``, which a process that was killed may have left full.
+
+    Args:
+        folder: It need not exist, and belongs to one run alone.
+        clear: Whether this process empties it before and after.
+    """
+    global _scratch
+    before, _scratch = _scratch, folder
+    if clear:
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield
+    finally:
+        _scratch = before
+        if clear:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def scratch() -> tempfile.TemporaryDirectory[str]:
+    """Return a folder that ends with this object: in the run's folder, or the system's for temporary files."""
+    if _scratch is not None:
+        _scratch.mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryDirectory(prefix="clkit-", dir=_scratch, ignore_cleanup_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -9,8 +9,8 @@ Each check prints a line with PASS, FAIL or SKIP; JSON with all numbers comes la
 ``--budget`` seconds any more are skipped. Measurements take turns (A B A B); ratios are between medians.
 
 What waits for the device within a training step is counted. By nature these do: ``GEM`` (its problem is solved on the
-CPU), a class-balanced memory (it sorts samples by label on the CPU), a memory that is kept on the CPU (of texts it always
-is), a phase of ``FPF`` and ``KFPF``, fp16 (the scaler reads whether gradients overflowed), and every ``flush_every``-th
+CPU), a class-balanced memory (it sorts samples by label on the CPU), a memory that is kept on the CPU (of texts it is
+always), a phase of ``FPF`` and ``KFPF``, fp16 (the scaler reads whether gradients overflowed), and every ``flush_every``-th
 evaluation of ``StabilityGap``. Nothing else may.
 """
 

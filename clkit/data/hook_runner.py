@@ -49,6 +49,7 @@ class HookRunner(Callback):
         self.started = -1
         self.ended = -1
         self.steps = OptimizerSteps()
+        self._in_training = False
         self._random_state: dict[str, Any] | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -77,8 +78,16 @@ class HookRunner(Callback):
         pl_module.training_step = training_step  # type: ignore[method-assign]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Lightning skips a loop that has nothing left to train, as after a kill between the last checkpoint and here;
+        # what is written at the end is then written by the hooks of a training of no step
+        skipped = not self._in_training and self.started >= 0
+        if skipped:
+            self._restore_random_state()
+            trainer.fit_loop.on_run_start()
         if trainer.current_epoch >= self.stream_clock.total_epochs and trainer.is_last_batch:
             self._catch_up(trainer, pl_module, len(self.stream_clock.stream))
+        if skipped:
+            trainer.fit_loop.on_run_end()
         self.steps.close()
         self._restore_step(pl_module)
 
@@ -89,6 +98,7 @@ class HookRunner(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Lightning leaves out a checkpoint's loader state when configure_optimizers made the loaders before (as
         # trainer.estimated_stepping_batches does), and an epoch resumed in its middle would start over
+        self._in_training = True
         trainer.fit_loop._load_combined_loader_states()
         self.steps.open(trainer)
 

@@ -6,7 +6,6 @@ import copy
 import os
 import pickle
 import signal
-import tempfile
 import threading
 import time
 from collections import deque
@@ -28,6 +27,7 @@ from clkit.evaluation.evaluator import Evaluator, Result, evaluate_chunks, froze
 from clkit.evaluation.prefix import FrozenPrefix
 from clkit.evaluation.scores import Scorer
 from clkit.evaluation.subsets import Subsets
+from clkit.files import scratch
 from clkit.signals import STOP
 
 
@@ -69,7 +69,7 @@ class ProcessEvaluator(Evaluator):
                 "use asynchronous=False."
             )
         self._limit, self._queue = limit, queue
-        self._folder = tempfile.TemporaryDirectory(prefix="clkit-")
+        self._folder = scratch()
         self._executor = ProcessPoolExecutor(max_workers=1, initializer=_end_with, initargs=(os.getpid(),))
         self._waiting: deque[_Job] = deque()
         self._n_sites = 0

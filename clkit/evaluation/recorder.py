@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clkit.distributed import holds_shards, sum_over_processes
 from clkit.evaluation.evaluator import Result
-from clkit.files import keep_aside
+from clkit.files import set_aside
 from clkit.metrics.history import HistoryWriter, Phase
 
 
@@ -64,7 +64,7 @@ class Recorder:
     def _open(self, state: Mapping[str, Any] | None) -> HistoryWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if state is None or state["offset"] == 0:
-            keep_aside(self.path)
+            set_aside(self.path)
             return HistoryWriter(self.path, len(self._counts))
         offset, origin = state["offset"], Path(state["path"])
         if not self.path.exists() and origin.exists():

@@ -259,10 +259,11 @@ class StabilityGap(Callback):
         stream = stream_data(trainer).stream
         history = self.history
         self.metrics = self._summary(history, stream)
-        write_atomically(self.dir / "metrics.json", json.dumps(self.metrics, indent=2, allow_nan=False) + "\n")
         write_atomically(self.dir / "timing.json", json.dumps(self._clock.seconds(), indent=2) + "\n")
         if self.plot:
             self._draw(history, [experience.name for experience in stream])
+        # the last of a run's files: it tells that all are there
+        write_atomically(self.dir / "metrics.json", json.dumps(self.metrics, indent=2, allow_nan=False) + "\n")
 
     def _summary(self, history: History, stream: Stream) -> dict[str, Any]:
         assert self._recorder is not None

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -21,7 +20,7 @@ from clkit.distributed import holds_shards, own_share
 from clkit.errors import ConfigurationError, check_whole
 from clkit.evaluation.subsets import choose
 from clkit.evaluation.token_scores import language_model, positions
-from clkit.files import result_folder
+from clkit.files import result_folder, write_atomically
 from clkit.language.answers import score_answer
 from clkit.language.dataset import InstructionDataset, Pad
 from clkit.language.models import transformers
@@ -175,7 +174,9 @@ class AnswerScores(Callback):
                 row[reading] = sum(answer[reading] for answer in answers) / len(answers)
             self.rows.append({**row, "n": len(answers)})
         lines = [json.dumps({"experience": k, **answer}) for k, answers in enumerate(found) for answer in answers]
-        _write(self.dir / "answers" / f"after_{experience.index}.jsonl", "".join(line + "\n" for line in lines))
+        write_atomically(
+            self.dir / "answers" / f"after_{experience.index}.jsonl", "".join(line + "\n" for line in lines)
+        )
         self._write_rows()
 
     def _answers(self, trainer: Trainer, module: LightningModule, k: int) -> list[dict[str, Any]]:
@@ -225,7 +226,7 @@ class AnswerScores(Callback):
         table = csv.DictWriter(text, list(self.rows[0]), lineterminator="\n")
         table.writeheader()
         table.writerows(self.rows)
-        _write(self.dir / "answers.csv", text.getvalue())
+        write_atomically(self.dir / "answers.csv", text.getvalue())
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero or not self.rows:
@@ -242,7 +243,7 @@ class AnswerScores(Callback):
             rows = [[_number(value) for value in row] for row in matrix.tolist()]
             numbers = {name: _number(value) for name, value in language_summary(matrix).items()}
             content[reading] = {"matrix": rows, **numbers}
-        _write(self.dir / "answers.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
+        write_atomically(self.dir / "answers.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows}
@@ -253,10 +254,3 @@ class AnswerScores(Callback):
 
 def _number(value: float) -> float | None:
     return None if math.isnan(value) else value
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)

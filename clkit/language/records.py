@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from clkit.errors import ConfigurationError
+from clkit.files import write_atomically
 
 OnError = Literal["raise", "skip"]
 _ROLES = ("system", "user", "assistant", "tool")
@@ -112,7 +113,7 @@ def write_records(path: str | Path, records: Iterable[Record]) -> None:
         rows.append(json.dumps({**item, **record.extra}, ensure_ascii=False))
     is_list = Path(path).suffix == ".json"
     content = "[\n" + ",\n".join(rows) + "\n]\n" if is_list else "".join(row + "\n" for row in rows)
-    Path(path).write_text(content, encoding="utf-8")
+    write_atomically(path, content)
 
 
 def _lines(text: str) -> Iterator[tuple[int, Any]]:

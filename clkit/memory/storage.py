@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 from clkit.data.batch import IGNORED, is_text, per_token
 from clkit.data.datasets import sent
 from clkit.errors import ConfigurationError
+from clkit.files import scratch
 
 Slots = np.ndarray[Any, np.dtype[np.int64]]
 DISK = "disk"
@@ -207,12 +208,16 @@ class _Table:
     """Bytes by number, in a temporary file that ends with this object."""
 
     def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="clkit-")
-        path = Path(self._folder.name, "texts.sqlite")
-        self._file = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        self._folder = scratch()
+        # no other process opens it, so that it needs no locks, which network disks may not have
+        uri = Path(self._folder.name, "texts.sqlite").absolute().as_uri() + "?nolock=1"
+        self._file = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
         self._file.executescript(
             "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; CREATE TABLE texts (slot INTEGER PRIMARY KEY, text BLOB);"
         )
+        if os.name == "posix":
+            # an open file without a name ends with the process, however that ends
+            self._folder.cleanup()
 
     def update(self, entries: Iterable[tuple[int, bytes]]) -> None:
         self._file.execute("BEGIN")

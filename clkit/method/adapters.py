@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from clkit.data.datamodule import stream_data
 from clkit.data.stream import Experience
 from clkit.distributed import need_whole_weights
 from clkit.errors import ConfigurationError, check_whole
-from clkit.files import result_folder
+from clkit.files import result_folder, unfinished_name
 from clkit.method.optimizer import forget_state
 from clkit.method.strategy import Strategy, views_of
 from clkit.rng import private_rng
@@ -311,15 +310,15 @@ class SaveAdapters(Callback):
         if not trainer.is_global_zero:
             return
         folder = self._dir
-        folder.mkdir(parents=True, exist_ok=True)
         models = list(adapter_models(module))
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as unfinished:
-            for name, view in views_of(trainer).items():
-                with view(module):
-                    for path, model in models:
-                        target = Path(unfinished, name) if len(models) == 1 else Path(unfinished, name, path)
-                        model.save_pretrained(str(target))
-            final = folder / f"experience_{experience.index}"
-            shutil.rmtree(final, ignore_errors=True)
-            Path(unfinished).rename(final)
-            Path(unfinished).mkdir()
+        final = folder / f"experience_{experience.index}"
+        unfinished = unfinished_name(final)
+        # of a run that was killed
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        for name, view in views_of(trainer).items():
+            with view(module):
+                for path, model in models:
+                    model.save_pretrained(str(unfinished / name if len(models) == 1 else unfinished / name / path))
+        shutil.rmtree(final, ignore_errors=True)
+        unfinished.rename(final)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clkit.errors import ConfigurationError
+from clkit.files import write_atomically
 
 _HEADER = ("start", "end", "mu", "experience", "loss", "score")
 
@@ -63,13 +65,14 @@ def _barrier(mu: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np
 
 def write_lines(path: Path, lines: Sequence[Line]) -> None:
     """Write lines as a table with one row for each point and experience."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(_HEADER)
-        for line in lines:
-            for mu, losses, scores in zip(line.mu, line.loss, line.score, strict=True):
-                for row in zip(line.experiences, losses, scores, strict=True):
-                    writer.writerow((line.start, line.end, float(mu), row[0], float(row[1]), float(row[2])))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_HEADER)
+    for line in lines:
+        for mu, losses, scores in zip(line.mu, line.loss, line.score, strict=True):
+            for row in zip(line.experiences, losses, scores, strict=True):
+                writer.writerow((line.start, line.end, float(mu), row[0], float(row[1]), float(row[2])))
+    write_atomically(path, text.getvalue())
 
 
 def read_lines(path: Path) -> list[Line]:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clkit.errors import ConfigurationError
+from clkit.files import write_atomically
 
 Phase = Literal["init", "step", "end", "before"]
 _PHASES = get_args(Phase)
@@ -135,9 +136,7 @@ class HistoryWriter:
     def __init__(self, path: str | Path, n_experiences: int) -> None:
         path = Path(path)
         header = f"{_header(n_experiences)}\n".encode()
-        fresh = path.with_name(f"{path.name}.tmp")
-        fresh.write_bytes(header)
-        fresh.replace(path)
+        write_atomically(path, header)
         self._open(path, n_experiences, len(header))
 
     @classmethod

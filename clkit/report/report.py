@@ -12,6 +12,7 @@ import rich.table
 from matplotlib.figure import Figure
 from rich.text import Text
 
+from clkit.files import write_atomically
 from clkit.metrics.connectivity_file import read_lines
 from clkit.metrics.drift_file import Drift
 from clkit.report import html, tables
@@ -139,7 +140,7 @@ def write_report(
         "report.html": page,
     }
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        write_atomically(folder / name, text)
     return Report(tuple(groups), tuple(notes), (*(folder / name for name in texts), *drawn))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import time
@@ -17,7 +16,7 @@ from clkit.data.checkpoint_io import verify_checkpoint
 from clkit.data.datamodule import stream_data
 from clkit.data.stream import Experience
 from clkit.errors import ConfigurationError
-from clkit.files import result_folder
+from clkit.files import naming, put_in_place, result_folder, unfinished_name
 from clkit.signals import StopSignals
 
 
@@ -137,12 +136,11 @@ class StreamCheckpoint(Checkpoint):
         self._last_step, self._last_time = trainer.global_step, time.monotonic()
 
     def _write(self, trainer: Trainer, path: Path, *, weights_only: bool) -> None:
-        unfinished = path.with_suffix(".part")
-        trainer.save_checkpoint(unfinished, weights_only=weights_only)
-        if trainer.is_global_zero:
-            _sync(unfinished)
-            os.replace(unfinished, path)
-            _sync(path.parent)
+        unfinished = unfinished_name(path)
+        with naming(path):
+            trainer.save_checkpoint(unfinished, weights_only=weights_only)
+            if trainer.is_global_zero:
+                put_in_place(unfinished, path)
 
 
 def checkpoints(dir: str | Path) -> list[Path]:
@@ -174,11 +172,3 @@ def latest_checkpoint(dir: str | Path) -> Path | None:
         else:
             return path
     return None
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from clkit import __version__
 from clkit.errors import ConfigurationError
+from clkit.files import write_atomically
 
 Outcome = Literal["finished", "failed", "interrupted"]
 LOG = "train.log"
@@ -91,10 +92,7 @@ def owned_by(folder: Path, config: DictConfig) -> bool:
 
 def claim(folder: Path, config: str) -> None:
     """Mark the folder as that of the run with this fingerprint."""
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / "run.part"
-    unfinished.write_text(json.dumps({"clkit": __version__, "config": config}) + "\n")
-    unfinished.replace(folder / "run.json")
+    write_atomically(folder / "run.json", json.dumps({"clkit": __version__, "config": config}) + "\n")
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from clkit.errors import ConfigurationError
+from clkit.files import write_atomically
 from clkit.report.runs import PLANS
 from clkit.run.folder import Attempt, attempts, fruitless, is_finished, is_held
 
@@ -116,12 +117,9 @@ class Plan:
     def save(self) -> None:
         """Write the plan into the sweep's folder, beside those of other commands."""
         folder = self.folder / PLANS
-        folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"command": self.command, "runs": self.runs, "attempts": self.limit}, indent=1)
         name = hashlib.sha256("\n".join(self.command).encode()).hexdigest()[:16]
-        unfinished = folder / f"{name}.part"
-        unfinished.write_text(text + "\n", encoding="utf-8")
-        unfinished.replace(folder / f"{name}.json")
+        write_atomically(folder / f"{name}.json", text + "\n")
 
     def cells(self) -> list[Cell]:
         """Look at all its runs."""

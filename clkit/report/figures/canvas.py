@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from matplotlib.transforms import blended_transform_factory
 from numpy.typing import NDArray
 
 from clkit.errors import ConfigurationError
+from clkit.files import write_atomically
 from clkit.metrics.history import History
 from clkit.report.estimate import mean_interval
 
@@ -75,8 +77,11 @@ def save(figure: Figure, file: str | Path | IO[Any], format: str | None = None) 
     """
     format = format or Path(str(file)).suffix[1:]
     metadata = {"svg": dict.fromkeys(("Date", "Creator", "Format", "Type")), "pdf": {"CreationDate": None}}
+    drawn: Any = io.BytesIO() if isinstance(file, (str, Path)) else file
     with style():
-        figure.savefig(file, format=format, metadata=metadata.get(format))
+        figure.savefig(drawn, format=format, metadata=metadata.get(format))
+    if isinstance(file, (str, Path)):
+        write_atomically(file, drawn.getvalue())
 
 
 def curves(figure: Figure) -> list[dict[str, Any]]:

@@ -110,10 +110,12 @@ class CLSER(Strategy):
         super().setup(trainer, pl_module, stage)
         check_pairs(trainer, "CLSER", "use another strategy, such as ExperienceReplay")
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.statistics.watch(pl_module)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.buffer.to(pl_module.device)
         self.averages = tree_map_only(Tensor, lambda tensor: tensor.to(pl_module.device), self.averages)
-        self.statistics.watch(pl_module)
         self._begin(averageable(pl_module))
         self._last_step = trainer.global_step
 

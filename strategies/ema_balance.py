@@ -62,6 +62,8 @@ class EMABalance(Strategy):
     Reference: Qiao et al., *Large Continual Instruction Assistant*, arXiv 2410.10868.
     """
 
+    at_end = "replaces"
+
     def __init__(
         self,
         preset: Literal["reference", "paper", "fixed"] = "reference",
@@ -84,8 +86,10 @@ class EMABalance(Strategy):
         self.views = {"averaged": self.averaged}
         self._last_step = -1
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.statistics.watch(pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for name in ("average", "gradient", "weights"):
             state = tree_map_only(Tensor, lambda tensor: tensor.to(pl_module.device), getattr(self, name))
             setattr(self, name, state)

@@ -105,10 +105,10 @@ class InterpolatedLoRA(Strategy):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._blocks = find_blocks(pl_module, self.layers) if self.gamma > 0 else []
+        self.statistics.watch(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.buffer.to(pl_module.device)
-        self.statistics.watch(pl_module)
         if self.slow:
             self.slow = tree_map_only(Tensor, lambda tensor: tensor.to(pl_module.device), self.slow)
         else:

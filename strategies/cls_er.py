@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
@@ -18,7 +18,8 @@ from clkit.errors import ConfigurationError, check_whole
 from clkit.memory.buffer import ReservoirBuffer, draw_replay
 from clkit.method.evaluation_mode import evaluation_mode
 from clkit.method.forward import logit_distance, outputs
-from clkit.method.parameters import assign, swapped, trainable
+from clkit.method.parameters import averageable
+from clkit.method.statistics import Statistics
 from clkit.method.strategy import Strategy, check_pairs
 from clkit.rng import private_rng, rng_state, set_rng_state
 
@@ -37,10 +38,11 @@ class CLSER(Strategy):
         \qquad a = \min\big(\alpha_\bullet,\ 1 - \tfrac{1}{n + 1}\big)
 
     The averages are of trainable parameters and, in the same way, of floating-point buffers: BatchNorm's running
-    statistics are averaged, and the averages answer in evaluation mode. Both start at the initial weights, which a fit
-    of a few hundred steps does not leave far behind at the published rates: raise ``stable_rate`` or lower
-    ``stable_decay`` there. The method predicts with the stable average; at the end of the fit it is put into the
-    module. ``StabilityGap(view="plastic")`` evaluates the other one, ``view="live"`` the weights in training.
+    statistics are averaged, and the averages answer replayed samples in evaluation mode with those. Both start at the
+    initial weights, which a fit of a few hundred steps does not leave far behind at the published rates: raise
+    ``stable_rate`` or lower ``stable_decay`` there. The method predicts with the stable average; at the end of the fit
+    it is put into the module. ``StabilityGap(view="plastic")`` evaluates the other one, ``view="live"`` the weights in
+    training.
 
     The replayed samples are appended to the batch as by ``ExperienceReplay``, so both terms use one forward. Batches
     must be ``(x, y)`` or ``(x, y, task)``, and ``forward(x)`` or ``forward(x, task)`` must return class logits
@@ -55,6 +57,8 @@ class CLSER(Strategy):
         stable_rate: :math:`r_S` in [0, 1], below :math:`r_P` in the paper.
         plastic_decay: :math:`\alpha_P` in [0, 1).
         stable_decay: :math:`\alpha_S` in [0, 1).
+        statistics: BatchNorm's running statistics where an average predicts: ``"recompute"`` each time, on up to 16
+            batches of the experience and of each memory, or ``"average"``, like the weights.
         seed: Seed of the memory's and of the updates' own random numbers.
         device: Where the memory is kept; beside the batches when ``None``.
 
@@ -78,6 +82,7 @@ class CLSER(Strategy):
         stable_rate: float = 0.1,
         plastic_decay: float = 0.999,
         stable_decay: float = 0.999,
+        statistics: Literal["recompute", "average"] = "average",
         seed: int = 0,
         device: str | None = None,
     ) -> None:
@@ -97,6 +102,7 @@ class CLSER(Strategy):
         self.decays = {"plastic": plastic_decay, "stable": stable_decay}
         self.averages: dict[str, dict[str, Tensor]] = {"plastic": {}, "stable": {}}
         self.views = {name: functools.partial(self._view, name) for name in self.averages}
+        self.statistics = Statistics(statistics)
         self.rng = private_rng(seed, 6)
         self._replayed: slice | None = None
 
@@ -104,10 +110,13 @@ class CLSER(Strategy):
         super().setup(trainer, pl_module, stage)
         check_pairs(trainer, "CLSER", "use another strategy, such as ExperienceReplay")
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.statistics.watch(pl_module)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.buffer.to(pl_module.device)
         self.averages = tree_map_only(Tensor, lambda tensor: tensor.to(pl_module.device), self.averages)
-        self._begin(_averaged(pl_module))
+        self._begin(averageable(pl_module))
 
     def _begin(self, live: dict[str, Tensor]) -> None:
         for average in self.averages.values():
@@ -141,7 +150,8 @@ class CLSER(Strategy):
         data = stream_data(trainer)
         if not data.has_stepped:
             return
-        live = _averaged(pl_module)
+        self.statistics.watch(pl_module)
+        live = averageable(pl_module)
         self._begin(live)
         for (name, average), drawn in zip(self.averages.items(), self.rng.random(2), strict=True):
             if drawn < self.rates[name]:
@@ -149,10 +159,10 @@ class CLSER(Strategy):
                 torch._foreach_lerp_([average[key] for key in live], list(live.values()), 1 - decay)
 
     def _view(self, name: str, module: LightningModule) -> AbstractContextManager[None]:
-        return swapped(module, self.averages[name])
+        return self.statistics.swapped(module, self.averages[name])
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assign(pl_module, self.averages["stable"])
+        self.statistics.put(pl_module, self.averages["stable"])
 
     def remembered(self) -> Any:
         return self.buffer.contents()
@@ -164,11 +174,6 @@ class CLSER(Strategy):
         self.buffer.load_state_dict(state_dict["buffer"])
         self.averages = {name: dict(state_dict["averages"][name]) for name in self.averages}
         set_rng_state(self.rng, state_dict["rng"])
-
-
-def _averaged(module: LightningModule) -> dict[str, Tensor]:
-    buffers = {name: buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}
-    return {**trainable(module), **buffers}
 
 
 def _confidence(logits: Tensor, labels: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from clkit.data.datamodule import stream_data
 from clkit.data.hooks import callbacks_of
 from clkit.data.stream import Experience
 from clkit.errors import ConfigurationError, check_choice, check_whole
-from clkit.method.parameters import assign, swapped, trainable
+from clkit.method.parameters import averageable, trainable
+from clkit.method.statistics import Statistics
 from clkit.method.strategy import Strategy
 
 PRESETS = ("reference", "paper", "fixed")
@@ -38,7 +39,7 @@ class EMABalance(Strategy):
     Where the value is not in (0, 1), not finite, or there is no earlier gradient, :math:`\beta` = ``decay``. The value
     depends on a tensor's size and on the scale of the loss. Gradients are those of the optimizer step, clipped if it
     clips them: :math:`g_t` was taken at :math:`\theta_{t-1}`. A tensor without a gradient, or with one that is not
-    finite, is left out of the step.
+    finite, is left out of the step. Floating-point buffers follow with the mean :math:`1 - \beta` of all tensors.
 
     The average starts at the weights of the experience's start (``init="task_start"``) or, as the published code does,
     after its first step (``"after_first_step"``). At the experience's end it replaces the weights. Training runs on the
@@ -53,12 +54,16 @@ class EMABalance(Strategy):
         decay: :math:`\beta` of the fallback and of ``"fixed"``, in (0, 1).
         every: Optimizer steps between two updates; above 1 changes the result.
         init: ``"task_start"`` or ``"after_first_step"``.
+        statistics: BatchNorm's running statistics where the average predicts: ``"recompute"`` each time, on up to 16
+            batches of the experience and of each memory, or ``"average"``, like the weights.
 
     Raises:
         ConfigurationError: If a value is out of range.
 
     Reference: Qiao et al., *Large Continual Instruction Assistant*, arXiv 2410.10868.
     """
+
+    at_end = "replaces"
 
     def __init__(
         self,
@@ -67,6 +72,7 @@ class EMABalance(Strategy):
         decay: float = 0.99,
         every: int = 1,
         init: Literal["task_start", "after_first_step"] = "task_start",
+        statistics: Literal["recompute", "average"] = "recompute",
     ) -> None:
         check_choice("preset", preset, PRESETS)
         if not 0 < decay < 1:
@@ -77,7 +83,11 @@ class EMABalance(Strategy):
         self.average: dict[str, Tensor] = {}
         self.gradient: dict[str, Tensor] = {}
         self.weights: dict[str, Tensor] = {}
+        self.statistics = Statistics(statistics)
         self.views = {"averaged": self.averaged}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.statistics.watch(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for name in ("average", "gradient", "weights"):
@@ -87,7 +97,7 @@ class EMABalance(Strategy):
     def on_experience_start(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
         self._forget()
         if self.init == "task_start" and not self._rests(trainer):
-            self._begin(trainable(module))
+            self._begin(averageable(module))
 
     def _rests(self, trainer: Trainer) -> bool:
         return any(other.is_new_group for other in callbacks_of(trainer, Strategy))
@@ -105,12 +115,15 @@ class EMABalance(Strategy):
         data = stream_data(trainer)
         if not data.has_stepped or data.steps_taken % self.every or self._rests(trainer):
             return
-        parameters = trainable(pl_module)
-        self._begin({name: p for name, p in parameters.items() if name not in self.average})
+        self.statistics.watch(pl_module)
+        parameters, live_tensors = trainable(pl_module), averageable(pl_module)
+        self._begin({name: tensor for name, tensor in live_tensors.items() if name not in self.average})
         moved = {name: p for name, p in parameters.items() if p.grad is not None}
         if not moved:
             return
         live, fell_back = self.update(moved, {name: p.grad for name, p in moved.items() if p.grad is not None})
+        for name in live_tensors.keys() - parameters.keys():
+            self.average[name].lerp_(live_tensors[name].float(), live.mean())
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._log(pl_module, list(moved), live, fell_back)
 
@@ -174,10 +187,10 @@ class EMABalance(Strategy):
 
     def averaged(self, module: LightningModule) -> AbstractContextManager[None]:
         """Put the average into the module inside the context, and the live weights back after it."""
-        return swapped(module, self.average)
+        return self.statistics.swapped(module, self.average)
 
     def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
-        assign(module, self.average)
+        self.statistics.put(module, self.average)
         self._forget()
 
     def _forget(self) -> None:

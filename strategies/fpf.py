@@ -160,6 +160,8 @@ class FPF(_Finetuning):
     Reference: Zhao et al., *Does Continual Learning Equally Forget All Parameters?*, arXiv 2304.04158.
     """
 
+    at_end = "trains"
+
     def __init__(
         self,
         select: str | Sequence[str] = "preset",

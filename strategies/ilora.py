@@ -18,7 +18,8 @@ from clkit.memory.buffer import ReservoirBuffer, draw_replay
 from clkit.method.evaluation_mode import evaluation_mode
 from clkit.method.forward import task_loss
 from clkit.method.hidden_states import capture, find_blocks
-from clkit.method.parameters import assign, swapped, trainable
+from clkit.method.parameters import averageable, swapped
+from clkit.method.statistics import Statistics
 from clkit.method.strategy import Strategy
 
 
@@ -26,7 +27,7 @@ class InterpolatedLoRA(Strategy):
     r"""Dual memory: train a fast learner with replay, near the hidden states of a slow learner that averages it.
 
     After every optimizer step :math:`k` of the whole stream, from 1, for the trainable tensors (those of the LoRA
-    adapter where the module has one):
+    adapter where the module has one) and, in the same way, floating-point buffers such as BatchNorm's statistics:
 
     .. math:: \theta^l \leftarrow \lambda_k \theta^l + (1 - \lambda_k) \theta^w, \qquad
         \lambda_k = \min(1 - \tfrac1{k+1}, \lambda)
@@ -53,6 +54,8 @@ class InterpolatedLoRA(Strategy):
         layers: Blocks whose outputs are compared: ``"all"``, ``"last"``, or patterns of module paths.
         ramp: Whether :math:`\lambda_k` rises; :math:`\lambda` all along otherwise.
         predict_with: ``"slow"`` or ``"fast"``.
+        statistics: BatchNorm's running statistics where the slow learner predicts: ``"recompute"`` each time, on up to
+            16 batches of the experience and of each memory, or ``"average"``, like the weights.
         seed: Seed of the memory's own random numbers.
         device: Where the memory is kept; beside the batches when ``None``.
 
@@ -76,6 +79,7 @@ class InterpolatedLoRA(Strategy):
         layers: str | Sequence[str] = "all",
         ramp: bool = True,
         predict_with: Literal["slow", "fast"] = "slow",
+        statistics: Literal["recompute", "average"] = "recompute",
         seed: int = 0,
         device: str | None = None,
     ) -> None:
@@ -90,7 +94,8 @@ class InterpolatedLoRA(Strategy):
         self.batch_size, self.decay, self.gamma, self.form, self.ramp = batch_size, decay, gamma, form, ramp
         self.layers = layers if isinstance(layers, str) else list(layers)
         self.prediction = "slow" if predict_with == "slow" else None
-        self.views = {"slow": lambda module: swapped(module, self.slow)}
+        self.statistics = Statistics(statistics)
+        self.views = {"slow": lambda module: self.statistics.swapped(module, self.slow)}
         self.buffer = ReservoirBuffer(capacity, seed=seed, device=device)
         self.slow: dict[str, Tensor] = {}
         self.k = 0
@@ -99,13 +104,14 @@ class InterpolatedLoRA(Strategy):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._blocks = find_blocks(pl_module, self.layers) if self.gamma > 0 else []
+        self.statistics.watch(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.buffer.to(pl_module.device)
         if self.slow:
             self.slow = tree_map_only(Tensor, lambda tensor: tensor.to(pl_module.device), self.slow)
         else:
-            self.slow = {name: p.detach().float().clone() for name, p in trainable(pl_module).items()}
+            self.slow = {name: p.detach().float().clone() for name, p in averageable(pl_module).items()}
 
     def transform_batch(self, trainer: Trainer, module: LightningModule, batch: Any) -> Any:
         self._replayed, self._targets = None, []
@@ -145,7 +151,8 @@ class InterpolatedLoRA(Strategy):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if stream_data(trainer).has_stepped:
-            fast = trainable(pl_module)
+            self.statistics.watch(pl_module)
+            fast = averageable(pl_module)
             self.interpolate({name: fast[name] for name in self.slow})
         self.buffer.insert(gather_batch(trainer, batch))
 
@@ -158,7 +165,7 @@ class InterpolatedLoRA(Strategy):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.prediction == "slow":
-            assign(pl_module, self.slow)
+            self.statistics.put(pl_module, self.slow)
 
     def remembered(self) -> Any:
         return self.buffer.contents()

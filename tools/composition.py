@@ -5,6 +5,7 @@ python tools/composition.py
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import re
@@ -30,7 +31,7 @@ SMALL = {
     "der": ["capacity=16"],
     "derpp": ["capacity=16"],
     "er": ["capacity=16"],
-    "fpf": ["steps=3"],
+    "fpf": ["steps=3", "when=experience"],
     "gdumb": ["capacity=24"],
     "gem": ["samples_per_experience=8"],
     "ilora": ["capacity=16"],
@@ -43,7 +44,8 @@ INTRODUCTION = """# Which strategies work together
 
 `strategy=[a,b]` runs both, in this order. Every pair below was trained for two experiences on a small network (with
 LoRA where RegLoRA or OLoRA takes part, a language model with InstructionGroups) by `python tools/composition.py`; a
-test keeps the table true.
+test keeps the table true. In any order, what replaces or finetunes the weights at an experience's end (EMA balance,
+FPF) does so before the others remember them.
 
 ✓ works in either order. → works with the row's strategy first, ↓ with the column's first. A number: `setup` refuses
 both orders, for the reason below. What works together need not help: two memories cost twice, two penalties add up.
@@ -63,6 +65,29 @@ def strategies(*chosen: str) -> list[Any]:
     return [instantiate(entry) for entry in config.strategy.values()]
 
 
+class Reads(pl.Callback):
+    """Finds strategies that remember other weights at an experience's end than it ends with."""
+
+    def __init__(self, strategies: list[Any]) -> None:
+        self.read: dict[str, torch.Tensor] = {}
+        for strategy in strategies:
+            if strategy.at_end == "reads":
+                strategy.on_experience_end = functools.partial(self._look, strategy, strategy.on_experience_end)
+
+    def _look(self, strategy: Any, hook: Any, trainer: pl.Trainer, module: Any, experience: Any) -> None:
+        self.read[type(strategy).__name__] = _state(module)
+        hook(trainer, module, experience)
+
+    def on_experience_end(self, trainer: pl.Trainer, module: Any, experience: Any) -> None:
+        for name, state in self.read.items():
+            if not torch.equal(state, _state(module)):
+                raise RuntimeError(f"{name} remembers weights that another strategy replaces afterwards")
+
+
+def _state(module: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([tensor.detach().flatten().double() for tensor in module.state_dict().values()])
+
+
 def attempt(*chosen: str) -> str:
     """Train strategies together; return an empty text, or why they were refused."""
     torch.manual_seed(0)
@@ -70,12 +95,13 @@ def attempt(*chosen: str) -> str:
     module: Any = small_language_module() if texts else SmallModule()
     if {"reglora", "olora"} & set(chosen) and not texts:
         module.net = add_adapter(module.net, lora(3, target_modules=["1"], modules_to_save=["3"]))
+    built = strategies(*chosen)
     data = StreamDataModule(small_instructions(2) if texts else small_stream(2), batch_size=8)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = pl.Trainer(
             max_epochs=data.total_epochs,
-            callbacks=strategies(*chosen),
+            callbacks=[*built, Reads(built)],
             accelerator="cpu",
             default_root_dir=folder,
             logger=False,

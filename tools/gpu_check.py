@@ -10,8 +10,8 @@ Each check prints a line with PASS, FAIL or SKIP; JSON with all numbers comes la
 
 What waits for the device within a training step is counted. By nature these do: ``GEM`` (its problem is solved on the
 CPU), a class-balanced memory (it sorts samples by label on the CPU), a memory that is kept on the CPU (of texts it is
-always), a phase of ``FPF`` and ``KFPF``, fp16 (the scaler reads whether gradients overflowed), and every ``flush_every``-th
-evaluation of ``StabilityGap``. Nothing else may.
+always), a phase of ``FPF`` and ``KFPF``, fp16 (the scaler reads whether gradients overflowed), and every
+``flush_every``-th evaluation of ``StabilityGap``. Nothing else may.
 """
 
 from __future__ import annotations

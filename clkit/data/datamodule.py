@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import StochasticWeightAveraging, WeightAveraging
 from pytorch_lightning.plugins import CheckpointIO
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch.utils.data import ConcatDataset, Dataset
 from clkit.data.checkpoint_io import CLOCK, VerifiedCheckpointIO
 from clkit.data.datasets import lengths_of
 from clkit.data.hook_runner import HookRunner
+from clkit.data.hooks import callbacks_of
 from clkit.data.loader import StreamLoader
 from clkit.data.stream import Experience, Stream
 from clkit.errors import ConfigurationError, check_whole
@@ -158,6 +160,7 @@ class StreamDataModule(pl.LightningDataModule):
             return
         self.train_sets = [experience.train for experience in self.stream]
         self._check_length(trainer)
+        _warn_of_averaging(trainer)
         trainer.strategy.checkpoint_io = VerifiedCheckpointIO(trainer.strategy.checkpoint_io)
         self._reload_period = cast(Any, trainer).reload_dataloaders_every_n_epochs
         cast(Any, trainer).reload_dataloaders_every_n_epochs = 1
@@ -285,6 +288,16 @@ def stream_data(trainer: pl.Trainer) -> StreamDataModule:
             "call trainer.fit(module, datamodule=StreamDataModule(stream, ...))."
         )
     return data
+
+
+def _warn_of_averaging(trainer: pl.Trainer) -> None:
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+            rank_zero_warn(
+                f"{type(callback).__name__} knows no experiences and puts its average into the module behind the "
+                "strategies' backs; BatchNorm's statistics and other buffers may not fit it. EMABalance, "
+                "InterpolatedLoRA and CLSER average within a stream."
+            )
 
 
 def _for_each(stream: Stream, name: str, value: int | Sequence[int]) -> list[int]:

@@ -14,7 +14,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from clkit.data.forward_record import OWN_STEP, forget_forward, record_forward
-from clkit.data.hooks import Hooks, callbacks_of, overrides
+from clkit.data.hooks import AT_END, Hooks, callbacks_of, overrides
 from clkit.data.optimizer_steps import OptimizerSteps, unscale
 from clkit.data.stream import Experience, Stream
 
@@ -41,7 +41,8 @@ class HookRunner(Callback):
     """Runs the four hooks, counts steps and keeps the random state; :class:`~clkit.StreamDataModule` installs it.
 
     It is the trainer's first callback while a fit lasts. Experience hooks run for every callback that has them,
-    those with the four hooks first, each group in the order of the trainer's callbacks.
+    those with the four hooks first, each group in the order of the trainer's callbacks; at an experience's end what
+    changes the weights comes before what reads them (:attr:`~clkit.data.hooks.Hooks.at_end`).
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -135,8 +136,12 @@ class HookRunner(Callback):
             self._run("on_experience_end", trainer, module, self.started)
 
     def _run(self, hook: str, trainer: Trainer, module: LightningModule, index: int) -> None:
-        callbacks = sorted(callbacks_of(trainer), key=lambda callback: not isinstance(callback, Hooks))
-        for callback in callbacks:
+        def turn(callback: Callback) -> int:
+            if not isinstance(callback, Hooks):
+                return len(AT_END)
+            return AT_END.index(callback.at_end) if hook == "on_experience_end" else 0
+
+        for callback in sorted(callbacks_of(trainer), key=turn):
             if hasattr(callback, hook):
                 getattr(callback, hook)(trainer, module, self.stream_clock.stream[index])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -10,10 +10,19 @@ from torch import Tensor
 from clkit.data.stream import Experience
 
 T = TypeVar("T")
+AT_END = ("replaces", "trains", "reads")
 
 
 class Hooks(Callback):
-    """Lightning's callback with four more hooks; those that a class does not override cost nothing."""
+    """Lightning's callback with four more hooks; those that a class does not override cost nothing.
+
+    Attributes:
+        at_end: What :meth:`on_experience_end` does with the weights: it ``"replaces"`` them, ``"trains"`` them on, or
+            ``"reads"`` them at most. It runs in this order, so that what is remembered is what the next experience
+            starts from; those of one kind run in the order of the trainer's callbacks.
+    """
+
+    at_end: Literal["replaces", "trains", "reads"] = "reads"
 
     def on_experience_start(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
         """Called before the first batch of an experience."""

@@ -113,13 +113,20 @@ def _silent(module: LightningModule) -> Iterator[None]:
 @contextmanager
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
     """Leave BatchNorm's running statistics as they are, in training mode too."""
-    norms = [(norm, norm.momentum) for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.training]
-    for norm, _ in norms:
-        norm.momentum = 0.0
-    try:
+    with kept_momentum([norm for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.training]) as norms:
+        for norm in norms:
+            norm.momentum = 0.0
         yield
+
+
+@contextmanager
+def kept_momentum(norms: list[_BatchNorm]) -> Iterator[list[_BatchNorm]]:
+    """Give BatchNorm layers their momentum and number of batches back at the end, however many forwards there were."""
+    kept = [(n.momentum, None if n.num_batches_tracked is None else n.num_batches_tracked.clone()) for n in norms]
+    try:
+        yield norms
     finally:
-        for norm, momentum in norms:
+        for norm, (momentum, n_batches) in zip(norms, kept, strict=True):
             norm.momentum = momentum
-            if norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.sub_(1)
+            if norm.num_batches_tracked is not None and n_batches is not None:
+                norm.num_batches_tracked.copy_(n_batches)

@@ -1,4 +1,4 @@
-"""The trainable parameters of a module, which is what strategies copy, average and weigh."""
+"""The trainable parameters of a module, and what belongs to them: what strategies copy, average and weigh."""
 
 from __future__ import annotations
 
@@ -16,6 +16,17 @@ from clkit.errors import ConfigurationError
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that require gradients, by name; one that is shared only once."""
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def averageable(module: nn.Module) -> dict[str, Tensor]:
+    """Return what an average of a module's weights is made of, by name: the weights and what belongs to them.
+
+    These are the trainable parameters, and the saved floating-point buffers: BatchNorm's running statistics belong to
+    the weights that they were measured with, and other weights predict badly with them.
+    """
+    state = module.state_dict(keep_vars=True)
+    buffers = {n: t for n, t in state.items() if not isinstance(t, nn.Parameter) and t.is_floating_point()}
+    return {**trainable(module), **buffers}
 
 
 def flat(tensors: Iterable[Tensor]) -> Tensor:

@@ -35,6 +35,8 @@ class Strategy(Hooks):
     remembers.
 
     Attributes:
+        at_end: Whether ``on_experience_end`` ``"replaces"`` the weights, ``"trains"`` them on, or ``"reads"`` them at
+            most (the default); it runs in this order, whatever that of the callbacks.
         views: Other weights than the live ones that the strategy offers for evaluation, by name; see
             ``StabilityGap(view=...)``.
         prediction: Name of the view that the method predicts with, ``None`` for the live weights. ``StabilityGap``
@@ -80,6 +82,11 @@ class Strategy(Hooks):
             if other is self:
                 continue
             name = type(other).__name__
+            if self.at_end == "trains" and other.prediction:
+                raise ConfigurationError(
+                    f"{own} finetunes the live weights, but {name} predicts with others ({other.prediction!r}) and the "
+                    "phase would be lost; use one of them, or predict with the live weights."
+                )
             if self.replaces_data and other.replaces_data:
                 raise ConfigurationError(f"{own} and {name} both choose what an experience trains on; use one of them.")
             if not self.renews_weights:

@@ -12,6 +12,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from clkit.data.batch import plain
 from clkit.data.datasets import can_slice, read_batch
 
 
@@ -32,7 +33,8 @@ class StreamLoader:
         world_size: Number of processes.
         num_workers: Worker processes for datasets that are not held as tensors.
         pin_memory: Copy such batches to pinned memory.
-        collate_fn: Turns a list of samples into a batch; torch's default when ``None``.
+        collate_fn: Turns a list of samples into a batch; torch's default when ``None``. Mappings that it makes
+            (a ``BatchEncoding``, say) come out as ``dict``.
     """
 
     def __init__(
@@ -114,4 +116,4 @@ class _SeededBatches(Dataset[Any]):
             torch.default_generator.manual_seed(seed)
             np.random.seed(seed)
             random.seed(seed)
-            return self.collate_fn([self.dataset[i] for i in indices])
+            return plain(self.collate_fn([self.dataset[i] for i in indices]))

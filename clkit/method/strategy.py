@@ -43,6 +43,7 @@ class Strategy(Hooks):
         carries_weights: Whether it compares or mixes trainable weights with those of an earlier experience.
         renews_weights: Whether it starts new trainable weights at an experience's start. What carries weights cannot be
             combined with it, and what offers ``views`` must come after it.
+        changes_frozen: Whether it changes weights that are not trained, as merging an adapter does.
         replaces_data: Whether it replaces what the experiences train on; one strategy alone can.
         is_new_group: Whether the current experience trains weights of which no earlier one has trained any; see
             :class:`~clkit.method.routing.Router`.
@@ -53,6 +54,7 @@ class Strategy(Hooks):
     prediction: str | None = None
     carries_weights = False
     renews_weights = False
+    changes_frozen = False
     replaces_data = False
     is_new_group = False
     works_sharded = False

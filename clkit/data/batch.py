@@ -45,6 +45,11 @@ def per_token(batch: Mapping[str, Any]) -> list[str]:
     return [key for key, part in batch.items() if one_a_token(key, part)]
 
 
+def labels_tokens(batch: Any) -> bool:
+    """Tell whether a batch holds texts with a label for each token, of which losses are means over tokens."""
+    return is_text(batch) and "labels" in per_token(batch)
+
+
 def fill_value(key: str) -> int:
     """Return what a tensor of tokens is padded with: -100 for labels, else 0."""
     return IGNORED if key == "labels" else 0

@@ -91,7 +91,9 @@ def test_replayed_texts_weigh_by_their_number_and_not_by_their_length(settings, 
     assert module.gradients[1] == pytest.approx([0, 1 - new, new, 0], rel=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{"weigh": "length"}, {"capacity": -1}, {"alpha": 0.0}, {"alpha": 1.5}, {"batch_size": 0}])
+@pytest.mark.parametrize(
+    "settings", [{"weigh": "length"}, {"capacity": -1}, {"alpha": 0.0}, {"alpha": 1.5}, {"batch_size": 0}]
+)
 def test_a_bad_value_is_refused(settings):
     with pytest.raises(ConfigurationError, match=next(iter(settings))):
         ExperienceReplay(**settings)

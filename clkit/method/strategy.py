@@ -12,6 +12,7 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch.utils.data import Dataset
 
+from clkit.data.batch import is_text
 from clkit.data.datamodule import stream_data
 from clkit.data.hooks import Hooks, callbacks_of, overrides
 from clkit.data.loader import read_samples
@@ -159,6 +160,11 @@ def gives_pairs(trainer: Trainer) -> bool:
     """Tell whether the stream's batches are ``(x, y)`` or ``(x, y, task)``."""
     batch = _first(trainer)
     return isinstance(batch, (tuple, list)) and len(batch) in (2, 3)
+
+
+def gives_texts(trainer: Trainer) -> bool:
+    """Tell whether the stream's batches are texts, see :func:`~clkit.data.batch.is_text`."""
+    return is_text(_first(trainer))
 
 
 def _first(trainer: Trainer) -> Any:

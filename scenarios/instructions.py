@@ -28,7 +28,8 @@ class Instructions(Stream):
     """A stream of instruction tasks: each experience trains on the prompts and answers of one.
 
     Samples are ``{"input_ids": [S], "labels": [S]}``, see :class:`~clkit.language.dataset.InstructionDataset`; batches
-    have ``attention_mask`` too. A task is
+    have ``attention_mask`` too. Labels of training samples are the answer and its end; those of held-out samples are
+    the answer's content alone, so that scores of tokens are about it. A task is
 
     - a folder with ``train``, ``test`` and, if there is one, ``eval`` as ``.json`` (a list) or ``.jsonl`` files, as
       TRACE has them, of records ``{"prompt": ..., "answer": ...}`` or ``{"messages": [...]}``; a ``task.json`` beside
@@ -122,6 +123,7 @@ class Instructions(Stream):
                     template_options=template_options,
                     name=f"{task}/{split}",
                     metric=metric,
+                    labels="answer" if split == "train" else "content",
                 )
             experiences.append(Experience(index, task, data["train"], data["test"], data.get("eval")))
         super().__init__(experiences, name=name, kind="instruction", collate_fn=Pad(side))

@@ -15,7 +15,7 @@ from clkit.data.stream import Experience
 from clkit.errors import check_whole
 from clkit.memory.buffer import ReservoirBuffer
 from clkit.method.gradient import add_to_gradients, check_automatic, flatten, loss_gradient, with_gradient
-from clkit.method.strategy import Strategy, random_samples
+from clkit.method.strategy import Strategy, gives_texts, random_samples
 
 
 class AGEM(Strategy):
@@ -28,7 +28,8 @@ class AGEM(Strategy):
 
     Args:
         samples_per_experience: Samples remembered of each experience, at least 1.
-        batch_size: Memory samples in the reference gradient, at least 1.
+        batch_size: Memory samples in the reference gradient, at least 1. When ``None``, 256; as many as a batch has
+            (over all processes) where samples are texts, which cost far more.
         seed: Seed of the memory's own random numbers.
 
     Raises:
@@ -37,11 +38,13 @@ class AGEM(Strategy):
     Reference: Chaudhry et al., *Efficient Lifelong Learning with A-GEM*, arXiv 1812.00420, equation 11.
     """
 
-    def __init__(self, samples_per_experience: int = 200, *, batch_size: int = 256, seed: int = 0) -> None:
-        for name, value in (("samples_per_experience", samples_per_experience), ("batch_size", batch_size)):
-            check_whole(name, value, 1)
+    def __init__(self, samples_per_experience: int = 200, *, batch_size: int | None = None, seed: int = 0) -> None:
+        check_whole("samples_per_experience", samples_per_experience, 1)
+        if batch_size is not None:
+            check_whole("batch_size", batch_size, 1)
         self.samples_per_experience, self.batch_size, self.seed = samples_per_experience, batch_size, seed
         self.memory: ReservoirBuffer | None = None
+        self._size = batch_size or 256
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -53,6 +56,8 @@ class AGEM(Strategy):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.memory is not None
         self.memory.to(pl_module.device)
+        if self.batch_size is None and gives_texts(trainer):
+            self._size = stream_data(trainer).batch_size * trainer.world_size
 
     def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
         assert self.memory is not None
@@ -60,7 +65,7 @@ class AGEM(Strategy):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         assert self.memory is not None
-        batch = self.memory.sample(self.batch_size)
+        batch = self.memory.sample(self._size)
         params = with_gradient(pl_module)
         if batch is None or not params:
             return

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 from clkit.data.batch import gather_batch
 from clkit.data.datamodule import stream_data
 from clkit.errors import ConfigurationError, check_choice, check_whole
+from clkit.evaluation.token_scores import is_encoder_decoder
 from clkit.memory.buffer import ReservoirBuffer, draw_replay
 from clkit.method.evaluation_mode import evaluation_mode
 from clkit.method.forward import task_loss
@@ -103,6 +104,11 @@ class InterpolatedLoRA(Strategy):
         self._targets: list[Tensor] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.gamma > 0 and is_encoder_decoder(pl_module):
+            raise ConfigurationError(
+                "InterpolatedLoRA compares hidden states where the input's mask is 1, but those of an encoder-decoder "
+                "are of the answer too; use gamma=0."
+            )
         self._blocks = find_blocks(pl_module, self.layers) if self.gamma > 0 else []
         self.statistics.watch(pl_module)
 

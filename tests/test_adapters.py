@@ -11,9 +11,11 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from clkit import Classifier, ConfigurationError, SaveAdapters, StabilityGap, StreamDataModule
+from clkit.language.models import CausalLM, load_tokenizer
 from clkit.method.adapters import add_adapter, lora, lora_layers, merge_adapters
 from clkit.models.networks import tiny_vit
-from clkit.strategies import EMABalance, RegLoRA
+from clkit.strategies import EMABalance, GDumb, Naive, OLoRA, PerTask, RegLoRA
+from clkit.testing import small_tokenizer
 
 
 def vit(**options):
@@ -175,3 +177,90 @@ def test_networks_without_peft_need_no_peft(monkeypatch):
     assert isinstance(Classifier(nn.Linear(3, 2), 2), Classifier)
     with pytest.raises(ConfigurationError, match=r"pip install 'clkit\[lora\]'"):
         lora(2)
+
+
+def tied_llama(tie, targets):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    net = LlamaForCausalLM(LlamaConfig(vocab_size=32, tie_word_embeddings=tie, **sizes))
+    return add_adapter(net, lora(2, target_modules=targets, modules_to_save=None)).eval()
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"], ["q_proj", "embed_tokens"], ["lm_head"]])
+def test_a_merge_never_changes_the_function_or_is_refused(tie, targets):
+    net = tied_llama(tie, targets)
+    if tie and targets != ["q_proj"]:
+        with pytest.raises(ConfigurationError, match="share one weight"):
+            lora_layers(net)
+        return
+    layers = lora_layers(net)
+    for entry in layers:
+        for weight in entry.weights:
+            torch.nn.init.normal_(weight, std=0.1)
+    x = torch.arange(12).view(2, 6)
+    before = net(x).logits
+    merge_adapters(layers, 1)
+    torch.testing.assert_close(net(x).logits, before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", [Naive, RegLoRA, OLoRA, EMABalance, PerTask, GDumb])
+def test_saved_adapters_restore_the_model_or_are_refused_before_training(strategy, tmp_path):
+    torch.manual_seed(0)
+    module = Classifier(vit(), 6, adapter=lora(4))
+    data = StreamDataModule(small_images(), batch_size=8, steps=3)
+    ends, x = [], torch.rand(3, 1, 8, 8)
+
+    class Keep(pl.Callback):
+        def on_experience_end(self, trainer, module, experience):
+            ends.append(module.eval()(x).detach())
+            module.train()
+
+    callbacks = [SaveAdapters(dir=tmp_path), strategy(), Keep()]
+    trainer = pl.Trainer(max_epochs=data.total_epochs, callbacks=callbacks, **QUIET)
+    if strategy in (RegLoRA, OLoRA):
+        with pytest.raises(ConfigurationError, match=f"{strategy.__name__} merges adapters"):
+            trainer.fit(module, datamodule=data)
+        assert trainer.global_step == 0
+        return
+    trainer.fit(module, datamodule=data)
+    for k, expected in enumerate(ends):
+        loaded = peft.PeftModel.from_pretrained(vit(), tmp_path / f"experience_{k}" / "live").eval()
+        torch.testing.assert_close(loaded(x), expected)
+
+
+def test_what_peft_does_not_save_is_refused():
+    def fit(net, **change):
+        module = Classifier(net, 6)
+        data = StreamDataModule(small_images(), batch_size=8, steps=1)
+        pl.Trainer(max_epochs=data.total_epochs, callbacks=[SaveAdapters()], **QUIET).fit(module, datamodule=data)
+
+    bias = add_adapter(vit(), lora(2))
+    next(p for n, p in bias.named_parameters() if n.endswith("norm1.bias")).requires_grad_(True)
+    with pytest.raises(ConfigurationError, match=r"norm1.bias changes in training, but peft does not save it"):
+        fit(bias)
+    net = timm.create_model("resnet10t", num_classes=6, in_chans=1)
+    with pytest.raises(ConfigurationError, match=r"the running statistics of .* changes in training"):
+        fit(add_adapter(net, lora(2, target_modules=["conv2"], modules_to_save=["fc"])))
+
+
+def test_an_adapter_is_gone_on_with_or_a_second_one_is_refused(tmp_path):
+    torch.manual_seed(0)
+    base = tied_llama(False, ["q_proj"]).get_base_model()
+    plain = LlamaForCausalLM(base.config)
+    plain.save_pretrained(tmp_path / "base")
+    adapted = CausalLM(str(tmp_path / "base"), adapter=lora(2, target_modules=["q_proj"], modules_to_save=None))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.net.save_pretrained(tmp_path / "adapter")
+    small_tokenizer().save_pretrained(tmp_path / "base")
+    x = torch.arange(12).view(2, 6)
+    again = CausalLM(str(tmp_path / "adapter"))
+    torch.testing.assert_close(again.eval()(input_ids=x).logits, adapted.eval()(input_ids=x).logits)
+    trained = [n for n, p in again.named_parameters() if p.requires_grad]
+    assert trained == [n for n, p in adapted.named_parameters() if p.requires_grad]
+    assert load_tokenizer(str(tmp_path / "adapter")).get_vocab() == small_tokenizer().get_vocab()
+    for net in (str(tmp_path / "adapter"), adapted.net):
+        with pytest.raises(ConfigurationError, match="has an adapter already"):
+            CausalLM(net, adapter=lora(2, target_modules=["q_proj"], modules_to_save=None))

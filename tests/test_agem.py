@@ -8,6 +8,7 @@ from plain import QUIET, make_module, make_stream
 from clkit import ConfigurationError, StreamDataModule
 from clkit.memory.buffer import ReservoirBuffer
 from clkit.strategies import AGEM
+from clkit.testing import small_instructions
 
 
 class Linear(pl.LightningModule):
@@ -56,6 +57,26 @@ def test_memory_holds_different_random_samples_of_each_experience():
     x, y = agem.memory.sample(1000)
     assert (y // 2).bincount().tolist() == [7, 7, 7]
     assert len(x.unique(dim=0)) == 21
+
+
+@pytest.mark.parametrize(("settings", "size"), [({}, 4), ({"batch_size": 7}, 7)])
+def test_texts_in_the_reference_gradient_are_as_many_as_a_batch_has(settings, size):
+    class Sizes(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+            self.sizes = []
+
+        def training_step(self, batch, batch_idx):
+            self.sizes.append(len(batch["input_ids"]))
+            return self.weight.sum()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    module, data = Sizes(), StreamDataModule(small_instructions(2), batch_size=4, steps=2)
+    pl.Trainer(max_epochs=data.total_epochs, callbacks=[AGEM(20, **settings)], **QUIET).fit(module, datamodule=data)
+    assert module.sizes == [4, 4, 4, size, 4, size]
 
 
 def test_a_bad_value_is_refused():

@@ -5,7 +5,8 @@ import pytorch_lightning as pl
 import torch
 from plain import QUIET, UserModule, make_stream
 
-from clkit import ConfigurationError, StreamDataModule
+from clkit import ConfigurationError, Experience, Stream, StreamDataModule
+from clkit.language.dataset import Pad
 from clkit.strategies import ExperienceReplay
 
 
@@ -55,12 +56,49 @@ def test_the_first_task_is_scaled_by_alpha_only_if_asked(scale):
     assert total == pytest.approx(own * (0.25 if scale else 1.0))
 
 
-@pytest.mark.parametrize("settings", [{"capacity": -1}, {"alpha": 0.0}, {"alpha": 1.5}, {"batch_size": 0}])
+class TokenMean(pl.LightningModule):
+    """Its loss is the mean of a weight over labelled tokens, as that of language models is of the tokens' losses."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(4))
+        self.gradients = []
+
+    def training_step(self, batch, batch_idx):
+        labels = batch["labels"]
+        return self.weight[labels[labels != -100]].mean()
+
+    def on_before_optimizer_step(self, optimizer):
+        self.gradients.append(self.weight.grad.tolist())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "new"),
+    [({}, 2 / (2 + 6)), ({"weigh": "tokens"}, 2 / (2 + 6 * 50)), ({"alpha": 0.4, "scale_first_task": False}, 0.4)],
+)
+def test_replayed_texts_weigh_by_their_number_and_not_by_their_length(settings, new):
+    answers = [[1] * 50] * 6, [[2]] * 2
+    tasks = [[{"input_ids": torch.tensor(a), "labels": torch.tensor(a)} for a in task] for task in answers]
+    experiences = [Experience(k, f"t{k}", data, data) for k, data in enumerate(tasks)]
+    stream = Stream(experiences, name="texts", kind="instruction", collate_fn=Pad())
+    module, data = TokenMean(), StreamDataModule(stream, batch_size=6)
+    strategy = ExperienceReplay(6, batch_size=6, **settings)
+    pl.Trainer(max_epochs=data.total_epochs, callbacks=[strategy], **QUIET).fit(module, datamodule=data)
+    assert module.gradients[0] == pytest.approx([0, 1, 0, 0])
+    assert module.gradients[1] == pytest.approx([0, 1 - new, new, 0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"weigh": "length"}, {"capacity": -1}, {"alpha": 0.0}, {"alpha": 1.5}, {"batch_size": 0}]
+)
 def test_a_bad_value_is_refused(settings):
     with pytest.raises(ConfigurationError, match=next(iter(settings))):
         ExperienceReplay(**settings)
 
 
 def test_an_unknown_buffer_is_refused():
-    with pytest.raises(ConfigurationError, match="use one of reservoir, class_balanced"):
+    with pytest.raises(ConfigurationError, match="use reservoir, class_balanced"):
         ExperienceReplay(buffer="fifo")

@@ -21,7 +21,7 @@ from clkit.data.datamodule import _grouped
 from clkit.data.datasets import InMemoryDataset
 from clkit.evaluation.token_scores import answer_loss
 from clkit.language.answers import find_letter
-from clkit.language.dataset import InstructionDataset, Pad, _shortened
+from clkit.language.dataset import InstructionDataset, Pad
 from clkit.language.generation import AnswerScores
 from clkit.language.models import CausalLM, TextClassifier
 from clkit.language.records import Record, read_records
@@ -100,14 +100,6 @@ def test_a_decoder_classifies_a_text_as_it_does_alone(pad):
         together = module(**Pad()(texts)).logits
         alone = torch.cat([module(**Pad()([text])).logits for text in texts])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
-
-
-def test_the_first_token_stays_when_a_prompt_is_cut():
-    prompt = np.array([1, 10, 11, 12, 13], dtype=np.int32)
-    assert _shortened(prompt, 5, 1).tolist() == [1, 10, 11, 12, 13]
-    assert _shortened(prompt, 3, 1).tolist() == [1, 12, 13]
-    assert _shortened(prompt, 3, 7).tolist() == [11, 12, 13]
-    assert _shortened(prompt, 1, 1).tolist() == [13]
 
 
 class Continues:

@@ -58,17 +58,19 @@ def test_a_template_gets_more_variables_and_may_refuse_messages():
         InstructionDataset([Record((("system", "say"), ("user", "yes")), "no")], tokenizer)
 
 
-def test_long_samples_are_dropped_or_lose_the_start_of_their_prompt_and_are_counted():
+def test_long_samples_are_dropped_or_lose_the_middle_of_their_prompt_and_are_counted():
     tokenizer = small_tokenizer(chat=False)
     data = records(("yes yes", "red"), ("1 2 3 4 5", "blue"), ("no", "1 2 3 4 5 6 7"))
     with pytest.warns(UserWarning, match="few: 2 samples have more than 6 tokens and are left out"):
         dropped = InstructionDataset(data, tokenizer, max_length=6, name="few")
     assert (dropped.n_dropped, [record.answer for record in dropped.records]) == (2, ["red"])
-    with pytest.warns(UserWarning, match="1 samples .* cut at the beginning"):
+    with pytest.warns(
+        UserWarning, match="1 samples .* cut in the middle of their prompt; its beginning and end .* stay"
+    ):
         cut = InstructionDataset(data, tokenizer, max_length=6, too_long="cut_prompt")
     assert (cut.n_dropped, cut.n_cut) == (1, 1)
-    assert tokenizer.convert_ids_to_tokens(cut[1]["input_ids"].tolist()) == ["<s>", "3", "4", "5", "blue", "</s>"]
-    assert cut[1]["labels"].tolist()[:4] == [-100] * 4
+    assert tokenizer.convert_ids_to_tokens(cut[1]["input_ids"].tolist()) == ["<s>", "5", "blue", "</s>"]
+    assert cut[1]["labels"].tolist()[:2] == [-100] * 2
     with (
         pytest.raises(ConfigurationError, match="none of 3 samples has 2 tokens or fewer"),
         pytest.warns(match="3 samples"),
@@ -97,7 +99,7 @@ def test_batches_of_different_widths_are_concatenated_with_labels_ignored_in_the
     assert both["input_ids"].tolist() == [[2, 2, 0, 0], [4, 4, 4, 4]]
     assert both["labels"].tolist() == [[2, 2, -100, -100], [4, 4, 4, 4]]
     assert both["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
-    assert widened(long, 4)["input_ids"] is long["input_ids"]
+    assert widened(long, {"input_ids": 4})["input_ids"] is long["input_ids"]
 
 
 def test_files_of_either_kind_are_read_and_written_back(tmp_path):
@@ -281,7 +283,7 @@ def test_classes_of_texts_in_alphabetical_or_given_order(tmp_path):
             assert ["blue", "green", "one", "red"][sample["labels"]] == name
     other = SplitTexts(folder, tokenizer=tokenizer, class_order=["red", "blue", "one"], classes_per_experience=[1, 2])
     assert [(e.name, e.classes) for e in other] == [("red", (3,)), ("blue one", (0, 2))]
-    with pytest.warns(UserWarning, match="texts fill all of 3 tokens"):
+    with pytest.warns(UserWarning, match="texts have more than 3 tokens; the end is cut off"):
         SplitTexts(folder, tokenizer=tokenizer, n_experiences=2, max_length=3)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -107,7 +107,7 @@ def labels_of(batch: Any) -> Tensor:
     """
     if isinstance(batch, (tuple, list)) and len(batch) >= 2:
         return torch.as_tensor(batch[1])
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         for key in ("labels", "label", "targets", "y"):
             if key in batch:
                 return torch.as_tensor(batch[key])

@@ -12,6 +12,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from clkit.data.batch import plain
 from clkit.data.datasets import can_slice, read_batch
 from clkit.rng import private_rng
 
@@ -33,7 +34,8 @@ class StreamLoader:
         world_size: Number of processes.
         num_workers: Worker processes for datasets that are not held as tensors.
         pin_memory: Copy batches to pinned memory, from which they go to a GPU while it works.
-        collate_fn: Turns a list of samples into a batch; torch's default when ``None``.
+        collate_fn: Turns a list of samples into a batch; torch's default when ``None``. Mappings that it makes
+            (a ``BatchEncoding``, say) come out as ``dict``.
     """
 
     def __init__(
@@ -128,4 +130,4 @@ class _SeededBatches(Dataset[Any]):
             torch.default_generator.manual_seed(seed)
             np.random.seed(seed)
             random.seed(seed)
-            return self.collate_fn([self.dataset[i] for i in indices])
+            return plain(self.collate_fn([self.dataset[i] for i in indices]))

@@ -351,9 +351,10 @@ class StabilityGap(Callback):
 
 
 def _left_out(stream: Stream) -> dict[str, dict[str, int]]:
-    """How many training texts were dropped, or lost the beginning of their prompt, in each experience where any was."""
+    """How many texts were dropped or cut, in each experience where any was: of training, then of held-out data."""
     counts = {
-        name: {e.name: int(getattr(e.train, attribute, 0)) for e in stream if getattr(e.train, attribute, 0)}
+        f"{name}{suffix}": {e.name: int(number) for e in stream if (number := getattr(getattr(e, split), attribute, 0))}
+        for split, suffix in (("train", ""), ("val", "_val"), ("test", "_test"))
         for name, attribute in (("dropped", "n_dropped"), ("cut", "n_cut"))
     }
     return {name: found for name, found in counts.items() if found}

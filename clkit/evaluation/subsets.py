@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from clkit.data.batch import concatenate, is_text, per_token
+from clkit.data.batch import concatenate, is_text, used_spans
 from clkit.data.loader import choose_rows
 
 
@@ -36,7 +36,7 @@ class Subsets:
 
     def __init__(self, batches: list[Any], sizes: list[int], batch_size: int, device: torch.device) -> None:
         self.samples = concatenate(batches)
-        self._spans = _spans(self.samples)
+        self._spans = used_spans(self.samples) if is_text(self.samples) else None
         self.sizes, self.batch_size = sizes, batch_size
         self.ends = list(accumulate(sizes))
         # Metal has no float64
@@ -72,9 +72,9 @@ class Subsets:
         batch = tree_map(lambda part: part[chunk], self.samples)
         if self._spans is None or not isinstance(chunk, slice):
             return batch
-        used = slice(min(start for start, _ in self._spans[chunk]), max(end for _, end in self._spans[chunk]))
-        tokens = per_token(batch)
-        return {key: part[:, used] if key in tokens else part for key, part in batch.items()}
+        spans = {key: span[chunk] for key, span in self._spans.items()}
+        used = {key: slice(int(span[:, 0].min()), int(span[:, 1].max())) for key, span in spans.items()}
+        return {key: part[:, used[key]] if key in used else part for key, part in batch.items()}
 
     def sums(self, chunks: Iterable[slice], scores: Callable[[slice], Tensor]) -> Tensor:
         """Sum scores ``[..., B]`` of chunks by experience, ``[..., 2, K]``: sums, and the numbers of NaN, left out."""
@@ -85,14 +85,3 @@ class Subsets:
             both = torch.stack([values.masked_fill(undefined, 0.0), undefined.to(self.dtype)], dim=-2)
             total = total.expand(*both.shape[:-1], -1).index_add(-1, self.owner[chunk], both)
         return total
-
-
-def _spans(samples: Any) -> list[tuple[int, int]] | None:
-    """First used column of each text, and the one after its last."""
-    if not is_text(samples):
-        return None
-    mask = samples["attention_mask"].bool()
-    columns = torch.arange(mask.shape[1], device=mask.device)
-    start = torch.where(mask, columns, mask.shape[1]).amin(dim=1)
-    end = torch.where(mask, columns + 1, 0).amax(dim=1)
-    return list(zip(start.tolist(), end.tolist(), strict=True))

@@ -1,4 +1,10 @@
-"""Score functions of language models for the per-iteration evaluation: one forward, no generation."""
+"""Score functions of language models for the per-iteration evaluation: one forward, no generation.
+
+They count the tokens that have a label. Labels of the end of an answer, or of what a chat template adds to every one,
+would be right for a model that knows nothing but the format; held-out data of
+:class:`~clkit.scenarios.Instructions` has labels for the answer's content alone. Give your own data such labels too.
+Whether the format is kept is what the strict reading of generated answers tells (``callbacks=answers``).
+"""
 
 from __future__ import annotations
 
@@ -31,11 +37,17 @@ def positions(model: Any) -> int | None:
     return getattr(getattr(model, "config", None), "max_position_embeddings", None)
 
 
+def is_encoder_decoder(module: nn.Module) -> bool:
+    """Tell whether a module is, or holds, a model of transformers that reads its input apart from the answer (T5)."""
+    return any(getattr(getattr(part, "config", None), "is_encoder_decoder", False) for part in module.modules())
+
+
 def token_accuracy(module: LightningModule, batch: Any) -> Tensor:
     """Return the share of each sample's answer tokens that the model would choose, ``float32`` ``[B]``.
 
     Each token is predicted from the prompt and the answer's own tokens before it. A token counts where ``labels``
-    ``[B, S]`` is not -100; a sample without one has NaN.
+    (``[B, S]``, or an encoder-decoder's own ``[B, T]``) is not -100; a sample without one has NaN. It is the accuracy
+    of the content where labels are of the content alone, as those of held-out instructions are.
 
     Raises:
         ConfigurationError: If the batch is no mapping with ``attention_mask`` and ``labels``, or there is no language
@@ -67,13 +79,16 @@ def answer_probability(module: LightningModule, batch: Any) -> Tensor:
 
 
 def _answer_logits(module: LightningModule, batch: Any) -> tuple[Tensor, Tensor]:
-    """Logits ``[B, T, V]`` and targets ``[B, T]`` of the positions before those where any sample has a label."""
+    """Logits ``[B, T, V]`` and targets ``[B, T]`` of the positions that predict a label of any sample."""
     if not is_text(batch) or "labels" not in batch or batch["labels"].dim() != 2:
         raise ConfigurationError(
-            "This score needs batches with input_ids, attention_mask and labels, all of shape [B, S]; use a stream of "
+            "This score needs batches with input_ids, attention_mask and labels of tokens; use a stream of "
             "instructions, or another score."
         )
     model = language_model(module)
+    if is_encoder_decoder(model):
+        # the model itself makes the decoder's inputs from the labels
+        return model(**batch).logits, batch["labels"]
     inputs = {key: part for key, part in batch.items() if key != "labels"}
     targets = batch["labels"][:, 1:]
     columns = (targets != IGNORED).any(dim=0).nonzero()[:, 0]

@@ -19,7 +19,7 @@ from clkit.data.stream import Experience
 from clkit.distributed import holds_shards, own_share
 from clkit.errors import ConfigurationError, check_whole
 from clkit.evaluation.subsets import choose
-from clkit.evaluation.token_scores import language_model, positions
+from clkit.evaluation.token_scores import is_encoder_decoder, language_model, positions
 from clkit.files import result_folder, write_atomically
 from clkit.language.answers import score_answer
 from clkit.language.dataset import InstructionDataset, Pad
@@ -41,6 +41,7 @@ def generate(
     *,
     max_new_tokens: int = 64,
     batch_size: int = 16,
+    ends: Sequence[int] = (),
 ) -> list[str]:
     """Return the greedy answer to each prompt, without special tokens and outer white space.
 
@@ -53,10 +54,11 @@ def generate(
         tokenizer: The model's.
         max_new_tokens: Most tokens of an answer.
         batch_size: Prompts at once.
+        ends: More tokens that end an answer than the tokenizer's and the model's.
     """
     model = language_model(module)
     device = model.get_input_embeddings().weight.device
-    config = _greedy(model, tokenizer, max_new_tokens)
+    config = _greedy(model, tokenizer, max_new_tokens, ends)
     pad, answers = Pad("left"), [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch_size):
@@ -70,10 +72,10 @@ def generate(
     return answers
 
 
-def _greedy(model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Any:
+def _greedy(model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, more: Sequence[int]) -> Any:
     own = getattr(model, "generation_config", None)
     ends = getattr(own, "eos_token_id", None)
-    ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends]) | {tokenizer.eos_token_id}
+    ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends]) | {tokenizer.eos_token_id, *more}
     return transformers().GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -152,6 +154,11 @@ class AnswerScores(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = language_model(pl_module)
+        if is_encoder_decoder(model):
+            raise ConfigurationError(
+                f"AnswerScores lets a model go on with a prompt, but {type(model).__name__} is an encoder-decoder, "
+                "whose answers are apart; use a decoder, or score=token_accuracy alone."
+            )
         most = positions(model)
         for k in range(len(stream_data(trainer).stream)):
             data = self._data(trainer, k)
@@ -188,7 +195,9 @@ class AnswerScores(Callback):
         scored, views = [], views_of(trainer)
         for name, rows in by_route(route_of(trainer), stream_data(trainer).stream[k], data, torch.tensor(own)).items():
             with views[name](module):
-                texts = generate(module, [data.prompt(i) for i in rows.tolist()], data.tokenizer, **settings)
+                texts = generate(
+                    module, [data.prompt(i) for i in rows.tolist()], data.tokenizer, ends=data.ends, **settings
+                )
             scored += [self._scored(data, i, text) for i, text in zip(rows.tolist(), texts, strict=True)]
         parts: list[Any] = [scored]
         if trainer.world_size > 1 and not holds_shards(trainer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -40,12 +41,14 @@ def transformers() -> Any:
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer by the name or path of its model, or from a ``.gguf`` file.
 
-    Without a padding token the one of the end stands in; padding is masked.
+    A folder of an adapter without a tokenizer has that of the model below. Without a padding token the one of the end
+    stands in; padding is masked.
 
     Raises:
         ConfigurationError: If it cannot be loaded.
     """
-    tokenizer = load(transformers().AutoTokenizer, name)
+    base = None if any(Path(name).glob("tokenizer*")) else adapter_base(name)
+    tokenizer = load(transformers().AutoTokenizer, base or name)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return cast("PreTrainedTokenizerBase", tokenizer)
@@ -74,6 +77,35 @@ def load(kind: Any, name: str, **options: Any) -> Any:
         ) from error
 
 
+def adapter_base(name: str) -> str | None:
+    """Return the name or path of the model that a folder's adapter of peft is for; ``None`` for other folders."""
+    described = Path(name, "adapter_config.json")
+    if not described.is_file():
+        return None
+    try:
+        return str(json.loads(described.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    except (ValueError, KeyError) as error:
+        raise ConfigurationError(f"{described} names no base_model_name_or_path ({error}); mend the file.") from error
+
+
+def load_model(kind: Any, name: str, **options: Any) -> Any:
+    """As :func:`load`; a folder of an adapter is its model with that adapter, to be trained on.
+
+    Raises:
+        ConfigurationError: If it cannot be loaded.
+    """
+    base = adapter_base(name)
+    if base is None:
+        return load(kind, name, **options)
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigurationError(
+            f"{name} holds an adapter of peft, which is not installed; run pip install 'clkit[lora]'."
+        ) from error
+    return peft.PeftModel.from_pretrained(load(kind, base, **options), name, is_trainable=True)
+
+
 class LanguageModule(pl.LightningModule):
     """A model of transformers with its own loss and an optimizer.
 
@@ -81,7 +113,8 @@ class LanguageModule(pl.LightningModule):
 
     Args:
         net: A model of transformers (or of peft, around one); a configuration, for random weights; or the name or path
-            of one (also a ``.gguf`` file).
+            of one (also a ``.gguf`` file). The adapter in a folder, as :class:`~clkit.SaveAdapters` writes it, is
+            trained on; then there is no other ``adapter``.
         adapter: A configuration of peft, such as :func:`~clkit.method.adapters.lora` makes: everything but the adapter
             and its ``modules_to_save`` is frozen.
         optimizer: Makes the optimizer from the trainable parameters; AdamW with learning rate 2e-4 by default.
@@ -126,7 +159,7 @@ class LanguageModule(pl.LightningModule):
             auto = getattr(transformers(), self.auto)
             if isinstance(net, str):
                 # from_pretrained ends in evaluation mode, without dropout, and Lightning keeps a module's mode
-                net = load(auto, net, dtype=number, **options).train()
+                net = load_model(auto, net, dtype=number, **options).train()
             else:
                 net = auto.from_config(net, dtype=number, **options)
         assert isinstance(net, nn.Module)

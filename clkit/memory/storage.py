@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from clkit.data.batch import IGNORED, is_text, per_token
+from clkit.data.batch import fill_value, is_text, per_token, used_spans
 from clkit.data.datasets import sent
 from clkit.errors import ConfigurationError
 from clkit.files import scratch
@@ -111,6 +111,9 @@ class TensorStorage:
 class TextStorage:
     """Texts without their padding, as 32-bit integers; reading pads on the right.
 
+    A mask of ones and positions that count from 0 take no room; others (packed texts, say) are kept as they are. So are
+    labels, which an encoder-decoder's input may be shorter than.
+
     Args:
         like: A batch with an ``attention_mask`` ``[B, S]``, or what :meth:`packed` returned.
         device: Where a batch that is read is; beside the first one when ``None``. The texts themselves are in memory,
@@ -122,7 +125,7 @@ class TextStorage:
 
     def __init__(self, like: Mapping[str, Any], device: torch.device | str | None = None) -> None:
         self.form: dict[str, tuple[bool, str]] = like["form"] if _is_packed_text(like) else _form(like)
-        self._tokens = [key for key, (each, _) in self.form.items() if each and key not in _DERIVED]
+        self._tokens = [key for key, (each, _) in self.form.items() if each]
         self._numbers = [key for key, (each, _) in self.form.items() if not each]
         self._texts: dict[int, bytes] | _Table = _Table() if device == DISK else {}
         own = like["texts" if _is_packed_text(like) else "attention_mask"].device
@@ -136,27 +139,41 @@ class TextStorage:
                 "samples of all experiences alike."
             )
         index = torch.from_numpy(rows)
-        used = batch["attention_mask"].cpu()[index].bool().numpy()
-        tokens = np.stack([_int32(batch[key], index) for key in self._tokens])
-        numbers = [_int32(batch[key], index) for key in self._numbers]
-        self._texts.update(
-            (int(slot), b"".join([*(column[i].tobytes() for column in numbers), tokens[:, i, used[i]].tobytes()]))
-            for i, slot in enumerate(slots)
-        )
+        spans = {key: span[index].numpy() for key, span in used_spans(batch).items()}
+        columns = {key: _int32(batch[key], index) for key in self.form}
+
+        def packed(i: int) -> Iterator[bytes]:
+            pieces, header = [], [int(columns[key][i]) for key in self._numbers]
+            for key in self._tokens:
+                start, end = spans[key][i]
+                piece = columns[key][i, start:end]
+                if key in _REGULAR and np.array_equal(piece, _REGULAR[key](len(piece))):
+                    header.append(-1 - len(piece))
+                else:
+                    header.append(len(piece))
+                    pieces.append(piece)
+            yield np.array(header, dtype=np.int32).tobytes()
+            yield from (piece.tobytes() for piece in pieces)
+
+        self._texts.update((int(slot), b"".join(packed(i))) for i, slot in enumerate(slots))
 
     def read(self, slots: Slots) -> dict[str, Tensor]:
         """Return the texts, padded to the longest: labels with -100, all else with 0."""
         texts = [np.frombuffer(self._texts[int(slot)], dtype=np.int32) for slot in slots]
-        numbers = np.stack([text[: len(self._numbers)] for text in texts])
-        tokens = [text[len(self._numbers) :].reshape(len(self._tokens), -1) for text in texts]
-        lengths = torch.tensor([text.shape[1] for text in tokens])
-        mask = torch.arange(int(lengths.max())) < lengths[:, None]
-        parts: dict[str, Tensor] = {"attention_mask": mask, "position_ids": torch.arange(mask.shape[1]) * mask}
-        flat = torch.from_numpy(np.concatenate(tokens, axis=1))
-        for key, values in zip(self._tokens, flat, strict=True):
-            fill = torch.full(mask.shape, IGNORED if key == "labels" else 0, dtype=torch.int32)
-            parts[key] = fill.masked_scatter(mask, values)
-        parts.update(zip(self._numbers, torch.from_numpy(numbers).unbind(1), strict=True))
+        n = len(self._numbers)
+        headers = np.stack([text[: n + len(self._tokens)] for text in texts])
+        lengths = np.where(headers[:, n:] < 0, -1 - headers[:, n:], headers[:, n:])
+        parts = dict(zip(self._numbers, torch.from_numpy(headers[:, :n].copy()).unbind(1), strict=True))
+        at = np.full(len(texts), headers.shape[1])
+        for column, key in enumerate(self._tokens):
+            filled = np.full((len(texts), lengths[:, column].max()), fill_value(key), dtype=np.int32)
+            for row, (text, length) in enumerate(zip(texts, lengths[:, column].tolist(), strict=True)):
+                if headers[row, n + column] < 0:
+                    filled[row, :length] = _REGULAR[key](length)
+                else:
+                    filled[row, :length] = text[at[row] : at[row] + length]
+                    at[row] += length
+            parts[key] = torch.from_numpy(filled)
         typed = {key: parts[key].to(getattr(torch, dtype)) for key, (_, dtype) in self.form.items()}
         return {key: sent(part, self._device) for key, part in typed.items()}
 
@@ -180,7 +197,8 @@ class TextStorage:
         return sum(len(text) for text in self._texts.values())
 
 
-_DERIVED = ("attention_mask", "position_ids")
+_REGULAR: dict[str, Callable[[int], np.ndarray[Any, Any]]] = {"attention_mask": np.ones, "position_ids": np.arange}
+"""What these are where nothing else is stored."""
 
 
 def _form(batch: Mapping[str, Any]) -> dict[str, tuple[bool, str]]:

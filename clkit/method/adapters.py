@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from clkit.data.datamodule import stream_data
+from clkit.data.hooks import callbacks_of
 from clkit.data.stream import Experience
 from clkit.distributed import need_whole_weights
 from clkit.errors import ConfigurationError, check_whole
@@ -85,9 +87,14 @@ def add_adapter(net: nn.Module, config: PeftConfig) -> PeftModel:
         The network as a ``peft.PeftModel``; its ``forward`` is the network's.
 
     Raises:
-        ConfigurationError: If peft is not installed, or the configuration does not fit the network.
+        ConfigurationError: If peft is not installed, the network has an adapter, or the configuration does not fit it.
     """
     peft = _peft()
+    if has_adapter(net):
+        raise ConfigurationError(
+            f"{type(net).__name__} has an adapter already, which another one would replace; leave adapter out "
+            "(adapter=null) to go on with it, or give the network without it."
+        )
     saved = getattr(config, "modules_to_save", None) or ()
     names = [name for name, _ in net.named_modules() if name]
     missing = [wanted for wanted in saved if not any(name.split(".")[-1] == wanted or name == wanted for name in names)]
@@ -105,6 +112,13 @@ def add_adapter(net: nn.Module, config: PeftConfig) -> PeftModel:
             f"peft cannot adapt {type(net).__name__}: {str(error).splitlines()[0]} Layers that take LoRA are, among "
             f"others: {shown}."
         ) from error
+
+
+def has_adapter(net: nn.Module) -> bool:
+    """Tell whether a network has layers of peft."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return any(isinstance(layer, BaseTunerLayer) for layer in net.modules())
 
 
 def _fits(layer: nn.Module) -> bool:
@@ -168,15 +182,20 @@ def _on_cpu(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 
 def lora_layers(module: nn.Module) -> list[LowRank]:
-    """Find the layers of a module that have an active, trainable LoRA adapter.
+    """Find the layers of a module that have an active, trainable LoRA adapter, and can be merged with it.
 
     Raises:
-        ConfigurationError: If peft is not installed, there is none, several are active in one layer, or the adapter
-            is a variant whose update is not a product of two matrices (DoRA, grouped convolutions).
+        ConfigurationError: If peft is not installed, there is none, several are active in one layer, the adapter is a
+            variant whose update is not a product of two matrices (DoRA, grouped convolutions), or the layer's weight is
+            another layer's too, or quantized.
     """
     _peft()
     from peft.tuners.lora import LoraLayer
 
+    owners: dict[int, list[str]] = {}
+    for name, part in module.named_modules():
+        for parameter in part.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
     found = []
     for name, layer in module.named_modules():
         if not isinstance(layer, LoraLayer):
@@ -196,6 +215,17 @@ def lora_layers(module: nn.Module) -> list[LowRank]:
                 "update is no product B A; use a LoraConfig without variants."
             )
         entry = LowRank(name, layer, active[0])
+        weight = cast(Tensor, base.weight)
+        if len(owners[id(weight)]) > 1:
+            raise ConfigurationError(
+                f"{' and '.join(owners[id(weight)])} share one weight, and merging the adapter of one of them would "
+                "change the other; leave it out of target_modules, or untie the weights (tie_word_embeddings=False)."
+            )
+        if not weight.is_floating_point():
+            raise ConfigurationError(
+                f"The weight of {name} is {weight.dtype}: merging an adapter into quantized weights rounds it away; "
+                "load the model unquantized."
+            )
         if all(parameter.requires_grad for parameter in entry.weights):
             found.append(entry)
     if not found:
@@ -229,6 +259,7 @@ class AdapterPerExperience(Strategy):
     """
 
     renews_weights = True
+    changes_frozen = True
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
@@ -282,6 +313,27 @@ def adapter_models(module: nn.Module) -> Iterator[tuple[str, PeftModel]]:
     yield from cast(Any, found)
 
 
+def _check_saved(model: PeftModel) -> None:
+    """Refuse a model that its adapter's files do not restore."""
+    from peft.utils import ModulesToSaveWrapper
+
+    saved = {tensor.data_ptr() for tensor in _peft().get_peft_model_state_dict(model).values()}
+    lost = [n for n, p in model.named_parameters() if p.requires_grad and p.data_ptr() not in saved]
+    copied = [part for part in model.modules() if isinstance(part, ModulesToSaveWrapper)]
+    inside = {id(part) for wrapper in copied for part in wrapper.modules()}
+    lost += [
+        f"the running statistics of {n}"
+        for n, part in model.named_modules()
+        if isinstance(part, _BatchNorm) and part.track_running_stats and part.training and id(part) not in inside
+    ]
+    if lost:
+        raise ConfigurationError(
+            f"A saved adapter would not restore the model: {lost[0]} changes in training, but peft does not save it; "
+            "freeze it (BatchNorm: evaluation mode), add it to modules_to_save, or leave SaveAdapters out and keep "
+            "whole weights by checkpoint.keep_ends=true."
+        )
+
+
 class SaveAdapters(Callback):
     """Writes the adapter after each experience, as files that ``peft.PeftModel.from_pretrained`` loads.
 
@@ -292,7 +344,8 @@ class SaveAdapters(Callback):
         dir: Folder of the files; ``adapters`` in the trainer's log or root folder when ``None``.
 
     Raises:
-        ConfigurationError: If the module holds no ``peft.PeftModel``.
+        ConfigurationError: If the module holds no ``peft.PeftModel``, or such files could not restore the model: a
+            strategy merges adapters into the weights below them, or more is trained than what peft saves.
     """
 
     def __init__(self, *, dir: str | Path | None = None) -> None:
@@ -302,9 +355,16 @@ class SaveAdapters(Callback):
         stream_data(trainer)
         need_whole_weights(trainer, "SaveAdapters")
         self._dir = result_folder(trainer, self._own_dir, "adapters")
+        merging = [type(c).__name__ for c in callbacks_of(trainer) if isinstance(c, Strategy) and c.changes_frozen]
+        if merging:
+            raise ConfigurationError(
+                f"{merging[0]} merges adapters into the weights below them, so that a saved adapter alone does not "
+                "restore the model; leave SaveAdapters out, and keep whole weights by checkpoint.keep_ends=true."
+            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        list(adapter_models(pl_module))
+        for _, model in adapter_models(pl_module):
+            _check_saved(model)
 
     def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
         if not trainer.is_global_zero:

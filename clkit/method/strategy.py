@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from pytorch_lightning import LightningModule, Trainer
 
+from clkit.data.batch import is_text
 from clkit.data.datamodule import stream_data
 from clkit.data.hooks import Hooks, callbacks_of, overrides
 from clkit.data.loader import choose_rows, read_samples
@@ -44,6 +45,7 @@ class Strategy(Hooks):
         carries_weights: Whether it compares or mixes trainable weights with those of an earlier experience.
         renews_weights: Whether it starts new trainable weights at an experience's start. What carries weights cannot be
             combined with it, and what offers ``views`` must come after it.
+        changes_frozen: Whether it changes weights that are not trained, as merging an adapter does.
         replaces_data: Whether it replaces what the experiences train on; one strategy alone can.
         is_new_group: Whether the current experience trains weights of which no earlier one has trained any; see
             :class:`~clkit.method.routing.Router`.
@@ -54,6 +56,7 @@ class Strategy(Hooks):
     prediction: str | None = None
     carries_weights = False
     renews_weights = False
+    changes_frozen = False
     replaces_data = False
     is_new_group = False
     works_sharded = False
@@ -162,6 +165,11 @@ def gives_pairs(trainer: Trainer) -> bool:
     """Tell whether the stream's batches are ``(x, y)`` or ``(x, y, task)``."""
     batch = _first(trainer)
     return isinstance(batch, (tuple, list)) and len(batch) in (2, 3)
+
+
+def gives_texts(trainer: Trainer) -> bool:
+    """Tell whether the stream's batches are texts, see :func:`~clkit.data.batch.is_text`."""
+    return is_text(_first(trainer))
 
 
 def _first(trainer: Trainer) -> Any:

@@ -10,10 +10,17 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export TMPDIR = $(CACHE)/tmp
 export XDG_CACHE_HOME = $(CACHE)
 export MPLCONFIGDIR = $(CACHE)/matplotlib
-RUN := HOME=$(CACHE)/home XDG_CONFIG_HOME=$(CACHE)/config OMP_NUM_THREADS=1
+# Tests start many short processes, which all use what the first compiled.
+RUN := HOME=$(CACHE)/home XDG_CONFIG_HOME=$(CACHE)/config OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
+
+# Workers of one thread each, one a core; a worker takes up to 3 GB
+WORKERS ?= logical
+PYTEST := $(RUN) $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
+COVERAGE ?=
+MEASURED := --cov=clkit --cov=strategies --cov=scenarios --cov-report=term:skip-covered
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types imports docs example check clean
+.PHONY: help demo test quick lint types imports docs example check clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,8 +28,11 @@ help: ## Show this list
 demo: $(VENV)/.installed ## Train with experience replay on split digits and draw the stability gap (under a minute)
 	$(RUN) $(BIN)/clkit train experiment=demo resume=false
 
-test: $(VENV)/.test-installed ## Run all tests
-	$(RUN) $(BIN)/python -m pytest
+test: $(VENV)/.test-installed ## Run all tests, as many at a time as there are cores (COVERAGE=1 measures coverage)
+	$(PYTEST) $(if $(COVERAGE),$(MEASURED)) --durations=20
+
+quick: $(VENV)/.test-installed ## Run the tests that are not slow
+	$(PYTEST) -m "not slow"
 
 lint: $(VENV)/.test-installed ## Check style and format
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
-"""Started by torchrun as two processes: train one method with half the batch size on each, then resume it half-way.
+"""Started by torchrun as two processes: train methods with half the batch size on each, then resume them half-way.
 
-Usage: ddp_script.py METHOD FOLDER; saves the final weights of both runs, and what they wrote, below FOLDER.
+Usage: ddp_script.py FOLDER METHOD...; saves the final weights of both runs, and what they wrote, below FOLDER/METHOD.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ def train(method: str, folder: Path, checkpoint: Path | None) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    method, root = sys.argv[1], Path(sys.argv[2])
-    train(method, root / "whole", None)
-    train(method, root / "resumed", root / "whole" / "checkpoints" / "step=000000008.ckpt")
+    folder, *methods = sys.argv[1:]
+    for method in methods:
+        root = Path(folder) / method
+        train(method, root / "whole", None)
+        train(method, root / "resumed", root / "whole" / "checkpoints" / "step=000000008.ckpt")

@@ -1,11 +1,14 @@
-"""Train in forked children, some of which kill themselves with SIGKILL; print what differs from an unkilled run.
+"""Train in forked children, resume from the files that there were at some steps; print what differs at the end.
 
-Usage: resume_script.py FOLDER KILL_STEP... STRATEGY...
+One child of each strategy kills itself with SIGKILL, which must leave the files that were copied at that step.
+
+Usage: resume_script.py FOLDER STEP... STRATEGY...
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import warnings
@@ -36,13 +39,17 @@ class NoisyModule(UserModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-class KillAt(pl.Callback):
-    def __init__(self, step: int | None) -> None:
-        self.step = step
+class Cut(pl.Callback):
+    """Copies the run's folder at some steps, or kills the process."""
+
+    def __init__(self, copies: dict[int, Path], kill_at: int | None) -> None:
+        self.copies, self.kill_at = copies, kill_at
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == self.step:
+        if trainer.global_step == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        if trainer.global_step in self.copies:
+            shutil.copytree(trainer.default_root_dir, self.copies[trainer.global_step])
 
 
 def build_strategies(name: str) -> list:
@@ -73,8 +80,7 @@ def build_strategies(name: str) -> list:
     }[name]()
 
 
-def train(folder: Path, name: str, kill_at: int | None) -> None:
-    torch.set_num_threads(1)
+def train(folder: Path, name: str, copies: dict[int, Path], kill_at: int | None) -> None:
     pl.seed_everything(0)
     data = StreamDataModule(make_stream(), batch_size=8, epochs=2, num_workers=0)
     chosen = build_strategies(name)
@@ -82,21 +88,20 @@ def train(folder: Path, name: str, kill_at: int | None) -> None:
     checkpoint = StreamCheckpoint(folder / "checkpoints", every_n_steps=3)
     module = NoisyModule()
     settings = {**QUIET, "enable_checkpointing": True}
-    trainer = pl.Trainer(
-        max_epochs=data.total_epochs, callbacks=[KillAt(kill_at), *chosen, gap, checkpoint], **settings
-    )
+    callbacks = [Cut(copies, kill_at), *chosen, gap, checkpoint]
+    trainer = pl.Trainer(max_epochs=data.total_epochs, callbacks=callbacks, default_root_dir=folder, **settings)
     trainer.fit(module, datamodule=data, ckpt_path=latest_checkpoint(folder / "checkpoints"), weights_only=True)
     state = {"module": module.state_dict(), "strategies": [s.state_dict() for s in chosen], "weights": weights(module)}
     torch.save(state, folder / "final.pt")
 
 
-def in_child(folder: Path, name: str, kill_at: int | None) -> int:
+def in_child(folder: Path, name: str, copies: dict[int, Path] | None = None, kill_at: int | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
-            train(folder, name, kill_at)
+            train(folder, name, copies or {}, kill_at)
             code = 0
         finally:
             sys.stdout.flush()
@@ -104,11 +109,15 @@ def in_child(folder: Path, name: str, kill_at: int | None) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def differences(whole: Path, killed: Path) -> list[str]:
+def left_in(folder: Path) -> tuple[list[str], bytes]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*")), (folder / "history.csv").read_bytes()
+
+
+def differences(whole: Path, resumed: Path) -> list[str]:
     found = [
-        name for name in ("history.csv", "metrics.json") if (whole / name).read_bytes() != (killed / name).read_bytes()
+        name for name in ("history.csv", "metrics.json") if (whole / name).read_bytes() != (resumed / name).read_bytes()
     ]
-    left, right = (torch.load(folder / "final.pt", weights_only=True) for folder in (whole, killed))
+    left, right = (torch.load(folder / "final.pt", weights_only=True) for folder in (whole, resumed))
     pairs = zip(tree_leaves(left), tree_leaves(right), strict=True)
     if not all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs):
         found.append("weights or state")
@@ -117,15 +126,22 @@ def differences(whole: Path, killed: Path) -> list[str]:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    os.fsync = lambda descriptor: None  # it helps where the power fails
     root, *arguments = sys.argv[1:]
     steps = [int(argument) for argument in arguments if argument.isdigit()]
     for name in arguments[len(steps) :]:
-        whole = Path(root) / name / "whole"
-        assert in_child(whole, name, None) == 0
-        for step in steps:
-            killed = Path(root) / name / f"killed_{step}"
-            assert in_child(killed, name, step) == -signal.SIGKILL
-            found = checkpoints(killed / "checkpoints")
+        # the same folder each time: its path is in the checkpoints
+        run, whole = Path(root) / name / "run", Path(root) / name / "whole"
+        copies = {step: Path(root) / name / f"step_{step}" for step in steps}
+        assert in_child(run, name, copies) == 0
+        run.rename(whole)
+        assert in_child(run, name, kill_at=steps[0]) == -signal.SIGKILL
+        assert left_in(run) == left_in(copies[steps[0]])
+        for step, folder in copies.items():
+            shutil.rmtree(run)
+            folder.rename(run)
+            found = checkpoints(run / "checkpoints")
             start = int(found[0].stem.removeprefix("step=")) if found else 0
-            assert in_child(killed, name, None) == 0
-            print(f"RESULT {name} {step} {start} {differences(whole, killed)}", flush=True)
+            assert in_child(run, name) == 0
+            print(f"RESULT {name} {step} {start} {differences(whole, run)}", flush=True)

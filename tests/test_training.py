@@ -664,19 +664,26 @@ def test_other_data_is_refused():
         trainer.fit(make_module(), loader)
 
 
+@pytest.fixture(scope="module")
+def in_two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ddp")
+    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    command += [str(Path(__file__).with_name("ddp_script.py")), str(folder), *METHODS]
+    run = subprocess.run([sys.executable, *command], timeout=400, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_two_processes_equal_one_with_the_same_global_batch(method, tmp_path):
-    script = Path(__file__).with_name("ddp_script.py")
-    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script), method]
-    subprocess.run([sys.executable, *command, str(tmp_path)], check=True, timeout=120, capture_output=True, text=True)
+def test_two_processes_equal_one_with_the_same_global_batch(method, in_two_processes, tmp_path):
     # 12 samples a class make batches of 8 and no remainder, which two processes would have to fill up
     _, strategies = METHODS[method]
-    gap = StabilityGap(dir=tmp_path / "one", plot=False)
+    gap = StabilityGap(dir=tmp_path, plot=False)
     expected = weights(train([*strategies(), gap], make_stream(per_class=12)))
-    whole, resumed = (tmp_path / name for name in ("whole", "resumed"))
+    whole, resumed = (in_two_processes / method / name for name in ("whole", "resumed"))
     torch.testing.assert_close(torch.load(whole / "final.pt"), expected, rtol=2e-5, atol=2e-5)
     history = pd.read_csv(whole / "history.csv")
-    pd.testing.assert_frame_equal(history, pd.read_csv(tmp_path / "one" / "history.csv"))
+    pd.testing.assert_frame_equal(history, pd.read_csv(tmp_path / "history.csv"))
     assert torch.equal(torch.load(resumed / "final.pt"), torch.load(whole / "final.pt"))
     assert (resumed / "history.csv").read_bytes() == (whole / "history.csv").read_bytes()

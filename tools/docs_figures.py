@@ -8,6 +8,8 @@ Runs are kept below .cache/docs/runs, by their configuration; only what is missi
 from __future__ import annotations
 
 import functools
+import multiprocessing
+import os
 import re
 import shlex
 import textwrap
@@ -118,21 +120,32 @@ def _rounded(path: re.Match[str]) -> str:
     return re.sub(r"(\.\d\d)\d+", r"\1", path[0])
 
 
-def main() -> None:
-    """Draw the figure of every strategy of clkit."""
+def draw(name: str) -> str:
+    """Draw the figure of a strategy."""
+    score = "token accuracy" if name == "instruction_groups" else "accuracy"
+    history = History.read(history_of(name) / "history.csv")
+    path = FIGURES / f"{name}.svg"
+    save(stability_gap_figure(history, score=score), path)
+    path.write_text(_PATH.sub(_rounded, path.read_text()))
+    return name
+
+
+def _settle() -> None:
     quieten_libraries()
     warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+
+
+def main() -> None:
+    """Draw the figure of every strategy of clkit, as many at a time as there are cores."""
+    _settle()
     FIGURES.mkdir(parents=True, exist_ok=True)
     if not _WEIGHTS.is_file():
         pretrain("data", _WEIGHTS, [0, 1, 2, 3], 300, "digits")
-    for choice in choices("strategy"):
-        if choice.origin == "clkit":
-            score = "token accuracy" if choice.name == "instruction_groups" else "accuracy"
-            history = History.read(history_of(choice.name) / "history.csv")
-            path = FIGURES / f"{choice.name}.svg"
-            save(stability_gap_figure(history, score=score), path)
-            path.write_text(_PATH.sub(_rounded, path.read_text()))
-            print(choice.name, flush=True)
+    names = [choice.name for choice in choices("strategy") if choice.origin == "clkit"]
+    with multiprocessing.get_context("spawn").Pool(min(os.cpu_count() or 1, 8), _settle) as pool:
+        for name in pool.imap_unordered(draw, names):
+            print(name, flush=True)
 
 
 if __name__ == "__main__":

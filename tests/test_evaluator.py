@@ -244,10 +244,8 @@ def test_a_forward_that_cannot_be_replayed_is_computed():
 
 def test_an_asynchronous_evaluation_writes_the_same_history(tmp_path, monkeypatch):
     folders, text = [], {}
-    original = process_evaluator.tempfile.TemporaryDirectory
-    monkeypatch.setattr(
-        process_evaluator.tempfile, "TemporaryDirectory", lambda **kw: folders.append(original(**kw)) or folders[0]
-    )
+    original = process_evaluator.scratch
+    monkeypatch.setattr(process_evaluator, "scratch", lambda: folders.append(original()) or folders[0])
     for name, settings in {"process": {"asynchronous": True, "queue": 3}, "plain": {}}.items():
         gap = StabilityGap(dir=tmp_path / name, plot=False, **settings)
         text[name] = fit(gap, seeded(Frozen, False))

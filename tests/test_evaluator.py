@@ -216,6 +216,14 @@ def test_an_output_used_in_two_places_is_kept():
     assert len(cached_and_plain(Trap("elsewhere"), torch.randn(4, 6)).modules) == 1
 
 
+def test_a_module_that_is_called_in_the_prefix_and_after_it_is_replayed_in_the_prefix_alone():
+    torch.manual_seed(0)
+    relu = nn.ReLU()
+    module = freeze(nn.Sequential(nn.Linear(6, 400), relu, nn.Linear(400, 4), relu, nn.Linear(4, 3)), "2", "4")
+    cache = cached_and_plain(module, torch.randn(4, 6))
+    assert cache.modules == [module[0], relu]
+
+
 class Counting(nn.Module):
     """Its frozen part leaves something behind that the rest uses."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ from clkit.method.penalty import (
     gradient_batch_size,
     sample_gradients,
     sum_over_samples,
+    try_measure,
 )
 from clkit.method.strategy import check_pairs, gives_pairs
 
@@ -91,6 +93,15 @@ class EWC(QuadraticPenalty):
         if self.fisher == "true":
             check_pairs(trainer, "EWC(fisher='true')", "use fisher='empirical' or 'batch'")
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if not self._uses_own_loss(trainer):
+            measure = partial(self._squared_gradients, pl_module, self.held(pl_module), own_loss=False)
+            try_measure(trainer, pl_module, measure, f"EWC(fisher={self.fisher!r})", "use fisher='batch'")
+
+    def _uses_own_loss(self, trainer: Trainer) -> bool:
+        return self.fisher == "batch" or not gives_pairs(trainer)
+
     @torch.no_grad()
     def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
         fisher = self._fisher(trainer, module, experience)
@@ -105,16 +116,12 @@ class EWC(QuadraticPenalty):
     def _fisher(self, trainer: Trainer, module: LightningModule, experience: Experience) -> Tensor:
         params = self.held(module)
         rows = choose_samples(experience, self.samples, self.seed)
+        own_loss = self._uses_own_loss(trainer)
         if self.fisher == "batch":
-            size, own_loss = stream_data(trainer).batch_size, True
-        elif gives_pairs(trainer):
-            size, own_loss = gradient_batch_size(params), False
+            size = stream_data(trainer).batch_size
         else:
-            size, own_loss = 1, True
-
-        def measure(batch: Any) -> Iterator[Tensor]:
-            return self._squared_gradients(module, params, batch, own_loss)
-
+            size = 1 if own_loss else gradient_batch_size(params)
+        measure = partial(self._squared_gradients, module, params, own_loss=own_loss)
         total = sum_over_samples(trainer, module, experience, params, measure, rows=rows, size=size)
         return total / (-(-len(rows) // size) if own_loss else len(rows))
 

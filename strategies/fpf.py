@@ -279,9 +279,9 @@ class KFPF(_Finetuning):
     ) -> None:
         sample = batch if self._logits is None else (*batch, self._logits)
         self.buffer.insert(gather_batch(trainer, sample))
-        if trainer.global_step != self._last_step and trainer.global_step in self._triggers:
+        step, last, self._last_step = stream_data(trainer).step, self._last_step, stream_data(trainer).step
+        if step != last and step in self._triggers:
             self.finetune(trainer, pl_module, self.buffer.contents())
-        self._last_step = trainer.global_step
 
     def phase_loss(self, module: LightningModule, batch: Any) -> Tensor:
         if self.distillation == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from clkit.method.penalty import (
     gradient_batch_size,
     sample_gradients,
     sum_over_samples,
+    try_measure,
 )
 from clkit.method.strategy import check_pairs
 
@@ -64,18 +66,21 @@ class MAS(QuadraticPenalty):
         super().setup(trainer, pl_module, stage)
         check_pairs(trainer, "MAS", "use SynapticIntelligence")
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        try_measure(trainer, pl_module, partial(self._measure, pl_module), "MAS", "use SynapticIntelligence")
+
     @torch.no_grad()
     def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
         params = self.held(module)
         rows = choose_samples(experience, self.samples, self.seed)
-
-        def measure(batch: Any) -> Iterator[Tensor]:
-            x, _, *task = batch
-            grads = sample_gradients(module, params, lambda output: output.square().sum(), (x, *task))
-            yield flat(gradient.abs().sum(dim=0) for gradient in grads.values())
-
-        size = gradient_batch_size(params)
+        size, measure = gradient_batch_size(params), partial(self._measure, module)
         importance = sum_over_samples(trainer, module, experience, params, measure, rows=rows, size=size) / len(rows)
         if self.penalty is not None:
             importance += self.penalty.importance
         self.penalty = Quadratic.around(self.weights(module), importance)
+
+    def _measure(self, module: LightningModule, batch: Any) -> Iterator[Tensor]:
+        x, _, *task = batch
+        grads = sample_gradients(module, self.held(module), lambda output: output.square().sum(), (x, *task))
+        yield flat(gradient.abs().sum(dim=0) for gradient in grads.values())

@@ -331,7 +331,7 @@ class PlainGEM(PlainLoop):
 
     def end(self):
         x, y = self.data(self.k)
-        chosen = torch.from_numpy(np.random.default_rng((3, 0, 3, self.k)).choice(len(x), 10, replace=False))
+        chosen = torch.from_numpy(np.random.default_rng((3, 0, 3, self.k)).permutation(len(x))[:10])
         self.memories.append((x[chosen], y[chosen]))
 
 
@@ -357,7 +357,7 @@ class PlainAGEM(PlainLoop):
 
     def end(self):
         x, y = self.data(self.k)
-        chosen = np.random.default_rng((3, 0, 3, self.k)).choice(len(x), 10, replace=False)
+        chosen = np.random.default_rng((3, 0, 3, self.k)).permutation(len(x))[:10]
         self.rng.random(len(chosen))  # the memory's reservoir draws one number for each insertion
         self.memory.append((x[torch.from_numpy(chosen)], y[torch.from_numpy(chosen)]))
 

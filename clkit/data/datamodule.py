@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import StochasticWeightAveraging, WeightAveraging
+from pytorch_lightning.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
 from pytorch_lightning.plugins import CheckpointIO
 from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
 from clkit.data.checkpoint_io import CLOCK, VerifiedCheckpointIO
 from clkit.data.datasets import lengths_of
+from clkit.data.fresh_start import FreshStart, end_fit, go_on, start_fresh
 from clkit.data.hook_runner import HookRunner
 from clkit.data.hooks import callbacks_of
 from clkit.data.loader import StreamLoader
@@ -45,6 +47,8 @@ class StreamDataModule(pl.LightningDataModule):
         collate_fn: Turns a list of samples into a batch; the stream's own, or torch's default, when ``None``.
         group_by_length: Put samples of similar length into a batch, to save padding: within every 50 shuffled batches,
             samples are sorted by length, and the batches shuffled. The datasets must have ``lengths``.
+        keep_memory: Let strategies that were in a fit before go on with what they remember. They start fresh by
+            default, as if they were new.
 
     Raises:
         ConfigurationError: If a number is out of range, or lists do not have one entry for each experience.
@@ -69,6 +73,7 @@ class StreamDataModule(pl.LightningDataModule):
         pin_memory: bool = False,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         group_by_length: bool = False,
+        keep_memory: bool = False,
     ) -> None:
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0), ("num_workers", num_workers, 0)):
@@ -80,7 +85,10 @@ class StreamDataModule(pl.LightningDataModule):
         self.steps = None if steps is None else _for_each(stream, "steps", steps)
         self.epochs = _for_each(stream, "epochs", epochs) if self.steps is None else [1] * len(stream)
         self._ends = list(accumulate(self.epochs))
+        self.keep_memory = keep_memory
         self.train_sets: list[Dataset[Any]] = [experience.train for experience in stream]
+        self._known_fingerprint = ""
+        self._set_up_as: dict[str, Any] = {}
         self._runner: HookRunner | None = None
         if any(experience.val is not None for experience in stream):
             # Lightning warns of a val_dataloader without validation_step as soon as the method exists
@@ -93,29 +101,59 @@ class StreamDataModule(pl.LightningDataModule):
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole stream, for learning-rate schedules.
+        """Optimizer steps of the whole stream, for learning-rate schedules, as far as the trainer goes through it.
 
         Lightning's ``trainer.estimated_stepping_batches`` takes every epoch to be as long as the first.
         """
-        return sum(self.experience_steps)
+        last, most = (None, -1) if self.trainer is None else (self.trainer.max_epochs, self.trainer.max_steps)
+        total = sum(self._epoch_steps(epoch) for epoch in range(self.total_epochs if last is None else last))
+        return total if most < 0 else min(total, most)
 
     @property
     def experience_steps(self) -> list[int]:
-        """Optimizer steps of each experience."""
-        accumulated = self.trainer.accumulate_grad_batches if self.trainer is not None else 1
+        """Optimizer steps of each experience.
+
+        The trainer's limits, its accumulation and a ``GradientAccumulationScheduler`` are taken into account. A module
+        that optimizes manually is taken to step on every batch.
+        """
+        spans = pairwise([0, *self._ends])
+        return [sum(map(self._epoch_steps, range(first, after))) for first, after in spans]
+
+    def _epoch_steps(self, epoch: int) -> int:
+        batches = self._limited(self._epoch_batches(epoch))
+        return -(-batches // self._accumulated(epoch))
+
+    def _epoch_batches(self, epoch: int) -> int:
+        """Batches of a Lightning epoch, before the trainer's limit."""
+        k = self._experience_at(epoch)
         if self.steps is not None:
-            return self.steps
-        size = self.batch_size * self._world_size
-        lengths = (len(cast(Sequence[Any], dataset)) for dataset in self.train_sets)
-        batches = (n // size if self.drop_last else -(-n // size) for n in lengths)
-        return [epochs * -(-n // accumulated) for epochs, n in zip(self.epochs, batches, strict=True)]
+            return self.steps[k] * self._accumulated(epoch)
+        n, size = len(cast(Sequence[Any], self.train_sets[k])), self.batch_size * self._world_size
+        return n // size if self.drop_last else -(-n // size)
+
+    def _limited(self, batches: int) -> int:
+        limit = 1.0 if self.trainer is None else self.trainer.limit_train_batches
+        return int(batches * limit) if isinstance(limit, float) else min(batches, limit)
+
+    def _accumulated(self, epoch: int) -> int:
+        """Batches of an optimizer step in a Lightning epoch."""
+        if self.trainer is None:
+            return 1
+        for scheduler in callbacks_of(self.trainer, GradientAccumulationScheduler):
+            return scheduler.get_accumulate_grad_batches(epoch)
+        return self.trainer.accumulate_grad_batches
+
+    def _experience_at(self, epoch: int) -> int:
+        return min(bisect_right(self._ends, epoch), len(self.stream) - 1)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps so far, which all schedules go by: one for a batch, however many optimizers step on it."""
+        return 0 if self._runner is None else self._runner.steps.planned
 
     @property
     def steps_taken(self) -> int:
-        """Optimizer steps so far that really happened: a step that fp16's scaler leaves out is none.
-
-        Schedules go by ``trainer.global_step``, which counts those too.
-        """
+        """Those of :attr:`step` that really happened: a step that fp16's scaler leaves out is none."""
         return 0 if self._runner is None else self._runner.steps.count
 
     @property
@@ -124,12 +162,12 @@ class StreamDataModule(pl.LightningDataModule):
 
         Known from ``on_train_batch_end`` on.
         """
-        return self._runner is not None and self._runner.steps.in_batch > 0
+        return self._runner is not None and self._runner.steps.in_batch
 
     @property
     def experience(self) -> Experience:
         """The experience that is being learned."""
-        return self.stream[min(bisect_right(self._ends, self._epoch), len(self.stream) - 1)]
+        return self.stream[self._experience_at(self._epoch)]
 
     @property
     def epoch_in_experience(self) -> int:
@@ -158,24 +196,84 @@ class StreamDataModule(pl.LightningDataModule):
         trainer = self.trainer
         if stage != "fit" or trainer is None:
             return
+        self._start(trainer)
         self.train_sets = [experience.train for experience in self.stream]
         self._check_length(trainer)
         _warn_of_averaging(trainer)
         trainer.strategy.checkpoint_io = VerifiedCheckpointIO(trainer.strategy.checkpoint_io)
         self._reload_period = cast(Any, trainer).reload_dataloaders_every_n_epochs
         cast(Any, trainer).reload_dataloaders_every_n_epochs = 1
-        self._runner = HookRunner(self)
         cast(Any, trainer).callbacks.insert(0, self._runner)
 
+    def _start(self, trainer: pl.Trainer) -> None:
+        """Start fresh, or go on where this trainer stopped."""
+        self.teardown("fit")
+        goes_on = trainer.global_step > 0 and self._runner is not None
+        (go_on if goes_on or self.keep_memory else start_fresh)(callbacks_of(trainer, FreshStart))
+        if not goes_on or self._runner is None:
+            self._runner = HookRunner(self)
+        self._set_up_as = self._identity()
+
     def teardown(self, stage: str) -> None:
-        if self.trainer is not None and self._runner in cast(Any, self.trainer).callbacks:
+        if self.trainer is not None and self._runner is not None and self._runner in callbacks_of(self.trainer):
             cast(Any, self.trainer).callbacks.remove(self._runner)
+            self._runner.undo(self.trainer.lightning_module)
+            end_fit(callbacks_of(self.trainer, FreshStart))
             cast(Any, self.trainer).reload_dataloaders_every_n_epochs = self._reload_period
             own_io = cast(VerifiedCheckpointIO, self.trainer.strategy.checkpoint_io).checkpoint_io
             self.trainer.strategy.checkpoint_io = cast(CheckpointIO, own_io)
 
     def on_exception(self, exception: BaseException) -> None:
         self.teardown("fit")
+
+    def check_plan(self) -> None:
+        """Check every experience against the trainer, with the training sets that strategies may have chosen.
+
+        Raises:
+            ConfigurationError: If one has no batch, or fewer than lie between two validations.
+        """
+        trainer = cast(Any, self.trainer)
+        interval = trainer.val_check_interval
+        for k, end in enumerate(self._ends):
+            whole = self._epoch_batches(end - 1)
+            batches = self._limited(whole)
+            if whole == 0:
+                raise ConfigurationError(
+                    f"Experience {k} has {len(cast(Any, self.train_sets[k]))} training samples, fewer than one batch "
+                    f"of {self.batch_size} on each of {self._world_size} process(es), and drop_last=True leaves none; "
+                    "use a smaller batch_size."
+                )
+            if batches == 0 and trainer.limit_train_batches > 0:
+                raise ConfigurationError(
+                    f"limit_train_batches={trainer.limit_train_batches} leaves none of the {whole} batch(es) of "
+                    f"experience {k}; use more, or a whole number."
+                )
+            per_epoch = trainer.check_val_every_n_epoch is not None and trainer.limit_val_batches > 0
+            if isinstance(interval, int) and per_epoch and interval > batches > 0:
+                raise ConfigurationError(
+                    f"val_check_interval={interval} is more than the {batches} batch(es) of an epoch of experience "
+                    f"{k}; use at most that, or check_val_every_n_epoch=None to count over all epochs."
+                )
+
+    def check_schedules(self) -> None:
+        """Check learning-rate schedules of a fixed length, such as ``OneCycleLR``, against the stream.
+
+        Raises:
+            ConfigurationError: If one ends before the stream does, or before an experience where each has its own.
+        """
+        trainer = cast(Any, self.trainer)
+        renewed = any(getattr(callback, "renews_schedules", False) for callback in callbacks_of(trainer))
+        what, name = ("an experience", "max(data.experience_steps)") if renewed else ("the stream", "data.total_steps")
+        steps = max(self.experience_steps) if renewed else self.total_steps
+        epochs = max(self.epochs) if renewed else self.total_epochs
+        for config in trainer.lr_scheduler_configs:
+            needed = (steps if config.interval == "step" else epochs) // config.frequency
+            length = getattr(config.scheduler, "total_steps", None)
+            if isinstance(length, int) and length < needed:
+                raise ConfigurationError(
+                    f"{type(config.scheduler).__name__} ends after {length} steps, but takes {needed} in {what}; make "
+                    f"it with total_steps={name}, where data is self.trainer.datamodule."
+                )
 
     def _check_length(self, trainer: pl.Trainer) -> None:
         planned = trainer.max_epochs
@@ -197,17 +295,10 @@ class StreamDataModule(pl.LightningDataModule):
         if self.steps is None:
             order = torch.from_numpy(seeds.permutation(n))
         else:
-            accumulated = self.trainer.accumulate_grad_batches if self.trainer is not None else 1
-            order = _passes(seeds, n, self.steps[k] * accumulated * self.batch_size * self._world_size)
+            order = _passes(seeds, n, self._epoch_batches(self._epoch) * self.batch_size * self._world_size)
         if self.group_by_length:
             order = _grouped(seeds, order, lengths_of(dataset)[order], self.batch_size * self._world_size)
-        loader = self._loader(dataset, order, seed=int(seeds.integers(2**31)), drop_last=self.drop_last)
-        if len(loader) == 0:
-            raise ConfigurationError(
-                f"Experience {k} has {n} training samples, fewer than one batch of {self.batch_size} on each of "
-                f"{self._world_size} process(es), and drop_last=True leaves none; use a smaller batch_size."
-            )
-        return loader
+        return self._loader(dataset, order, seed=int(seeds.integers(2**31)), drop_last=self.drop_last)
 
     def _val_dataloader(self) -> StreamLoader | list[Any]:
         """Validation batches of the current experience; nothing when it has no validation set."""
@@ -247,7 +338,7 @@ class StreamDataModule(pl.LightningDataModule):
 
     def _identity(self) -> dict[str, Any]:
         return {
-            "stream": self.stream.fingerprint(),
+            "stream": self._fingerprint(),
             "epochs": self.epochs,
             "steps": self.steps,
             "global_batch_size": self.batch_size * self._world_size,
@@ -256,13 +347,21 @@ class StreamDataModule(pl.LightningDataModule):
             "group_by_length": self.group_by_length,
         }
 
+    def _fingerprint(self) -> str:
+        # once, and never in a save: reading samples may draw random numbers
+        if not self._known_fingerprint:
+            with isolate_rng():
+                self._known_fingerprint = self.stream.fingerprint()
+        return self._known_fingerprint
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Check that the checkpoint belongs to this stream and schedule.
 
         Raises:
             ConfigurationError: If it does not; the message names what differs.
         """
-        own = self._identity()
+        # Lightning's BatchSizeFinder changes the batch size between the start of a fit and this
+        own = self._set_up_as or self._identity()
         differing = [
             f"{key} ({state_dict.get(key)} there, {own[key]} here)" for key in own if state_dict.get(key) != own[key]
         ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from pytorch_lightning import LightningModule
-from torch import nn
+from torch import Tensor, nn
 
 OWN_STEP = "_clkit_own_step"
 
@@ -37,12 +38,37 @@ _recorded: WeakKeyDictionary[LightningModule, Forward] = WeakKeyDictionary()
 _watched: WeakKeyDictionary[LightningModule, list[nn.Module]] = WeakKeyDictionary()
 
 
+class Copies:
+    """Copies of a batch's parts, and which part each is a copy of."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[Any, Any, int]] = {}
+
+    def make(self, part: Any) -> Any:
+        """Return a copy."""
+        made = part.clone() if isinstance(part, Tensor) else copy.copy(part)
+        if isinstance(made, Tensor):
+            self._made[id(made)] = made, part, made._version
+        return made
+
+    def original(self, part: Any) -> Any:
+        """Return what a part is still an equal copy of; the part itself if it is none, or was written to."""
+        made, original, version = self._made.get(id(part), (None, None, 0))
+        return original if made is part and part._version == version else part
+
+
 @contextmanager
-def record_forward(module: LightningModule) -> Iterator[None]:
-    """Keep the module's last forward made inside the block, until :func:`forget_forward`."""
+def record_forward(module: LightningModule, copies: Copies | None = None) -> Iterator[None]:
+    """Keep the module's last forward made inside the block, until :func:`forget_forward`.
+
+    Args:
+        module: The module.
+        copies: Inputs that stand for others: the forward counts as one of those.
+    """
+    original = (copies or Copies()).original
 
     def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        _recorded[module] = Forward((*args, *kwargs.values()), output, dict(calls))
+        _recorded[module] = Forward(tuple(map(original, (*args, *kwargs.values()))), output, dict(calls))
 
     with record_layers(_watched.get(module, [])) as calls:
         handle = module.register_forward_hook(keep, with_kwargs=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,10 +11,11 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
-from clkit.data.forward_record import OWN_STEP, forget_forward, record_forward
-from clkit.data.hooks import AT_END, Hooks, callbacks_of, overrides
+from clkit.data.hooks import AT_END, Hooks, callbacks_of
+from clkit.data.loader import StreamLoader
 from clkit.data.optimizer_steps import OptimizerSteps, unscale
 from clkit.data.stream import Experience, Stream
+from clkit.data.training_step import extend_step, restore_step
 
 
 class Clock(Protocol):
@@ -36,6 +35,12 @@ class Clock(Protocol):
     def is_last_epoch(self) -> bool:
         """Whether the current epoch is the last of its experience."""
 
+    def check_plan(self) -> None:
+        """Refuse a trainer with which an experience could not be learned to its end."""
+
+    def check_schedules(self) -> None:
+        """Refuse learning-rate schedules that end before the stream does."""
+
 
 class HookRunner(Callback):
     """Runs the four hooks, counts steps and keeps the random state; :class:`~clkit.StreamDataModule` installs it.
@@ -54,29 +59,8 @@ class HookRunner(Callback):
         self._random_state: dict[str, Any] | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        strategies = callbacks_of(trainer, Hooks)
-        transforms = [s.transform_batch for s in strategies if overrides(s, "transform_batch")]
-        terms = [s.loss_term for s in strategies if overrides(s, "loss_term")]
-        if not transforms and not terms:
-            return
-        own_step = pl_module.training_step
-
-        @functools.wraps(own_step)
-        def training_step(batch: Any, *args: Any) -> Any:
-            for transform in transforms:
-                batch = transform(trainer, pl_module, batch)
-            with record_forward(pl_module):
-                output = own_step(batch, *args)
-            loss = output["loss"] if isinstance(output, Mapping) else output
-            if loss is None:
-                return output
-            added = [term(trainer, pl_module, batch, loss) for term in terms]
-            forget_forward(pl_module)
-            total = sum((term for term in added if term is not None), loss)
-            return {**output, "loss": total} if isinstance(output, Mapping) else total
-
-        setattr(training_step, OWN_STEP, own_step)
-        pl_module.training_step = training_step  # type: ignore[method-assign]
+        self.stream_clock.check_plan()
+        extend_step(trainer, pl_module, callbacks_of(trainer, Hooks), lambda: self in callbacks_of(trainer))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Lightning skips a loop that has nothing left to train, as after a kill between the last checkpoint and here;
@@ -89,19 +73,32 @@ class HookRunner(Callback):
             self._catch_up(trainer, pl_module, len(self.stream_clock.stream))
         if skipped:
             trainer.fit_loop.on_run_end()
-        self.steps.close()
-        self._restore_step(pl_module)
+        self.undo(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        # a checkpoint saved from here on shall go on with the batch that failed, not with the one after it
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        loader = trainer.train_dataloader
+        if progress.ready > progress.processed and isinstance(loader, StreamLoader):
+            loader.give_back()
+
+    def undo(self, module: LightningModule) -> None:
+        """Take back all that the fit's start changed; nothing happens the second time."""
         self.steps.close()
-        self._restore_step(pl_module)
+        restore_step(module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Lightning leaves out a checkpoint's loader state when configure_optimizers made the loaders before (as
         # trainer.estimated_stepping_batches does), and an epoch resumed in its middle would start over
         self._in_training = True
         trainer.fit_loop._load_combined_loader_states()
+        self.stream_clock.check_schedules()
         self.steps.open(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.steps.end_batch()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restore_random_state()
@@ -145,24 +142,18 @@ class HookRunner(Callback):
             if hasattr(callback, hook):
                 getattr(callback, hook)(trainer, module, self.stream_clock.stream[index])
 
-    def _restore_step(self, module: LightningModule) -> None:
-        own_step = getattr(module.__dict__.get("training_step"), OWN_STEP, None)
-        if own_step is not None:
-            del module.__dict__["training_step"]
-            if own_step != module.training_step:
-                module.training_step = own_step  # type: ignore[method-assign]
-
     def clock(self, trainer: Trainer) -> dict[str, Any]:
         """Return which hooks have run, the steps taken and every process's random state, for the checkpoint."""
         states: list[Any] = [_random_state()]
         if trainer.world_size > 1:
             states = states * trainer.world_size
             torch.distributed.all_gather_object(states, _random_state())
-        return {"started": self.started, "ended": self.ended, "steps": self.steps.count, "random_states": states}
+        return {"started": self.started, "ended": self.ended, **self.steps.state_dict(), "random_states": states}
 
     def set_clock(self, trainer: Trainer, clock: dict[str, Any]) -> None:
         """Go on from what :meth:`clock` returned."""
-        self.started, self.ended, self.steps.count = clock["started"], clock["ended"], clock["steps"]
+        self.started, self.ended = clock["started"], clock["ended"]
+        self.steps.load_state_dict(clock)
         states = clock["random_states"]
         if len(states) != trainer.world_size:
             rank_zero_warn(

@@ -7,13 +7,14 @@ from typing import Any, Literal, TypeVar, overload
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from clkit.data.fresh_start import FreshStart
 from clkit.data.stream import Experience
 
 T = TypeVar("T")
 AT_END = ("replaces", "trains", "reads")
 
 
-class Hooks(Callback):
+class Hooks(FreshStart):
     """Lightning's callback with four more hooks; those that a class does not override cost nothing.
 
     Attributes:
@@ -50,9 +51,9 @@ class Hooks(Callback):
         return None
 
 
-def overrides(hooks: Hooks, name: str) -> bool:
+def overrides(hooks: Hooks, name: str, base: type[Callback] = Hooks) -> bool:
     """Tell whether a class has a hook of its own."""
-    return getattr(type(hooks), name) is not getattr(Hooks, name)
+    return getattr(type(hooks), name) is not getattr(base, name)
 
 
 @overload

@@ -103,6 +103,10 @@ class StreamLoader:
     def state_dict(self) -> dict[str, int]:
         return {"next": self._next}
 
+    def give_back(self) -> None:
+        """Count the last batch as not read: whoever took it could not use it."""
+        self._next = max(self._next - 1, 0)
+
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._next = self._resume_at = state["next"]
 

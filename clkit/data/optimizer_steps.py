@@ -10,24 +10,29 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 class OptimizerSteps:
-    """Counts the steps that a trainer's optimizers take, not those that fp16's scaler leaves out.
+    """Counts the steps that a trainer's optimizers take: one for a batch, however many of them step on it.
 
-    A step that is left out does not reach the optimizer, so there is nothing to ask the device for. Only optimizers
-    that are told on the device (``fused``) are called all the same, and only then, under fp16, it is waited for.
+    A step that fp16's scaler leaves out is planned, but not taken. It does not reach the optimizer, so there is nothing
+    to ask the device for. Only optimizers that are told on the device (``fused``) are called all the same, and only
+    then, under fp16, it is waited for.
 
     Attributes:
-        count: Steps so far.
-        in_batch: Steps in the current batch.
+        planned: Steps so far that schedules go by.
+        count: Those of them that were taken.
+        in_batch: Whether one was taken in the current batch.
     """
 
     def __init__(self) -> None:
-        self.count = self.in_batch = 0
+        self.planned = self.count = 0
+        self.in_batch = False
+        self._global_step = 0
         self._trainer: Trainer | None = None
         self._handle: Any = None
 
     def open(self, trainer: Trainer) -> None:
         """Count from now on."""
         self.close()
+        self._global_step = trainer.global_step
         self._trainer, self._handle = trainer, register_optimizer_step_post_hook(self._note)
 
     def close(self) -> None:
@@ -38,15 +43,27 @@ class OptimizerSteps:
 
     def begin_batch(self) -> None:
         """Start a batch."""
-        self.in_batch = 0
+        self.in_batch = False
+
+    def end_batch(self) -> None:
+        """End a batch; where the gradients only accumulate it has no step."""
+        if self._trainer is not None and self._trainer.global_step != self._global_step:
+            self._global_step = self._trainer.global_step
+            self.planned += 1
+
+    def state_dict(self) -> dict[str, int]:
+        return {"planned_steps": self.planned, "steps": self.count}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.planned, self.count = state["planned_steps"], state["steps"]
 
     def _note(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._trainer is None or not any(optimizer is own for own in self._trainer.optimizers):
             return
         overflowed = getattr(optimizer, "found_inf", None)
         if overflowed is None or not bool(overflowed):
-            self.count += 1
-            self.in_batch += 1
+            self.count += not self.in_batch
+            self.in_batch = True
 
 
 def unscale(trainer: Trainer, optimizer: Optimizer) -> None:

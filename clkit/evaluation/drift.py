@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
 from clkit.data.datamodule import stream_data
+from clkit.data.fresh_start import FreshStart
 from clkit.data.stream import Experience
 from clkit.distributed import need_whole_weights
 from clkit.errors import check_whole
@@ -22,7 +23,7 @@ from clkit.method.module_kinds import Part, parts
 from clkit.metrics.drift_file import COLUMNS
 
 
-class ModuleDrift(Callback):
+class ModuleDrift(FreshStart):
     r"""Measures the change of every module's weights, which tells what forgets, with any strategy.
 
     Within an experience, from one point to the next (an epoch, or an equal share of the steps), and across experiences,
@@ -68,7 +69,7 @@ class ModuleDrift(Callback):
         self._parts = parts(pl_module)
 
     def on_experience_start(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
-        self._start_step = trainer.global_step
+        self._start_step = stream_data(trainer).step
         if experience.index == 0:
             self._last = self._copy()
         self._before, self._here = self._here, {}
@@ -76,7 +77,8 @@ class ModuleDrift(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step, data = trainer.global_step, stream_data(trainer)
+        data = stream_data(trainer)
+        step = data.step
         if step == self._last_step:
             return
         self._last_step = step
@@ -90,7 +92,7 @@ class ModuleDrift(Callback):
     def _measure(self, trainer: Trainer, k: int, point: str) -> None:
         now = self._copy()
         within, across = self._change(now, self._last), self._change(now, self._before.get(point))
-        self._rows.append((trainer.global_step, k, point))
+        self._rows.append((stream_data(trainer).step, k, point))
         self._within.append(within)
         self._across.append(across)
         self._last = self._here[point] = now

@@ -6,15 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import LightningModule, Trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from clkit.data.datamodule import stream_data
+from clkit.data.fresh_start import FreshStart
 from clkit.files import result_folder, write_atomically
 
 
-class Flops(Callback):
+class Flops(FreshStart):
     """Counts the floating-point operations of a training: matrix products, convolutions and attention.
 
     All that the strategies do is counted, forward and backward, also at experience ends; evaluation is not. A

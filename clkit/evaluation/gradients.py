@@ -74,7 +74,8 @@ class GradientNorms(Strategy):
         return batch
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if trainer.global_step % self.every:
+        data = stream_data(trainer)
+        if data.step % self.every:
             return
         params = with_gradient(pl_module)
         if not params:
@@ -86,7 +87,7 @@ class GradientNorms(Strategy):
         stability = (total - weight * plasticity) / (1 - weight) if weight < 1 else total - plasticity
         norms = [vector.norm() for vector in (total, plasticity, stability)]
         cosine = plasticity @ stability / (norms[1] * norms[2])
-        where = torch.tensor([trainer.global_step + 1, stream_data(trainer).experience.index], dtype=torch.float64)
+        where = torch.tensor([data.step + 1, data.experience.index], dtype=torch.float64)
         row = torch.stack([*norms, cosine]).double()
         self._rows.append(torch.cat([sent(where, row.device), row]))
         names = (f"gradient/{name}" for name in _COLUMNS[2:])

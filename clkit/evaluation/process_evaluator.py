@@ -28,6 +28,7 @@ from clkit.evaluation.prefix import FrozenPrefix
 from clkit.evaluation.scores import Scorer
 from clkit.evaluation.subsets import Subsets
 from clkit.files import scratch
+from clkit.method.evaluation_mode import kept_buffers
 from clkit.signals import STOP
 
 
@@ -173,6 +174,7 @@ class _Site:
                     own.copy_(new)
             if self.prefix is not None:
                 self.prefix.begin()
+        with kept_buffers(self.module), torch.no_grad(), self.precision.val_step_context():
             return evaluate_chunks(self.module, self.subsets, self.scorer, chunks, index, self.prefix)
 
 

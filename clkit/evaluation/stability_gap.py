@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info
 
 from clkit.data.datamodule import stream_data
+from clkit.data.fresh_start import FreshStart
 from clkit.data.stream import Experience, Stream
 from clkit.errors import ConfigurationError, check_choice, check_whole
 from clkit.evaluation.evaluator import Evaluator
@@ -28,7 +29,7 @@ from clkit.metrics.history import History
 from clkit.metrics.summary import summary
 
 
-class StabilityGap(Callback):
+class StabilityGap(FreshStart):
     """Evaluates every experience seen so far at every ``every``-th optimizer step, and at each experience's last.
 
     A fixed random subset of each experience's held-out data is evaluated in one pass over all of them; at the end of
@@ -172,9 +173,6 @@ class StabilityGap(Callback):
         assert self.dir is not None
         stream, device = stream_data(trainer).stream, pl_module.device
         resumed, self._resume_from = self._resume_from, None
-        if resumed is None:
-            self._start_step = self._last_step = self._evaluated_step = 0
-            self._clock = Stopwatch()
         self._clock.start()
         self._held_out = HeldOut(
             trainer, pl_module, split=self.split, subset=self.subset, seed=self.seed, batch_size=self.batch_size
@@ -197,7 +195,7 @@ class StabilityGap(Callback):
         assert self._evaluator is not None
         assert self._recorder is not None
         self._held_out.route()
-        self._start_step, index = trainer.global_step, experience.index
+        self._start_step, index = stream_data(trainer).step, experience.index
         if self.zero_shot and index > 0:
             this = range(index, index + 1)
             with self._shown(module):
@@ -207,7 +205,8 @@ class StabilityGap(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step, data = trainer.global_step, stream_data(trainer)
+        data = stream_data(trainer)
+        step = data.step
         new = range(self._last_step + 1, step + 1)
         self._last_step = step
         due = self._agreed(trainer, any(self.schedule.due(at - self._start_step) for at in new))
@@ -241,7 +240,7 @@ class StabilityGap(Callback):
         with self._clock.evaluating():
             with self._shown(module):
                 sums = self._held_out.full_sums(self._scorer, seen)
-            self._recorder.note(trainer.global_step, experience.index, "end", seen, lambda: sums)
+            self._recorder.note(stream_data(trainer).step, experience.index, "end", seen, lambda: sums)
             self._flush()
 
     def _flush(self) -> None:

@@ -13,14 +13,34 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Put every submodule in evaluation mode and give each its own mode back at the end."""
+    """Put every submodule in evaluation mode; at the end each has its own mode, and the buffers of before."""
     modes = [(child, child.training) for child in module.modules()]
     module.eval()
     try:
-        yield
+        with kept_buffers(module):
+            yield
     finally:
         for child, training in modes:
             child.training = training
+
+
+@contextmanager
+def kept_buffers(module: nn.Module) -> Iterator[None]:
+    """Give every buffer its value back at the end, and every name its buffer; those that nobody wrote to are let be."""
+    kept = [
+        (child._buffers, name, buffer, buffer._version, buffer.detach().clone())
+        for child in module.modules()
+        for name, buffer in child._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for own, name, buffer, version, value in kept:
+                own[name] = buffer
+                if buffer._version != version:
+                    buffer.copy_(value)
 
 
 @contextmanager

@@ -17,6 +17,8 @@ class ResetOptimizer(Callback):
     Without it they carry over: momentum and adaptive statistics of the last experience act on the next.
     """
 
+    renews_schedules = True
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         stream_data(trainer)
 

@@ -7,6 +7,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -159,6 +161,9 @@ def sample_gradients(
 ) -> dict[str, Tensor]:
     """Return each sample's own gradient, without autocast.
 
+    All at once by :func:`torch.func.vmap`, or one by one where the module cannot be vectorised (recurrent layers,
+    activation checkpointing, ``.item()``, buffers that a forward writes to).
+
     Args:
         module: The module.
         parameters: What to differentiate by, by name.
@@ -170,7 +175,23 @@ def sample_gradients(
     Returns:
         Gradients ``[B, *parameter.shape]`` by name.
     """
+    try:
+        return _vectorised(module, parameters, function, inputs, *others)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        rank_zero_warn(f"Samples go backward one by one: {type(module).__name__} cannot be vectorised ({reason}).")
+        return _one_by_one(module, parameters, function, inputs, *others)
 
+
+def _vectorised(
+    module: LightningModule,
+    parameters: Mapping[str, Tensor],
+    function: Callable[..., Tensor],
+    inputs: tuple[Tensor, ...],
+    *others: Tensor,
+) -> dict[str, Tensor]:
     def value(parameters: dict[str, Tensor], sample: tuple[Tensor, ...], *others: Tensor) -> Tensor:
         output = functional_call(module, parameters, tuple(part.unsqueeze(0) for part in sample))
         return function(output[0].float(), *others)
@@ -181,6 +202,47 @@ def sample_gradients(
     # the fused kernels of attention have no backward pass for vmap
     with sdpa_kernel(SDPBackend.MATH):
         return gradients(detached, inputs, *others)  # type: ignore[no-any-return]
+
+
+def _one_by_one(
+    module: LightningModule,
+    parameters: Mapping[str, Tensor],
+    function: Callable[..., Tensor],
+    inputs: tuple[Tensor, ...],
+    *others: Tensor,
+) -> dict[str, Tensor]:
+    rows = []
+    for sample in zip(*inputs, *others, strict=True):
+        with torch.enable_grad():
+            output = module(*(part.unsqueeze(0) for part in sample[: len(inputs)]))
+            value = function(output[0].float(), *sample[len(inputs) :])
+        rows.append(torch.autograd.grad(value, list(parameters.values()), materialize_grads=True))
+    return {name: torch.stack(column) for name, column in zip(parameters, zip(*rows, strict=True), strict=True)}
+
+
+@torch.no_grad()
+def try_measure(
+    trainer: Trainer, module: LightningModule, measure: Callable[[Any], Iterable[Tensor]], name: str, instead: str
+) -> None:
+    """Measure two samples before the training, since what fails would do so only at the first experience's end.
+
+    Raises:
+        ConfigurationError: If it fails.
+    """
+    data = stream_data(trainer)
+    rows = torch.arange(min(2, len(data.stream[0].train)))  # type: ignore[arg-type]
+    with isolate_rng(), evaluation_mode(module):
+        batch = to_device(trainer, read_samples(data.stream[0].train, rows, collate_fn=data.collate_fn))
+        try:
+            for _ in measure(batch):
+                pass
+        except (RuntimeError, ValueError, TypeError) as error:
+            if isinstance(error, ConfigurationError):
+                raise
+            raise ConfigurationError(
+                f"{name} needs the gradient of single samples, but {type(module).__name__} fails on one "
+                f"({str(error).splitlines()[0]}); {instead}."
+            ) from error
 
 
 def gradient_batch_size(parameters: Mapping[str, Tensor]) -> int:

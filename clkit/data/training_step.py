@@ -1,0 +1,70 @@
+"""The module's ``training_step`` with what the strategies add to it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from clkit.data.forward_record import OWN_STEP, Copies, forget_forward, record_forward
+from clkit.data.hooks import Hooks, overrides
+
+
+def extend_step(
+    trainer: Trainer, module: LightningModule, strategies: Sequence[Hooks], active: Callable[[], bool]
+) -> None:
+    """Put the strategies' transforms and loss terms into the module's ``training_step``.
+
+    ``training_step`` gets a batch of its own: whatever it does to it, strategies see what the stream gave.
+
+    Args:
+        trainer: The trainer.
+        module: The module.
+        strategies: The strategies, in their order.
+        active: Tells whether they act now.
+    """
+    transforms = [s.transform_batch for s in strategies if overrides(s, "transform_batch")]
+    terms = [s.loss_term for s in strategies if overrides(s, "loss_term")]
+    remembers = bool(transforms) or any(overrides(s, "on_train_batch_end", Callback) for s in strategies)
+    if not terms and not remembers:
+        return
+    own_step = module.training_step
+
+    @functools.wraps(own_step)
+    def training_step(batch: Any, *args: Any) -> Any:
+        if not active():
+            return own_step(batch, *args)
+        for transform in transforms:
+            batch = transform(trainer, module, batch)
+        copies = Copies()
+        given = tree_map(copies.make if remembers else _as_it_is, batch)
+        with record_forward(module, copies):
+            output = own_step(given, *args)
+        loss = output["loss"] if isinstance(output, Mapping) else output
+        if loss is None:
+            return output
+        added = [term(trainer, module, batch, loss) for term in terms]
+        forget_forward(module)
+        total = sum((term for term in added if term is not None), loss)
+        return {**output, "loss": total} if isinstance(output, Mapping) else total
+
+    setattr(training_step, OWN_STEP, own_step)
+    module.training_step = training_step  # type: ignore[method-assign]
+
+
+def restore_step(module: LightningModule) -> None:
+    """Undo :func:`extend_step`; nothing happens where it was not called."""
+    own_step = getattr(module.__dict__.get("training_step"), OWN_STEP, None)
+    if own_step is not None:
+        del module.__dict__["training_step"]
+        if own_step != module.training_step:
+            module.training_step = own_step  # type: ignore[method-assign]
+
+
+def _as_it_is(part: Any) -> Any:
+    return part if isinstance(part, Tensor) else copy.copy(part)

@@ -36,6 +36,9 @@ class Clock(Protocol):
     def is_last_epoch(self) -> bool:
         """Whether the current epoch is the last of its experience."""
 
+    def warn_of_processes(self, trainer: Trainer, module: LightningModule) -> None:
+        """Warn where several processes do not train as one does."""
+
 
 class HookRunner(Callback):
     """Runs the four hooks, counts steps and keeps the random state; :class:`~clkit.StreamDataModule` installs it.
@@ -102,6 +105,7 @@ class HookRunner(Callback):
         self._in_training = True
         trainer.fit_loop._load_combined_loader_states()
         self.steps.open(trainer)
+        self.stream_clock.warn_of_processes(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restore_random_state()

@@ -18,6 +18,7 @@ from clkit import ConfigurationError
 from clkit.metrics.drift_file import Drift
 from clkit.metrics.history import History, HistoryWriter
 from clkit.report import write_report
+from clkit.report.estimate import Estimate
 from clkit.report.figures import (
     ONE_COLUMN,
     accuracy_matrix_figure,
@@ -39,7 +40,7 @@ T_TWO_DEGREES = 4.302652729911275  # 97.5% quantile of Student's t, from a table
 FILES = {"report.md", "report.tex", "report.csv", "runs.csv", "report.html", "stability_gap.png", "stability_gap.svg"}
 
 
-def make_run(folder, final, *, lowest=0.25, overrides=None, config=None, complete=True):
+def make_run(folder, final, *, lowest=0.25, overrides=None, config=None, complete=True, diverged=None):
     """Two experiences of two steps; E0 ends at ``final`` and has its minimum at ``lowest``."""
     folder.mkdir(parents=True)
     writer = HistoryWriter(folder / "history.csv", 2)
@@ -56,7 +57,8 @@ def make_run(folder, final, *, lowest=0.25, overrides=None, config=None, complet
     writer.close()
     if complete:
         content = {
-            "format": 1, "biased": [], "complete": True, "score": "accuracy", "schedule": "every step", "subset": 1000,
+            "format": 1, "biased": [], "complete": True, "diverged": diverged, "score": "accuracy",
+            "schedule": "every step", "subset": 1000,
             "mask": "none",
             "stream": {"name": "toy", "kind": "class-incremental", "experiences": ["cats", "dogs"], "steps": [2, 4]},
             "metrics": {"ACC": (final + 0.8) / 2, "FORG": 0.9 - final, "min-ACC": lowest, "AAA": None, "n_missing": 0},
@@ -381,9 +383,9 @@ def test_lower_is_better_where_it_is(tmp_path):
 
 
 def test_equal_differences_need_no_test(tmp_path):
-    seeds_of(tmp_path, "a", [0.5, 0.5])
-    seeds_of(tmp_path, "b", [0.5, 0.5])
-    seeds_of(tmp_path, "c", [0.4, 0.4])
+    seeds_of(tmp_path, "a", [0.5] * 3)
+    seeds_of(tmp_path, "b", [0.5] * 3)
+    seeds_of(tmp_path, "c", [0.4] * 3)
     assert against_best(write_report([tmp_path]).groups, "ACC") == {1: 1.0, 2: 0.0}
 
 
@@ -548,3 +550,27 @@ def test_a_second_evaluation_of_a_run_is_a_line_of_its_own(tmp_path):
     labels = {group.label: group.estimate("ACC").mean for group in report.groups}
     assert labels == pytest.approx({"ema_balance · split_toy": 0.7, "ema_balance · averaged · split_toy": 0.75})
     assert tmp_path / "run" / "overlay.png" in report.files
+
+
+def test_a_run_that_diverged_is_marked_put_last_and_never_the_best(tmp_path):
+    """At chance from the start, nothing is forgotten: its FORG is the best of all."""
+    for seed in range(3):
+        for name, final, diverged in (("a_lost", 0.9, 3), ("b", 0.7 + seed / 100, None), ("c", 0.3 + seed / 50, None)):
+            config = {"seed": seed, "strategy": {name: {}}}
+            overrides = [f"strategy={name}", f"seed={seed}"]
+            lost = diverged if seed == 1 else None
+            make_run(tmp_path / f"{name}{seed}", final, overrides=overrides, config=config, diverged=lost)
+    report = write_report([tmp_path])
+    assert [group.label[:1] for group in report.groups] == ["b", "c", "a"]
+    assert [group.diverged for group in report.groups] == [0, 0, 1]
+    markdown = (tmp_path / "report.md").read_text()
+    assert "a_lost · split_toy (1 of 3 diverged)" in markdown
+    assert any("diverged at step 3" in note for note in report.notes)
+    # c is compared with b, the best that did not diverge
+    assert set(against_best(report.groups, "FORG")) == {1, 2}
+    assert pd.read_csv(tmp_path / "runs.csv").diverged.notna().sum() == 1
+
+
+@pytest.mark.parametrize(("n", "text"), [(1, "60.0"), (2, "60.0"), (3, "60.0 ± 24.8")])
+def test_there_is_no_interval_below_three_seeds(n, text):
+    assert str(Estimate.of([0.5, 0.7, 0.6][:n] if n > 1 else [0.6])) == text

@@ -268,3 +268,35 @@ def test_mapping_batches_work_with_a_score_for_them(tmp_path):
     usual = run(StabilityGap(dir=tmp_path / "b", plot=False), stream=plain, callbacks=[ExperienceReplay(10)])
     assert torch.equal(weights(mapped), weights(usual))
     assert (tmp_path / "a" / "history.csv").read_text() == (tmp_path / "b" / "history.csv").read_text()
+
+
+class Breaks(UserModule):
+    """Its loss is not finite from the steps on that are given, for one step or for good."""
+
+    def __init__(self, at, for_good):
+        super().__init__()
+        self.at, self.for_good = at, for_good
+
+    def training_step(self, batch, batch_idx):
+        step, loss = self.global_step + 1, super().training_step(batch, batch_idx)
+        broken = step >= self.at if self.for_good else step == self.at
+        return loss / 0 if broken else loss
+
+    def on_before_optimizer_step(self, optimizer):
+        for parameter in self.parameters():
+            parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(("at", "for_good", "expected"), [(14, True, 14), (14, False, None), (99, True, None)])
+def test_the_summary_says_from_which_step_on_the_loss_was_never_finite_again(at, for_good, expected, tmp_path):
+    run(StabilityGap(dir=tmp_path, plot=False), module=Breaks(at, for_good))
+    content = json.loads((tmp_path / "metrics.json").read_text())
+    assert (content["diverged"], content["complete"]) == (expected, True)
+
+
+def test_a_run_that_diverges_ends_when_asked_to(tmp_path):
+    module = Breaks(14, True)
+    run(StabilityGap(dir=tmp_path, plot=False, stop_on_nan=True), module=module)
+    content = json.loads((tmp_path / "metrics.json").read_text())
+    assert (content["diverged"], content["complete"]) == (14, False)
+    assert module.trainer.global_step == 14

@@ -23,6 +23,7 @@ from clkit.data.hook_runner import HookRunner
 from clkit.data.hooks import callbacks_of
 from clkit.data.loader import StreamLoader
 from clkit.data.stream import Experience, Stream
+from clkit.distributed import warn_of_differences
 from clkit.errors import ConfigurationError, check_whole
 from clkit.rng import private_rng
 
@@ -284,6 +285,11 @@ class StreamDataModule(pl.LightningDataModule):
             )
         if planned < self.total_epochs:
             rank_zero_warn(f"max_epochs={planned} ends before the stream does ({self.total_epochs} epochs).")
+
+    def warn_of_processes(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Warn where several processes do not train as one does; the trainer's batches are known by then."""
+        lengths = [] if self.steps is not None else [len(cast(Sequence[Any], part)) for part in self.train_sets]
+        warn_of_differences(trainer, module, lengths, self.drop_last)
 
     def train_dataloader(self) -> StreamLoader:
         """Batches of the current epoch of the current experience."""

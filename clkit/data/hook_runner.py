@@ -41,6 +41,9 @@ class Clock(Protocol):
     def check_schedules(self) -> None:
         """Refuse learning-rate schedules that end before the stream does."""
 
+    def warn_of_processes(self, trainer: Trainer, module: LightningModule) -> None:
+        """Warn where several processes do not train as one does."""
+
 
 class HookRunner(Callback):
     """Runs the four hooks, counts steps and keeps the random state; :class:`~clkit.StreamDataModule` installs it.
@@ -94,6 +97,7 @@ class HookRunner(Callback):
         trainer.fit_loop._load_combined_loader_states()
         self.stream_clock.check_schedules()
         self.steps.open(trainer)
+        self.stream_clock.warn_of_processes(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -138,12 +138,14 @@ class SnapshotEvaluator(Evaluator):
 
         with untouched(self.trainer, self.module):
             try:
-                group.sums = self.subsets.sums(self.chunks(range(group.index + 1)), scores)
+                sums = self.subsets.sums(self.chunks(range(group.index + 1)), scores)
             except RuntimeError as error:
                 raise ConfigurationError(
                     f"snapshots={self.snapshots} needs a forward that torch.func.vmap can vectorise "
                     f"({str(error).splitlines()[0]}); use snapshots=1."
                 ) from error
+        # a process without a chunk has scored nothing
+        group.sums = sums.expand(len(group.states), *sums.shape[-2:])
         group.states.clear()
 
 

@@ -16,6 +16,7 @@ from clkit.data.datamodule import stream_data
 from clkit.data.fresh_start import FreshStart
 from clkit.data.stream import Experience, Stream
 from clkit.errors import ConfigurationError, check_choice, check_whole
+from clkit.evaluation.divergence import Divergence
 from clkit.evaluation.evaluator import Evaluator
 from clkit.evaluation.evaluator_choice import EvaluatorChoice
 from clkit.evaluation.held_out import HeldOut, Split, held_out
@@ -71,6 +72,8 @@ class StabilityGap(FreshStart):
         seed: Seed of the choice of the subsets.
         flush_every: Evaluations whose results may wait on the device before they are written.
         plot: Draw the figure at the end.
+        stop_on_nan: End the fit as soon as the loss of a step is not finite in any process. Either way ``metrics.json``
+            says from which step on it never was again (``diverged``).
 
     Raises:
         ConfigurationError: If a value is out of range, or the split does not exist.
@@ -103,6 +106,7 @@ class StabilityGap(FreshStart):
         seed: int = 0,
         flush_every: int = 32,
         plot: bool = True,
+        stop_on_nan: bool = False,
     ) -> None:
         least = {"subset": subset, "batch_size": batch_size, "flush_every": flush_every}
         for setting, value in least.items():
@@ -128,6 +132,7 @@ class StabilityGap(FreshStart):
         self.mask: Mask = mask
         self.batch_size, self.seed, self.flush_every = batch_size, seed, flush_every
         self.plot, self.view, self.name = plot, view, view if name is None else name
+        self._divergence = Divergence(stop_on_nan)
         self._own_dir = None if dir is None else Path(dir)
         self.dir: Path | None = None
         self.metrics: dict[str, Any] = {}
@@ -207,6 +212,7 @@ class StabilityGap(FreshStart):
     ) -> None:
         data = stream_data(trainer)
         step = data.step
+        self._divergence.watch(trainer, outputs)
         new = range(self._last_step + 1, step + 1)
         self._last_step = step
         due = self._agreed(trainer, any(self.schedule.due(at - self._start_step) for at in new))
@@ -279,6 +285,7 @@ class StabilityGap(FreshStart):
             view=self._evaluated,
             windows=self.windows,
             n_undefined=self._recorder.n_undefined,
+            diverged=self._divergence.since,
         )
 
     def _draw(self, history: History, names: list[str]) -> None:
@@ -311,6 +318,7 @@ class StabilityGap(FreshStart):
             "schedule": self.schedule.state_dict(),
             "evaluator": {} if self._evaluator is None else self._evaluator.state_dict(),
             "clock": self._clock.state_dict(),
+            "divergence": self._divergence.state_dict(),
             "settings": self._settings(),
         }
 
@@ -346,6 +354,7 @@ class StabilityGap(FreshStart):
         self._start_step, self._last_step = state_dict["start_step"], state_dict["last_step"]
         self._evaluated_step = state_dict["evaluated_step"]
         self._clock.load_state_dict(state_dict["clock"])
+        self._divergence.load_state_dict(state_dict["divergence"])
         self.schedule.load_state_dict(state_dict["schedule"])
 
 

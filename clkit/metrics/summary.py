@@ -29,6 +29,7 @@ def summary(
     view: str = "live",
     windows: Sequence[int] = (10, 100),
     n_undefined: int = 0,
+    diverged: int | None = None,
     approximation: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Build the content of ``metrics.json``: a function of the history, the settings and the installed versions.
@@ -45,6 +46,7 @@ def summary(
         view: Which weights were evaluated: the live ones, or those that a strategy offers under another name.
         windows: Window lengths in evaluations.
         n_undefined: Evaluated samples whose score was NaN.
+        diverged: The optimizer step from which on the loss was not finite; ``None`` if it stayed so.
         approximation: What is known of the error of approximate evaluations.
 
     Returns:
@@ -55,6 +57,7 @@ def summary(
     content = {
         "format": 1,
         "complete": complete,
+        "diverged": diverged,
         "score": score,
         "schedule": schedule,
         "biased": [] if schedule == "every step" else _biased(metrics, bool(approximation)),

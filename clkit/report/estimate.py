@@ -11,11 +11,14 @@ from scipy.special import stdtrit
 
 
 def mean_interval(values: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean and half width of the 95% t-interval over the first axis of ``[n, ...]``; the latter is NaN for n = 1."""
+    """Mean and half width of the 95% t-interval over the first axis of ``[n, ...]``; the latter is NaN for n < 3.
+
+    Of two values the interval is 6.4 times as wide as they are apart, which tells nothing.
+    """
     values = np.asarray(values, dtype=np.float64)
     n = len(values)
-    if n == 1:
-        return values[0], np.full_like(values[0], np.nan)
+    if n < 3:
+        return values.mean(axis=0), np.full_like(values[0], np.nan)
     half = stdtrit(n - 1, 0.975) * values.std(axis=0, ddof=1) / np.sqrt(n)
     return values.mean(axis=0), half
 

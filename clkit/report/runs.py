@@ -81,6 +81,8 @@ class Run:
                 subset=None,
             )
             notes = ("unfinished: no metrics.json of format 1, numbers computed from history.csv",)
+        if metrics.get("diverged") is not None:
+            notes += (f"diverged at step {metrics['diverged']}: its scores are those of chance",)
         if not len(history):
             notes += ("no evaluation yet",)
         seconds = (_json(directory / "timing.json") or {}).get("training_seconds", np.nan)
@@ -91,6 +93,11 @@ class Run:
     def complete(self) -> bool:
         """Whether the run reached the end of its stream."""
         return bool(self.summary["complete"])
+
+    @property
+    def diverged(self) -> int | None:
+        """The optimizer step from which on its loss was not finite; ``None`` if it stayed so, or nobody looked."""
+        return self.summary.get("diverged")
 
     @property
     def experiences(self) -> list[str]:
@@ -135,8 +142,13 @@ class Group:
 
     @cached_property
     def counted(self) -> tuple[Run, ...]:
-        """The runs that means are taken over: the complete ones, or all if none is."""
-        return tuple(run for run in self.runs if run.complete) or self.runs
+        """The runs that means are taken over: those that are complete or diverged, or all if none is."""
+        return tuple(run for run in self.runs if run.complete or run.diverged is not None) or self.runs
+
+    @property
+    def diverged(self) -> int:
+        """Number of the counted runs that diverged."""
+        return sum(run.diverged is not None for run in self.counted)
 
     def estimate(self, name: str) -> Estimate:
         """Mean and interval of a metric."""
@@ -166,7 +178,10 @@ def find_runs(directories: Iterable[Path]) -> tuple[list[Run], list[str]]:
 
 
 def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
-    """Group runs whose overrides are equal except for the seed; return the groups and notes on doubtful ones."""
+    """Group runs whose overrides are equal except for the seed; return the groups and notes on doubtful ones.
+
+    Groups with diverged runs come last.
+    """
     members: dict[tuple[object, ...], list[Run]] = {}
     for run in runs:
         apart = frozenset(item for item in run.overrides.items() if item[0] not in _NOT_IN_RESULT)
@@ -192,7 +207,7 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
             notes.append(
                 f"{group.label}: {len(same) - len(group.counted)} of {len(same)} runs unfinished, not in the means"
             )
-    return sorted(groups, key=lambda group: group.label), notes
+    return sorted(groups, key=lambda group: (group.diverged > 0, group.label)), notes
 
 
 def config_differences(groups: Sequence[Group]) -> dict[str, list[str]]:

@@ -24,9 +24,10 @@ def against_best(groups: Sequence[Group], metric: str) -> dict[int, float]:
         metric: Name of the metric.
 
     Returns:
-        Position of a group to its corrected p-value; only groups that share two seeds or more with the best.
+        Position of a group to its corrected p-value; only groups that share three seeds or more with the best. A group
+        with diverged runs is never the best.
     """
-    means = np.array([group.estimate(metric).mean for group in groups])
+    means = np.array([np.nan if group.diverged else group.estimate(metric).mean for group in groups])
     sign = 1.0 if higher_is_better(metric) else -1.0
     if len(groups) < 2 or np.isnan(means).all():
         return {}
@@ -35,7 +36,7 @@ def against_best(groups: Sequence[Group], metric: str) -> dict[int, float]:
     found = {}
     for position, of in enumerate(values):
         seeds = [s for s in of if s in values[best] and np.isfinite([of[s], values[best][s]]).all()]
-        if position != best and len(seeds) > 1:
+        if position != best and len(seeds) > 2:
             found[position] = _paired([values[best][s] for s in seeds], [of[s] for s in seeds])
     return _holm(found)
 

@@ -127,7 +127,8 @@ def results_table(groups: Sequence[Group], metrics: Sequence[str] | None = None)
         for position, group in enumerate(groups)
     )
     marked = any(p < LEVEL for test in tests.values() for p in test.values())
-    over = "mean ± 95% t-interval over seeds" if any(len(group.counted) > 1 for group in groups) else "one seed"
+    most = max(len(group.counted) for group in groups)
+    over = "one seed" if most == 1 else "mean over seeds" if most == 2 else "mean ± 95% t-interval over seeds"
     biased = {name for group in groups for name in group.counted[0].summary.get("biased", ())}
     header = (f"{title(metric)} †" if metric in biased else title(metric) for metric in metrics)
     note = f"; * worse than the best, paired t-test over seeds, Holm-corrected, p < {LEVEL}" if marked else ""
@@ -164,7 +165,7 @@ def comparison_table(groups: Sequence[Group]) -> Table:
     metrics = [m for m in metric_names(groups) if m in HEADLINES]
     tests = {metric: against_best(groups, metric) for metric in metrics}
     rows = tuple(
-        (group.label, *(f"{tests[m][position]:.3f}" if position in tests[m] else "–" for m in metrics))
+        (_mark(group), *(f"{tests[m][position]:.3f}" if position in tests[m] else "–" for m in metrics))
         for position, group in enumerate(groups)
         if any(position in test for test in tests.values())
     )
@@ -179,7 +180,7 @@ def runs_table(groups: Sequence[Group]) -> Table:
         (
             group.label,
             run.seed,
-            "yes" if run.complete else "no",
+            f"diverged at {run.diverged}" if run.diverged is not None else "yes" if run.complete else "no",
             *(Estimate.of([run.metric(m)]).text(scale(m)) for m in metrics),
         )
         for group in groups
@@ -227,13 +228,13 @@ def results_csv(groups: Sequence[Group]) -> str:
     out = StringIO()
     writer = csv.writer(out, lineterminator="\n")
     columns = (f"{metric}{suffix}" for metric in metrics for suffix in ("", "_std", "_ci95"))
-    writer.writerow(["run", "seeds", "complete", *columns])
+    writer.writerow(["run", "seeds", "complete", "diverged", *columns])
     for group in groups:
         estimates = [group.estimate(metric) for metric in metrics]
         numbers = (value for e in estimates for value in (e.mean, e.std, e.half))
         complete = all(run.complete for run in group.counted)
         writer.writerow(
-            [group.label, len(group.counted), complete, *("" if value != value else repr(value) for value in numbers)]
+            [group.label, len(group.counted), complete, group.diverged, *("" if v != v else repr(v) for v in numbers)]
         )
     return out.getvalue()
 
@@ -248,11 +249,12 @@ def runs_csv(groups: Sequence[Group]) -> str:
     differing = config_differences([Group(run.label, (run,)) for run in runs])
     out = StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    header = ("folder", "run", "scenario", "seed", "complete", "training_seconds")
+    header = ("folder", "run", "scenario", "seed", "complete", "diverged", "training_seconds")
     answers = list(_ANSWERS) if any(run.answers for run in runs) else []
     writer.writerow([*header, *differing, *metrics, *answers])
     for position, run in enumerate(runs):
-        about = (run.directory, run.label, run.scenario, run.seed, run.complete, _cell(run.seconds))
+        stopped = "" if run.diverged is None else run.diverged
+        about = (run.directory, run.label, run.scenario, run.seed, run.complete, stopped, _cell(run.seconds))
         scores = run.answers.get("score", {})
         numbers = [run.metric(name) for name in metrics] + [_defined(scores.get(_ANSWERS[name])) for name in answers]
         settings = ["" if column[position] == ABSENT else column[position] for column in differing.values()]
@@ -270,6 +272,8 @@ def _schedule_note(groups: Sequence[Group]) -> str:
 
 
 def _mark(group: Group) -> str:
+    if group.diverged:
+        return f"{group.label} ({group.diverged} of {len(group.counted)} diverged)"
     return group.label if group.counted[0].complete else f"{group.label} (unfinished)"
 
 

@@ -66,9 +66,10 @@ class Attempt:
 
 
 def is_finished(folder: Path) -> bool:
-    """Tell whether a run's folder holds the numbers of a whole stream."""
+    """Tell whether a run's folder holds the numbers of a whole stream, or of a run that diverged and was stopped."""
     path = folder / "metrics.json"
-    return path.is_file() and bool(json.loads(path.read_text()).get("complete"))
+    metrics = json.loads(path.read_text()) if path.is_file() else {}
+    return bool(metrics.get("complete")) or metrics.get("diverged") is not None
 
 
 def fingerprint(config: DictConfig) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -20,6 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from clkit.errors import ConfigurationError
+from clkit.report.definitions import higher_is_better
 from clkit.run import plugins
 from clkit.run.explain import complain, explain
 from clkit.run.folder import Busy, is_finished, owned_by
@@ -72,7 +74,11 @@ def task(config: DictConfig) -> float | None:
 def _objective(config: DictConfig, folder: Path) -> float | None:
     if str(HydraConfig.get().sweeper._target_).endswith(".BasicSweeper") or not is_rank_zero():
         return None
-    metrics = json.loads((folder / "metrics.json").read_text())["metrics"]
+    content = json.loads((folder / "metrics.json").read_text())
+    metrics = content["metrics"]
+    if content.get("diverged") is not None:
+        # chance forgets nothing
+        return -math.inf if higher_is_better(config.objective) else math.inf
     value = metrics.get(config.objective)
     if value is None:
         why = "is undefined on this stream" if config.objective in metrics else "is no metric"

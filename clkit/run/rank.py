@@ -7,5 +7,10 @@ import os
 
 def is_rank_zero() -> bool:
     """Tell whether this process does what only one may do: write results, print, hold the run's folder."""
-    ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
-    return next((rank for rank in ranks if rank), "0") == "0"
+    rank = os.environ.get("RANK")
+    if rank:
+        return rank == "0"
+    # Lightning's own start on a node: its first process has no rank of any kind, but the node's
+    node = os.environ.get("NODE_RANK") or os.environ.get("GROUP_RANK") or "0"
+    local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_PROCID") or "0"
+    return node == local == "0"

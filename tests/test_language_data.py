@@ -195,6 +195,9 @@ def test_files_and_hub_data_sets_as_tasks(tmp_path):
         )
 
 
+FILES = {"train": "sums/train.json", "test": "sums/test.json"}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -202,6 +205,18 @@ def test_files_and_hub_data_sets_as_tasks(tmp_path):
         ({"tasks": ["sums", "sums"]}, "names 'sums' twice"),
         ({"tasks": "sums"}, "one text"),
         ({"tasks": {"mine": {"train": "sums/train.json"}}}, "'mine' has no test split"),
+        (
+            {"tasks": {"mine": {**FILES, "metrics": "number"}}},
+            "'mine' has an unknown key 'metrics'; did you mean metric",
+        ),
+        ({"tasks": {"mine": {**FILES, "val": "a.json"}}}, "'mine' has an unknown key 'val'; known: eval, format"),
+        ({"tasks": {"mine": {"hub": "x", "split": {}}}}, "'mine' has an unknown key 'split'; did you mean splits"),
+        (
+            {"tasks": {"mine": {"hub": "x", "splits": {"val": "y"}}}},
+            "splits has an unknown key 'val'; did you mean eval",
+        ),
+        ({"template_options": {"enable_thinkin": False}}, "'enable_thinkin', which the chat template .* not mention"),
+        ({"template_options": {"messages": 1}, "chat": False}, "is not used for .chat=false."),
         ({"metrics": {"sum": "number"}}, "metrics names 'sum', which is no task"),
         ({"side": "both"}, "side='both'"),
         ({"chat": True, "tokenizer": small_tokenizer(chat=False)}, "no chat template"),

@@ -209,7 +209,7 @@ FILES = {"train": "sums/train.json", "test": "sums/test.json"}
             {"tasks": {"mine": {**FILES, "metrics": "number"}}},
             "'mine' has an unknown key 'metrics'; did you mean metric",
         ),
-        ({"tasks": {"mine": {**FILES, "val": "a.json"}}}, "'mine' has an unknown key 'val'; known: eval, format"),
+        ({"tasks": {"mine": {**FILES, "val": "a.json"}}}, "'mine' has an unknown key 'val'; did you mean eval"),
         ({"tasks": {"mine": {"hub": "x", "split": {}}}}, "'mine' has an unknown key 'split'; did you mean splits"),
         (
             {"tasks": {"mine": {"hub": "x", "splits": {"val": "y"}}}},

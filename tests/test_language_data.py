@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from hydra import compose, initialize_config_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from language import objects, write_tasks
@@ -322,3 +323,23 @@ def test_a_class_that_is_only_held_out_is_refused(tmp_path):
         SplitTexts(folder, tokenizer=small_tokenizer())
     with pytest.raises(ConfigurationError, match="There is no folder"):
         SplitTexts(tmp_path / "none", tokenizer=small_tokenizer())
+
+
+def composed(*overrides):
+    with initialize_config_module("clkit.conf", version_base="1.3"):
+        return compose("train", list(overrides))
+
+
+@pytest.mark.parametrize("scenario", ["instructions", "split_texts"])
+def test_runs_on_texts_have_defaults_of_their_own_that_the_user_can_override(scenario):
+    texts, images = composed(f"scenario={scenario}"), composed("scenario=split_digits")
+    assert texts.data.group_by_length
+    assert texts.data.batch_size < images.data.batch_size
+    for key in ("batch_size", "subset"):
+        assert texts.evaluation[key] < images.evaluation[key]
+    assert texts.evaluation.every > images.evaluation.every
+    assert texts.evaluation.score == ("token_accuracy" if scenario == "instructions" else "accuracy")
+    assert texts.evaluation.keys() == images.evaluation.keys()
+    own = composed(f"scenario={scenario}", "data.batch_size=3", "schedule=log_spaced")
+    assert (own.data.batch_size, own.evaluation.every.dense) == (3, 50)
+    assert composed("experiment=smollm2_instructions").evaluation.every == 5

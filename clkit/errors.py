@@ -35,6 +35,18 @@ def check_choice(name: str, value: Any, known: Collection[Any]) -> None:
         raise ConfigurationError(f"{name}={value!r} is unknown; use {', '.join(map(str, known))}.")
 
 
+def check_keys(where: str, given: Iterable[Any], known: Iterable[str]) -> None:
+    """Check that all keys of ``given`` are known.
+
+    Raises:
+        ConfigurationError: If one is not; it names the nearest.
+    """
+    known = list(known)
+    for key in given:
+        if key not in known:
+            raise ConfigurationError(f"{where} has an unknown key {key!r}; {suggest(str(key), known)}")
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """Return a hint: the known names near to ``name``, or all of them when none is near."""
     known = sorted(known)

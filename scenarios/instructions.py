@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from clkit.data.stream import Experience, Stream
-from clkit.errors import ConfigurationError, check_whole
+from clkit.errors import ConfigurationError, check_keys, check_whole
 from clkit.language.answers import METRICS
 from clkit.language.dataset import InstructionDataset, Pad, Side, TooLong
 from clkit.language.models import load_tokenizer
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "eval", "test"]
 SPLITS: tuple[Split, ...] = ("train", "eval", "test")
+_ABOUT = ("metric", "style", "format")
+_HUB = ("hub", "name", "splits", "keys", "options")
 
 
 class Instructions(Stream):
@@ -64,8 +66,8 @@ class Instructions(Stream):
         style_reports: What ``styles`` did, by task.
 
     Raises:
-        ConfigurationError: If a file or folder is missing, a record is bad, or two tasks have one name; with file and
-            line.
+        ConfigurationError: If a file or folder is missing, a record is bad, two tasks have one name, or a task has an
+            unknown key; with file and line.
     """
 
     def __init__(
@@ -89,9 +91,8 @@ class Instructions(Stream):
         sources = _sources(tasks, root)
         loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         limits = dict(limit) if isinstance(limit, Mapping) else dict.fromkeys(SPLITS, limit)
+        check_keys("limit", limits, SPLITS)
         for split, least in limits.items():
-            if split not in SPLITS:
-                raise ConfigurationError(f"limit names {split!r}, which is no split; use {', '.join(SPLITS)}.")
             if least is not None:
                 check_whole(f"limit of {split}", least, 1)
         unknown = [task for task in metrics or {} if task not in sources]
@@ -153,8 +154,11 @@ def _sources(tasks: Mapping[str, Any] | Sequence[str] | None, root: Path) -> dic
 def _read(task: str, source: Any, root: Path, on_error: OnError) -> tuple[dict[Split, list[Record]], dict[str, Any]]:
     """The records of each split, and what else is said of the task."""
     if isinstance(source, Mapping) and "hub" in source:
+        check_keys(f"Task {task!r}", source, (*_HUB, *_ABOUT))
+        check_keys(f"Task {task!r}, splits", source.get("splits") or {}, SPLITS)
         return _from_hub(task, source, on_error), dict(source)
     if isinstance(source, Mapping):
+        check_keys(f"Task {task!r}", source, (*SPLITS, *_ABOUT))
         files = about = dict(source)
         return _read_files(task, files, root, on_error), about
     return read_folder(root / str(source), task, on_error)
@@ -167,7 +171,8 @@ def read_folder(folder: Path, task: str, on_error: OnError) -> tuple[dict[Split,
         The records of each split, and what its ``task.json`` says.
 
     Raises:
-        ConfigurationError: If there is no such folder, or a file is missing or bad.
+        ConfigurationError: If there is no such folder, a file is missing or bad, or ``task.json`` has other keys than
+            ``metric``, ``style`` and ``format``.
     """
     if not folder.is_dir():
         root = folder.parent
@@ -181,6 +186,7 @@ def read_folder(folder: Path, task: str, on_error: OnError) -> tuple[dict[Split,
         raise ConfigurationError(f"{described} is no JSON: {error}. Mend the file.") from error
     if not isinstance(about, dict):
         raise ConfigurationError(f"{described} holds a {type(about).__name__}; it must be an object.")
+    check_keys(str(described), about, _ABOUT)
     return _read_files(task, files, folder, on_error), about
 
 

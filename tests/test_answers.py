@@ -4,6 +4,7 @@ import builtins
 import math
 import string
 import time
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -132,6 +133,35 @@ def test_every_letter_in_every_form(letter, form):
         ("Answer: none, or 4", 4),
         ("She has 3 cats and 2 dogs, so 5", 5),
         ("Answer: 5\nNo. The answer is 6", 6),
+        ("½", 0.5),
+        ("-½", -0.5),
+        ("1½ cups", 1.5),
+        ("3 ¾", 3.75),
+        (r"\frac{1}{2}", 0.5),
+        (r"$-\dfrac{3}{4}$", -0.75),
+        (r"\boxed{2\frac{1}{4}}", 2.25),
+        (r"\frac12", 0.5),
+        ("1 1/2", 1.5),
+        ("-1 1/2", -1.5),
+        ("1 000", 1000),
+        ("12 345 678.5", 12345678.5),
+        ("1\u202f000", 1000),
+        ("1'000", 1000),
+        (r"1{,}000", 1000),
+        ("10^3", 1000),
+        ("10**3", 1000),
+        ("10^{-2}", Fraction(1, 100)),
+        ("10³", 1000),
+        ("2^10", 1024),
+        ("-2^2", -4),
+        ("1.5 x 10^3", 1500),
+        (r"1.5 \times 10^{3}", 1500),
+        ("1.5×10⁻²", Fraction("0.015")),
+        ("0^-1", 0),
+        ("5 m²", 5),
+        ("in 2020 100 came", 100),
+        ("5 1000", 1000),
+        ("It was 3, 100 of them", 100),
     ],
 )
 def test_the_number_that_is_stated(text, value):
@@ -150,6 +180,19 @@ def test_notations_of_one_number_are_equal(units, decimals):
         assert score_answer("number", text, str(units)) == 1
         assert score_answer("number", text, str(units + 1)) == 0
         assert score_answer("number", text, str(-units)) == (units == 0)
+
+
+@given(st.integers(0, 999), st.integers(1, 99), st.integers(1, 99), st.booleans())
+def test_notations_of_one_fraction_are_equal(whole, top, bottom, negative):
+    value = (whole + Fraction(top, bottom)) * (-1 if negative else 1)
+    sign = "-" if negative else ""
+    whole_text = str(whole) if whole else ""
+    for form in (
+        f"{whole_text} {top}/{bottom}",
+        rf"{whole_text}\frac{{{top}}}{{{bottom}}}",
+        f"{whole_text} {top}⁄{bottom}",
+    ):
+        assert find_number(sign + form.strip()) == value
 
 
 def test_numbers_are_compared_exactly():
@@ -183,6 +226,18 @@ def test_exact_match_forgives_case_punctuation_articles_and_what_follows():
     assert score_answer("exact_match", "x\nthe y\nz", "X\ny") == 1
     assert score_answer("exact_match", "The", "A") == 0  # of which nothing is left
     assert score_answer("exact_match", "a", "A") == 1
+    for lead in (
+        "Answer: {}",
+        "answer:\n{}",
+        "**Answer:** {}.",
+        "The answer is {}\nQuestion: blue",
+        "The final answer is: {}",
+    ):
+        assert score_answer("exact_match", lead.format("red"), "red") == 1
+        assert score_answer("exact_match", lead.format("not red"), "red") == 0
+        assert score_answer("exact_match", lead.format("red"), "red", strict=True) == 0
+    assert score_answer("exact_match", "blue\nQuestion: which colour?\nAnswer: red", "red") == 0
+    assert score_answer("exact_match", "Answer: red", "Answer: red", strict=True) == 1
 
 
 def test_format_matters_to_the_strict_reading_alone():

@@ -139,7 +139,7 @@ def tasks(folder, **more):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"limit": {"val": 1}}, "limit names 'val', which is no split"),
+        ({"limit": {"val": 1}}, "limit has an unknown key 'val'; did you mean eval"),
         ({"limit": -1}, "limit of train=-1"),
         ({"limit": {"train": 1.5}}, "limit of train=1.5"),
         ({"metrics": "unknown"}, "metric='exactmatch' is unknown; use one of exact_match"),
@@ -164,7 +164,14 @@ def test_references_that_a_metric_cannot_read_are_found_before_training(tmp_path
         callback.setup(trainer, make_module(), "fit")
 
 
-@pytest.mark.parametrize(("text", "said"), [("{", "is no JSON"), ("[1]", "must be an object")])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "is no JSON"),
+        ("[1]", "must be an object"),
+        ('{"metrc": "f1"}', "unknown key 'metrc'; did you mean metric"),
+    ],
+)
 def test_a_bad_description_of_a_task_is_named(tmp_path, text, said):
     arguments = tasks(tmp_path)
     first = sorted(path for path in tmp_path.iterdir() if path.is_dir())[0]

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from hydra import compose, initialize_config_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from language import objects, write_tasks
@@ -195,6 +196,9 @@ def test_files_and_hub_data_sets_as_tasks(tmp_path):
         )
 
 
+FILES = {"train": "sums/train.json", "test": "sums/test.json"}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -202,6 +206,18 @@ def test_files_and_hub_data_sets_as_tasks(tmp_path):
         ({"tasks": ["sums", "sums"]}, "names 'sums' twice"),
         ({"tasks": "sums"}, "one text"),
         ({"tasks": {"mine": {"train": "sums/train.json"}}}, "'mine' has no test split"),
+        (
+            {"tasks": {"mine": {**FILES, "metrics": "number"}}},
+            "'mine' has an unknown key 'metrics'; did you mean metric",
+        ),
+        ({"tasks": {"mine": {**FILES, "val": "a.json"}}}, "'mine' has an unknown key 'val'; did you mean eval"),
+        ({"tasks": {"mine": {"hub": "x", "split": {}}}}, "'mine' has an unknown key 'split'; did you mean splits"),
+        (
+            {"tasks": {"mine": {"hub": "x", "splits": {"val": "y"}}}},
+            "splits has an unknown key 'val'; did you mean eval",
+        ),
+        ({"template_options": {"enable_thinkin": False}}, "'enable_thinkin', which the chat template .* not mention"),
+        ({"template_options": {"messages": 1}, "chat": False}, "is not used for .chat=false."),
         ({"metrics": {"sum": "number"}}, "metrics names 'sum', which is no task"),
         ({"side": "both"}, "side='both'"),
         ({"chat": True, "tokenizer": small_tokenizer(chat=False)}, "no chat template"),
@@ -307,3 +323,23 @@ def test_a_class_that_is_only_held_out_is_refused(tmp_path):
         SplitTexts(folder, tokenizer=small_tokenizer())
     with pytest.raises(ConfigurationError, match="There is no folder"):
         SplitTexts(tmp_path / "none", tokenizer=small_tokenizer())
+
+
+def composed(*overrides):
+    with initialize_config_module("clkit.conf", version_base="1.3"):
+        return compose("train", list(overrides))
+
+
+@pytest.mark.parametrize("scenario", ["instructions", "split_texts"])
+def test_runs_on_texts_have_defaults_of_their_own_that_the_user_can_override(scenario):
+    texts, images = composed(f"scenario={scenario}"), composed("scenario=split_digits")
+    assert texts.data.group_by_length
+    assert texts.data.batch_size < images.data.batch_size
+    for key in ("batch_size", "subset"):
+        assert texts.evaluation[key] < images.evaluation[key]
+    assert texts.evaluation.every > images.evaluation.every
+    assert texts.evaluation.score == ("token_accuracy" if scenario == "instructions" else "accuracy")
+    assert texts.evaluation.keys() == images.evaluation.keys()
+    own = composed(f"scenario={scenario}", "data.batch_size=3", "schedule=log_spaced")
+    assert (own.data.batch_size, own.evaluation.every.dense) == (3, 50)
+    assert composed("experiment=smollm2_instructions").evaluation.every == 5

@@ -25,21 +25,28 @@ from clkit.errors import ConfigurationError
 _ANSWER = r"(?:\banswer\b[^.\n。]{0,60}?(?:\bis\b|[:=])|\banswer\b|答案[^.\n。]{0,20}?[是为:]|####)\s*"
 _ASIDE = r"(?:the\s+)?(?:correct\s+|right\s+|best\s+)?(?:option|choice|letter)?(?:\s+is\b)?\s*:?"
 _OPENING = r"[\s(\[{\"'*_$]*(?:\\(?:boxed|text)\{)*"
+_DIGITS = r"[0-9]{1,3}(?:(?P<group>[, '’])[0-9]{3}(?:(?P=group)[0-9]{3})*)(?![0-9])(?:\.[0-9]+)?"
+_EXPONENT = r"(?:\^|\*\*) ?\{?(?P<%s>[-+]?[0-9]{1,3})(?![0-9])\}?"
 _NUMBER = re.compile(
     r"(?P<sign>(?<![\w.)])-[$€£]?|)(?<![A-Za-z0-9_])"
-    r"(?P<value>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
-    r"(?:[eE](?P<power>[-+]?[0-9]{1,3})(?!\w))?"
+    rf"(?:(?P<whole>[0-9]+) (?=[0-9]+ ?/ ?[0-9]))?"
+    rf"(?P<value>{_DIGITS}|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
+    rf"(?:[eE](?P<power>[-+]?[0-9]{{1,3}})(?!\w)|{_EXPONENT % 'exponent'})?"
+    rf"(?: ?(?:[x×*·]|\\times|\\cdot) ?10{_EXPONENT % 'tens'})?"
     r"(?: ?/ ?(?P<divisor>[0-9]+(?:\.[0-9]+)?)(?![0-9/]))?"
 )
+_RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+", strict=True))
 
 
 def exact_match(prediction: str, reference: str) -> float:
     """1 if the answer is the reference, but for case, punctuation, articles and whitespace.
 
-    Of the answer, as many lines count as the reference has; a model that was not stopped writes on.
+    Of the answer, as many lines count as the reference has; a model that was not stopped writes on. "Answer:", "The
+    answer is" and the like in the first line do not count.
     """
-    lines = prediction.strip().splitlines()[: len(reference.strip().splitlines())]
-    return float(_normal("\n".join(lines)) == _normal(reference))
+    n = len(reference.strip().splitlines())
+    texts = (prediction, _after_lead(prediction))
+    return float(any(_normal("\n".join(text.strip().splitlines()[:n])) == _normal(reference) for text in texts))
 
 
 def letter(prediction: str, reference: str, choices: int | None = None) -> float:
@@ -234,13 +241,14 @@ def find_letter(text: str, choices: int | None = None) -> str | None:
 
 
 def find_number(text: str) -> Fraction | None:
-    """Return the number that a text states.
+    r"""Return the number that a text states.
 
     That is the first one after the last "answer is", "answer:", "####" or the like (there, what follows the line's last
-    ``=``), else the last one in the text. Signs, decimals, thousands separators (``1,234``), powers of ten and
-    fractions (``3/4``) are understood; units and percent signs do not count.
+    ``=``), else the last one in the text. Signs, decimals, thousands separators (``1,234``, ``1 234``), powers
+    (``1e3``, ``10^3``, ``10³``, ``1.5 x 10^3``), fractions (``3/4``, ``¾``, ``\frac{3}{4}``) and mixed numbers
+    (``1 3/4``, ``1¾``) are understood; units and percent signs do not count.
     """
-    text = _plain(text.replace("−", "-"))
+    text = _plain(_one_line_numbers(text))
     for stated in reversed(list(re.finditer(_ANSWER, text, re.IGNORECASE))):
         line = text[stated.end() :].partition("\n")[0]
         found = _NUMBER.search(line.rpartition("=")[2])
@@ -250,11 +258,28 @@ def find_number(text: str) -> Fraction | None:
     return last and _value(last)
 
 
+def _one_line_numbers(text: str) -> str:
+    """Write what is raised, small or a LaTeX fraction in one line, which compatibility forms would run together."""
+    text = text.replace("−", "-").replace("{,}", ",").replace("\\,", " ")
+    text = re.sub(rf"(?<=[0-9])[{''.join(_RAISED)}]+", lambda m: "^" + "".join(_RAISED[c] for c in m[0]), text)
+    text = re.sub(r"(?<=[0-9])(?=[¼-¾⅐-⅞↉])", " ", text)
+    text = re.sub(
+        r"([0-9])? ?\\[dt]?frac ?(?:\{([^{}]*)\}|([0-9])) ?(?:\{([^{}]*)\}|([0-9]))",
+        lambda m: f"{m[1] + ' ' if m[1] else ''}{m[2] or m[3]}/{m[4] or m[5]}",
+        text,
+    )
+    return unicodedata.normalize("NFKC", text).replace("⁄", "/")
+
+
 def _value(found: re.Match[str]) -> Fraction:
     # not int or Fraction of the text: Python refuses those beyond 4300 digits
-    value = Fraction(Decimal(found["value"].replace(",", ""))) * Fraction(10) ** int(found["power"] or 0)
+    digits = re.sub(r"[, '’]", "", found["value"])
+    value = Fraction(Decimal(digits)) * Fraction(10) ** (int(found["power"] or 0) + int(found["tens"] or 0))
+    if found["exponent"] and value and len(digits) < 10:
+        value **= int(found["exponent"])
     divisor = Fraction(Decimal(found["divisor"] or 1))
-    return (value / divisor if divisor else value) * (-1 if found["sign"] else 1)
+    value = Fraction(Decimal(found["whole"] or 0)) + (value / divisor if divisor else value)
+    return value * (-1 if found["sign"] else 1)
 
 
 def _plain(text: str) -> str:
@@ -276,6 +301,13 @@ def _same(metric: str, find: Callable[[str], object], prediction: str, reference
     if wanted is None:
         raise ConfigurationError(f"The reference {reference!r} states no answer for {metric}; use another metric.")
     return float(find(prediction) == wanted)
+
+
+def _after_lead(text: str) -> str:
+    """What follows the last "answer is", "answer:" or the like of the first line; the text without one."""
+    text = text.strip()
+    leads = list(re.finditer(_ANSWER, text.partition("\n")[0], re.IGNORECASE))
+    return text[leads[-1].end() :] if leads else text
 
 
 def _normal(text: str) -> str:

@@ -69,6 +69,12 @@ class Encoder:
             raise ConfigurationError(
                 f"{type(tokenizer).__name__} has no chat template; use chat=false, or set tokenizer.chat_template."
             )
+        unused = [key for key in self.template_options if not self.chat or key not in str(tokenizer.chat_template)]
+        if unused:
+            raise ConfigurationError(
+                f"template_options has {unused[0]!r}, which the chat template of {type(tokenizer).__name__} "
+                f"{'does not mention' if self.chat else 'is not used for (chat=false)'}; leave it out or mend it."
+            )
         if tokenizer.eos_token_id is None:
             raise ConfigurationError(f"{type(tokenizer).__name__} has no EOS token, which ends an answer; set one.")
         self._eos = np.int32(tokenizer.eos_token_id)

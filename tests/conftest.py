@@ -9,6 +9,8 @@ import pytest
 
 # Small networks on few cores: more threads only wait for each other. Subprocesses inherit it
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# It guards against a failure of the power
+os.fsync = lambda descriptor: None
 
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
 

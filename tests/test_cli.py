@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import clkit
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,11 +14,6 @@ from clkit.run.cli import main
 from clkit.run.jobs import run_name
 
 OVERRIDES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=300)
-
-
-def clkit(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "clkit", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, **env})
 
 
 @pytest.fixture
@@ -209,7 +205,9 @@ def test_plugins_are_listed_beside_the_built_in(plugin: Path, tmp_path: Path) ->
 
 def test_plugins_can_be_trained(plugin: Path, tmp_path: Path) -> None:
     names = ["strategy=[from_class,from_yaml]", "+strategy.from_class.weight=3.0", "scenario=mine"]
-    result = clkit("train", *names, "data.epochs=1", "trainer=cpu", cwd=tmp_path, PYTHONPATH=str(plugin))
+    result = clkit(
+        "train", *names, "data.epochs=1", "evaluation.every=9", "trainer=cpu", cwd=tmp_path, PYTHONPATH=str(plugin)
+    )
     assert result.returncode == 0, result.stderr
     assert "weight 3.0\nweight 7.0" in result.stdout
 

@@ -191,7 +191,7 @@ def trained(tmp_path_factory):
     folders = []
     for seed in (0, 1):
         folder = tmp_path_factory.mktemp("run")
-        config = configure("checkpoint.keep_ends=true", f"seed={seed}", "scenario.n_experiences=5", "data.epochs=3")
+        config = configure("checkpoint.keep_ends=true", f"seed={seed}", "scenario.n_experiences=5")
         run(config, folder)
         (folder / ".hydra").mkdir()
         OmegaConf.save(config, folder / ".hydra" / "config.yaml")

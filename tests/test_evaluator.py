@@ -272,6 +272,7 @@ class KillWorker(pl.Callback):
                 os.kill(process.pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_reported_and_nothing_is_lost(tmp_path):
     gap = StabilityGap(dir=tmp_path / "killed", plot=False, asynchronous=True, queue=4)
     with pytest.warns(UserWarning, match="evaluation process died"):
@@ -279,10 +280,11 @@ def test_a_killed_worker_is_reported_and_nothing_is_lost(tmp_path):
     assert killed == fit(StabilityGap(dir=tmp_path / "plain", plot=False), make_module())
 
 
+@pytest.mark.slow
 def test_asynchronous_evaluation_resumes_from_a_checkpoint(tmp_path):
-    def run(folder, ckpt_path=None, max_epochs=6):
+    def run(folder, ckpt_path=None, max_epochs=6, asynchronous=True):
         data = StreamDataModule(make_stream(), batch_size=8, epochs=2)
-        gap = StabilityGap(dir=folder, plot=False, asynchronous=True)
+        gap = StabilityGap(dir=folder, plot=False, asynchronous=asynchronous)
         trainer = pl.Trainer(max_epochs=max_epochs, callbacks=[gap], **{**QUIET, "enable_checkpointing": True})
         trainer.fit(make_module(), datamodule=data, ckpt_path=ckpt_path, weights_only=True)
         if max_epochs < 6:
@@ -291,7 +293,7 @@ def test_asynchronous_evaluation_resumes_from_a_checkpoint(tmp_path):
 
     run(tmp_path / "part", max_epochs=3)
     resumed = run(tmp_path / "part", ckpt_path=tmp_path / "part" / "at.ckpt")
-    assert resumed == run(tmp_path / "whole")
+    assert resumed == run(tmp_path / "whole", asynchronous=False)
 
 
 def test_a_module_that_cannot_be_sent_is_refused(tmp_path):
@@ -538,6 +540,7 @@ pl.Trainer(max_epochs=6, callbacks=[gap, Kill()], **QUIET).fit(make_module(), da
 """
 
 
+@pytest.mark.slow
 def test_the_process_ends_with_a_killed_training(tmp_path):
     path = os.pathsep.join([os.path.dirname(__file__), *filter(None, [os.environ.get("PYTHONPATH")])])
     run = subprocess.run(

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
+from forked import Command
 from hydra import compose, initialize_config_module
 
 from clkit import ConfigurationError
@@ -79,18 +77,17 @@ def test_an_unknown_objective_is_named(tmp_path: Path, capsys) -> None:
 def test_a_killed_search_goes_on_with_its_study_and_the_trial_that_was_cut_off(tmp_path: Path) -> None:
     # the last two epochs of the third trial are lost
     long = ["data.epochs=8", "evaluation.every=1", "checkpoint.every_n_steps=null"]
-    command = [sys.executable, "-m", "clkit", *search(tmp_path, "hydra.sweeper.n_trials=4", *long)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = search(tmp_path, "hydra.sweeper.n_trials=4", *long)
+    process = Command(command)
     end = time.monotonic() + 240
     while len(list(tmp_path.glob("*/attempts.jsonl"))) < 3 or not list(newest(tmp_path).glob("checkpoints/*.ckpt")):
         assert time.monotonic() < end
         time.sleep(0.02)
     cut_off = newest(tmp_path)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    assert process.finish().returncode == -signal.SIGKILL
     done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/metrics.json")}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
+    assert main(command) == 0
     states = [trial.state.name for trial in study_of(tmp_path).trials]
     assert sorted(states) == ["COMPLETE"] * 4 + ["FAIL"]
     assert all(path.stat().st_mtime_ns == at for path, at in done.items())

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forked import Command
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -32,12 +33,6 @@ LONG = [*SMALL[:2], "data.epochs=30", "evaluation.every=1", *SMALL[4:], "checkpo
 
 def sweep(folder: Path, *overrides: str) -> list[str]:
     return ["train", "-m", *overrides, f"hydra.sweep.dir={folder}", "trainer.enable_progress_bar=false"]
-
-
-def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "clkit", *arguments]
-    env = {**os.environ, **environment}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
 
 
 def wait_for(condition, seconds: float = 240) -> None:
@@ -245,9 +240,9 @@ def test_a_launcher_without_its_package_names_the_extra(tmp_path: Path, monkeypa
 
 @pytest.mark.slow
 def test_two_sweeps_at_once_in_one_folder_train_each_run_once(tmp_path: Path) -> None:
-    both = [start(sweep(tmp_path, *SMALL, "seed=range(4)")) for _ in range(2)]
-    said = [process.communicate(timeout=300)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
+    both = [Command(sweep(tmp_path, *SMALL, "seed=range(4)")) for _ in range(2)]
+    for process in both:
+        process.succeed()
     assert statuses(tmp_path) == ["done"] * 4
     assert [len(attempts(path.parent)) for path in tmp_path.glob("*/run.json")] == [1] * 4
 
@@ -263,12 +258,11 @@ def histories(folder: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_submitit_requeues_a_preempted_run_which_goes_on_from_the_very_step(tmp_path: Path) -> None:
-    process = start(sweep(tmp_path / "runs", *LONG, "seed=0,1", "hydra/launcher=local"))
+    process = Command(sweep(tmp_path / "runs", *LONG, "seed=0,1", "hydra/launcher=local"))
     runs = [tmp_path / "runs" / name for name in wait_for_plan(tmp_path / "runs")]
     wait_for(lambda: in_second_experience(runs[0]))
     os.kill(attempts(runs[0])[-1].pid, signal.SIGUSR2)
-    said, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, said
+    process.succeed()
     first, second = attempts(runs[0])
     assert (first.outcome, second.outcome) == ("interrupted", "finished")
     assert second.step > first.steps[0]
@@ -286,17 +280,16 @@ def wait_for_plan(folder: Path) -> list[str]:
 def test_a_killed_worker_costs_the_steps_since_the_checkpoint_only(tmp_path: Path, launcher: str) -> None:
     pytest.importorskip(f"hydra_plugins.hydra_{launcher}_launcher")
     command = sweep(tmp_path / "runs", *LONG, "seed=0,1", f"hydra/launcher={launcher}")
-    process = start(command)
+    process = Command(command)
     run = tmp_path / "runs" / wait_for_plan(tmp_path / "runs")[0]
     wait_for(lambda: in_second_experience(run))
     os.kill(attempts(run)[-1].pid, signal.SIGKILL)
-    said, _ = process.communicate(timeout=400)
     if launcher == "joblib":
-        assert process.returncode == 2
-        assert "The same command does what is missing" in said
-        process = start(command)
-        said, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, said
+        stopped = process.finish()
+        assert stopped.returncode == 2
+        assert "The same command does what is missing" in stopped.stderr
+        process = Command(command)
+    process.succeed()
     first, second = attempts(run)
     assert (first.outcome, second.outcome) == (None, "finished")
     assert second.step == first.steps[0]
@@ -312,10 +305,11 @@ def test_the_script_for_slurm_asks_for_what_the_config_says(tmp_path: Path) -> N
     for program in programs.iterdir():
         program.chmod(0o755)
     needs = ["hydra/launcher=slurm", "hydra.launcher.partition=long", "hydra.launcher.setup=[module load cuda]"]
-    process = start(sweep(tmp_path / "runs", *SMALL, "seed=0,1,2", *needs), PATH=f"{programs}:{os.environ['PATH']}")
+    env = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
+    process = Command(sweep(tmp_path / "runs", *SMALL, "seed=0,1,2", *needs), env=env)
     wait_for(lambda: list(tmp_path.glob("runs/.submitit/*/*_submission.sh")))
     process.kill()
-    process.communicate()
+    process.finish()
     (script,) = tmp_path.glob("runs/.submitit/*/*_submission.sh")
     lines = script.read_text().splitlines()
     for option in ("requeue", "signal=USR2@120", "array=0-2%3", "time=240", "partition=long", "gpus-per-node=1"):
@@ -392,10 +386,10 @@ def slurm(tmp_path: Path):
 def test_a_run_that_slurm_warns_is_saved_and_requeued(tmp_path: Path, slurm: dict[str, str]) -> None:
     needs = ["hydra/launcher=slurm", "hydra.launcher.gpus_per_node=null", "hydra.launcher.cpus_per_task=1"]
     command = sweep(tmp_path / "runs", *LONG, "seed=0,1", *needs, "hydra.launcher.mem_gb=1")
-    process = start(command, **slurm)
+    env = {**os.environ, **slurm}
+    process = Command(command, env=env)
     run = tmp_path / "runs" / wait_for_plan(tmp_path / "runs")[0]
     wait_for(lambda: in_second_experience(run))
-    env = {**os.environ, **slurm}
     job = attempts(run)[-1].job
     subprocess.run(["scancel", "--signal=USR2", job], env=env, check=True)
     wait_for(lambda: attempts(run)[-1].ended)
@@ -404,8 +398,7 @@ def test_a_run_that_slurm_warns_is_saved_and_requeued(tmp_path: Path, slurm: dic
     # Slurm holds a requeued job back for two minutes
     wait_for(lambda: "SE" not in queue_reason(job, env), 60)
     subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], env=env)
-    said, _ = process.communicate(timeout=500)
-    assert process.returncode == 0, said
+    process.succeed(timeout=500)
     first, second = attempts(run)
     assert (first.outcome, second.outcome) == ("interrupted", "finished")
     assert (first.job, second.job) == (job, job)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -7,16 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
+from forked import Command
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 from rich.console import Console
 
 from clkit import ConfigurationError, ResetOptimizer, StabilityGap, StreamCheckpoint, StreamProgress
-from clkit.run.checkpoint import latest_checkpoint
+from clkit.run.checkpoint import latest_checkpoint, step_of
 from clkit.run.cli import main
 from clkit.run.config_check import check
 from clkit.run.jobs import task as task  # registers the resolver of run names
@@ -192,58 +195,83 @@ def test_a_sweep_runs_all_jobs_and_reports_the_failed(
     assert "Finished before" in capsys.readouterr().out
 
 
-def train_until_a_signal(folder: Path, overrides: list[str], sent: signal.Signals) -> tuple[int, str]:
-    command = [sys.executable, "-u", "-m", "clkit", "train", *overrides, f"hydra.run.dir={folder}"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+def stop_in_the_second_experience(process: Command | subprocess.Popen[str], folder: Path, sent: signal.Signals) -> None:
     while not list(folder.glob("checkpoints/step=*.ckpt")):
         time.sleep(0.01)
     in_first = (folder / "history.csv").stat().st_size
     while (folder / "history.csv").stat().st_size == in_first:
         time.sleep(0.001)
     # as a scheduler does: to all processes of the job
-    os.killpg(process.pid, sent) if sent is not signal.SIGINT else process.send_signal(sent)
-    _, said = process.communicate(timeout=120)
-    return process.returncode, said
+    os.kill(process.pid, sent) if sent is signal.SIGINT else os.killpg(process.pid, sent)
+
+
+SAVED = "clkit: interrupted; the same command goes on from the last checkpoint."
+ENDS_ONLY = [*SMALL, "data.epochs=20", "checkpoint.every_n_steps=null"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Trains without a stop, once with each options, and returns the folder."""
+
+    @functools.cache
+    def train(*options: str) -> Path:
+        folder = tmp_path_factory.mktemp("whole")
+        assert main(["train", *ENDS_ONLY, *options, f"hydra.run.dir={folder}"]) == 0
+        return folder
+
+    return train
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("sent", "code", "options"),
+    ("sent", "code", "options", "matter"),
     [
-        (signal.SIGINT, 130, []),
-        (signal.SIGTERM, 143, ["data.num_workers=1"]),
-        (signal.SIGUSR1, 138, []),
-        (signal.SIGUSR1, 138, ["evaluation.asynchronous=true"]),
-        (signal.SIGUSR1, 138, ["trainer.accumulate_grad_batches=3"]),
-        (signal.SIGTERM, 143, ["trainer=ddp", "trainer.accelerator=cpu"]),
+        (signal.SIGINT, 130, [], []),
+        (signal.SIGTERM, 143, ["data.num_workers=1"], []),
+        (signal.SIGUSR1, 138, ["evaluation.asynchronous=true"], []),
+        (signal.SIGUSR1, 138, ["trainer.accumulate_grad_batches=3"], ["trainer.accumulate_grad_batches=3"]),
     ],
 )
 def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_history(
-    tmp_path: Path, sent: signal.Signals, code: int, options: list[str]
+    tmp_path: Path,
+    whole: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    sent: signal.Signals,
+    code: int,
+    options: list[str],
+    matter: list[str],
 ) -> None:
-    overrides = [*SMALL, "data.epochs=20", "checkpoint.every_n_steps=null", *options]
-    stopped, said = train_until_a_signal(tmp_path / "stopped", overrides, sent)
+    command = ["train", *ENDS_ONLY, *options, f"hydra.run.dir={tmp_path}"]
+    process = Command(command)
+    stop_in_the_second_experience(process, tmp_path, sent)
+    stopped = process.finish()
     # joblib's resource tracker, which the evaluation worker needs, may complain after it
-    first, *rest = said.splitlines()
-    assert (stopped, first) == (code, "clkit: interrupted; the same command goes on from the last checkpoint.")
+    first, *rest = stopped.stderr.splitlines()
+    assert (stopped.returncode, first) == (code, SAVED)
     assert not rest or "evaluation.asynchronous=true" in options
-    saved = int(latest_checkpoint(tmp_path / "stopped" / "checkpoints").stem.removeprefix("step="))
-    resumed, whole = (
-        subprocess.run(
-            [sys.executable, "-m", "clkit", "train", *overrides, f"hydra.run.dir={tmp_path / name}"],
-            capture_output=True,
-            text=True,
-        )
-        for name in ("stopped", "whole")
-    )
-    assert (resumed.returncode, whole.returncode) == (0, 0), resumed.stderr + whole.stderr
-    assert "Going on from" in resumed.stdout
-    ends = json.loads((tmp_path / "whole" / "metrics.json").read_text())["stream"]["steps"]
+    saved = step_of(latest_checkpoint(tmp_path / "checkpoints"))
+    assert main(command) == 0
+    assert "Going on from" in capsys.readouterr().out
+    ends = json.loads((whole(*matter) / "metrics.json").read_text())["stream"]["steps"]
     assert (saved in ends) == (sent is signal.SIGINT)
-    history = (tmp_path / "stopped" / "history.csv").read_text()
-    assert history == (tmp_path / "whole" / "history.csv").read_text()
+    assert (tmp_path / "history.csv").read_text() == (whole(*matter) / "history.csv").read_text()
+
+
+@pytest.mark.slow
+def test_a_signal_to_two_processes_saves_and_the_same_command_goes_on_to_the_same_history(tmp_path: Path) -> None:
+    # Lightning starts the second process with the command line of the first
+    command = [sys.executable, "-u", "-m", "clkit", "train", *ENDS_ONLY, "trainer=ddp", "trainer.accelerator=cpu"]
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    process = subprocess.Popen([*command, f"hydra.run.dir={stopped}"], start_new_session=True, **quiet)
+    stop_in_the_second_experience(process, stopped, signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert (process.returncode, said) == (143, SAVED + "\n")
+    saved = step_of(latest_checkpoint(stopped / "checkpoints"))
+    resumed, _ = (subprocess.run([*command, f"hydra.run.dir={run}"], check=True, **quiet) for run in (stopped, whole))
+    assert "Going on from" in resumed.stdout
+    assert saved not in json.loads((whole / "metrics.json").read_text())["stream"]["steps"]
+    assert (stopped / "history.csv").read_text() == (whole / "history.csv").read_text()
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
+from omegaconf import DictConfig
 
 from clkit import ConfigurationError, StreamDataModule
 from clkit.method.adapters import add_adapter, lora
@@ -59,10 +60,15 @@ def names() -> list[str]:
 
 def strategies(*chosen: str) -> list[Any]:
     """Build strategies from their configs, with small memories."""
-    overrides = [f"strategy.{name}.{value}" for name in chosen for value in SMALL.get(name, [])]
+    return [instantiate(_config(name)) for name in chosen]
+
+
+@functools.cache
+def _config(name: str) -> DictConfig:
+    overrides = [f"strategy.{name}.{value}" for value in SMALL.get(name, [])]
     with initialize_config_module("clkit.conf", version_base="1.3"):
-        config = compose("train", overrides=[f"strategy=[{','.join(chosen)}]", "folder=unused", *overrides])
-    return [instantiate(entry) for entry in config.strategy.values()]
+        config = compose("train", overrides=[f"strategy={name}", "folder=unused", *overrides])
+    return next(iter(config.strategy.values()))
 
 
 class Reads(pl.Callback):

@@ -1,0 +1,76 @@
+"""``clkit`` in a process of its own, forked from a server that has imported PyTorch once."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["clkit.run.train", "clkit.run.jobs", "clkit.report", "clkit.testing"])
+
+
+class Command:
+    """A running ``clkit ARGUMENTS``, the leader of its process group."""
+
+    def __init__(
+        self, arguments: Sequence[str], cwd: str | Path | None = None, env: Mapping[str, str] | None = None
+    ) -> None:
+        self.args = list(arguments)
+        self._out, self._err = (tempfile.NamedTemporaryFile("r") for _ in range(2))  # noqa: SIM115
+        settings = (self.args, str(cwd or os.getcwd()), dict(os.environ if env is None else env))
+        self._process = _CONTEXT.Process(target=_main, args=(*settings, self._out.name, self._err.name))
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def finish(self, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        """Wait for its end and return what it said."""
+        self._process.join(timeout)
+        code = self._process.exitcode
+        if code is None:
+            self.kill()
+            raise subprocess.TimeoutExpired(self.args, timeout, self._out.read(), self._err.read())
+        return subprocess.CompletedProcess(self.args, code, self._out.read(), self._err.read())
+
+    def succeed(self, timeout: float = 300) -> None:
+        """Wait for its end, which is one without an error."""
+        done = self.finish(timeout)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def clkit(*arguments: str, cwd: str | Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run ``clkit ARGUMENTS`` with more variables in the environment."""
+    return Command(arguments, cwd, {**os.environ, **env}).finish()
+
+
+def _main(arguments: list[str], cwd: str, env: dict[str, str], out: str, err: str) -> None:
+    os.setsid()
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.path[:0] = filter(None, env.get("PYTHONPATH", "").split(os.pathsep))
+    for path, stream in ((out, sys.stdout), (err, sys.stderr)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), stream.fileno())
+        stream.reconfigure(line_buffering=True)
+    from clkit.run import plugins
+    from clkit.run.cli import main
+
+    # the server has looked for plug-ins without this PYTHONPATH
+    plugins.config_packages.cache_clear()
+    plugins.register()
+    sys.argv = ["clkit", *arguments]
+    try:
+        code = main()
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    atexit._run_exitfuncs()
+    sys.exit(code)

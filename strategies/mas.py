@@ -9,6 +9,7 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
+from clkit.data.datamodule import stream_data
 from clkit.data.stream import Experience
 from clkit.errors import check_whole
 from clkit.method.parameters import flat
@@ -20,6 +21,7 @@ from clkit.method.penalty import (
     sample_gradients,
     sum_over_samples,
 )
+from clkit.method.setup_checks import check_output
 from clkit.method.strategy import check_pairs
 
 
@@ -64,14 +66,18 @@ class MAS(QuadraticPenalty):
         super().setup(trainer, pl_module, stage)
         check_pairs(trainer, "MAS", "use SynapticIntelligence")
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        check_output(trainer, pl_module, "MAS", "use SynapticIntelligence")
+
     @torch.no_grad()
     def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
         params = self.held(module)
         rows = choose_samples(experience, self.samples, self.seed)
 
         def measure(batch: Any) -> Iterator[Tensor]:
-            x, _, *task = batch
-            grads = sample_gradients(module, params, lambda output: output.square().sum(), (x, *task))
+            inputs = stream_data(trainer).stream.inputs_of(batch)
+            grads = sample_gradients(module, params, lambda output: output.square().sum(), inputs)
             yield flat(gradient.abs().sum(dim=0) for gradient in grads.values())
 
         size = gradient_batch_size(params)

@@ -36,6 +36,9 @@ class Clock(Protocol):
     def is_last_epoch(self) -> bool:
         """Whether the current epoch is the last of its experience."""
 
+    def check_last_batches(self, module: LightningModule) -> None:
+        """Refuse a module that cannot take a last batch of one sample where there is one."""
+
 
 class HookRunner(Callback):
     """Runs the four hooks, counts steps and keeps the random state; :class:`~clkit.StreamDataModule` installs it.
@@ -102,6 +105,8 @@ class HookRunner(Callback):
         self._in_training = True
         trainer.fit_loop._load_combined_loader_states()
         self.steps.open(trainer)
+        if not any(isinstance(c, Hooks) and c.appends_samples for c in callbacks_of(trainer)):
+            self.stream_clock.check_last_batches(pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restore_random_state()

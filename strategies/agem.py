@@ -15,6 +15,7 @@ from clkit.data.stream import Experience
 from clkit.errors import check_whole
 from clkit.memory.buffer import ReservoirBuffer
 from clkit.method.gradient import add_to_gradients, check_automatic, flatten, loss_gradient, with_gradient
+from clkit.method.setup_checks import check_memory
 from clkit.method.strategy import Strategy, gives_texts, random_samples
 
 
@@ -52,6 +53,7 @@ class AGEM(Strategy):
         if self.memory is None:
             capacity = self.samples_per_experience * len(stream_data(trainer).stream)
             self.memory = ReservoirBuffer(capacity, seed=self.seed)
+        check_memory(trainer, self.memory)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.memory is not None

@@ -10,15 +10,17 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from clkit.data.batch import concatenate, gather_batch
+from clkit.data.columns import size_of
 from clkit.data.datamodule import stream_data
 from clkit.errors import ConfigurationError, check_whole
 from clkit.memory.buffer import ReservoirBuffer, draw_replay
 from clkit.method.evaluation_mode import evaluation_mode
 from clkit.method.forward import logit_distance, outputs
-from clkit.method.parameters import averageable
+from clkit.method.parameters import averageable, grown
+from clkit.method.setup_checks import check_classes, check_logits, check_memory
 from clkit.method.statistics import Statistics
 from clkit.method.strategy import Strategy, check_pairs
 from clkit.rng import private_rng, rng_state, set_rng_state
@@ -46,7 +48,8 @@ class CLSER(Strategy):
 
     The replayed samples are appended to the batch as by ``ExperienceReplay``, so both terms use one forward. Batches
     must be ``(x, y)`` or ``(x, y, task)``, and ``forward(x)`` or ``forward(x, task)`` must return class logits
-    ``[B, C]``; those masked with the lowest finite number are left out of the mean. With several processes every one
+    ``[B, C]``; those masked with the lowest finite number are left out of the mean. Where a
+    head grows, its new rows are averaged from their first values on. With several processes every one
     keeps the same memory, filled from the global batch.
 
     Args:
@@ -104,39 +107,46 @@ class CLSER(Strategy):
         self.views = {name: functools.partial(self._view, name) for name in self.averages}
         self.statistics = Statistics(statistics)
         self.rng = private_rng(seed, 6)
+        self.appends_samples = capacity > 0
         self._replayed: slice | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         check_pairs(trainer, "CLSER", "use another strategy, such as ExperienceReplay")
+        check_classes(trainer, "CLSER", "use ExperienceReplay")
+        check_memory(trainer, self.buffer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.statistics.watch(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_logits(trainer, pl_module, "CLSER", "use ExperienceReplay", all_classes=False)
         self.buffer.to(pl_module.device)
         self.averages = tree_map_only(Tensor, lambda tensor: tensor.to(pl_module.device), self.averages)
         self._begin(averageable(pl_module))
 
     def _begin(self, live: dict[str, Tensor]) -> None:
         for average in self.averages.values():
-            average.update({name: t.detach().clone() for name, t in live.items() if name not in average})
+            average.update(
+                {name: grown(average.get(name), t) for name, t in live.items() if not _fits(average, name, t)}
+            )
 
     def transform_batch(self, trainer: Trainer, module: LightningModule, batch: Any) -> Any:
+        self._begin(averageable(module))
         drawn = draw_replay(trainer, self.buffer, batch, self.batch_size)
         if drawn is None:
             self._replayed = None
             return batch
-        first = len(tree_leaves(batch)[0])
-        self._replayed = slice(first, first + len(tree_leaves(drawn)[0]))
+        first = size_of(batch)
+        self._replayed = slice(first, first + size_of(drawn))
         return concatenate([batch, drawn])
 
     def loss_term(self, trainer: Trainer, module: LightningModule, batch: Any, loss: Tensor) -> Tensor | None:
         if self._replayed is None or self.weight == 0:
             return None
-        x, y, *task = batch
-        new = outputs(module, x, *task)[self._replayed]
-        labels, inputs = y[self._replayed], tuple(part[self._replayed] for part in (x, *task))
+        inputs = stream_data(trainer).stream.inputs_of(batch)
+        new, labels = outputs(module, *inputs)[self._replayed], batch[1][self._replayed]
+        inputs = tuple(part[self._replayed] for part in inputs)
         with torch.no_grad(), evaluation_mode(module):
             plastic, stable = (functional_call(module, average, inputs) for average in self.averages.values())
         better = _confidence(stable, labels) > _confidence(plastic, labels)
@@ -159,6 +169,7 @@ class CLSER(Strategy):
                 torch._foreach_lerp_([average[key] for key in live], list(live.values()), 1 - decay)
 
     def _view(self, name: str, module: LightningModule) -> AbstractContextManager[None]:
+        self._begin(averageable(module))
         return self.statistics.swapped(module, self.averages[name])
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -174,6 +185,10 @@ class CLSER(Strategy):
         self.buffer.load_state_dict(state_dict["buffer"])
         self.averages = {name: dict(state_dict["averages"][name]) for name in self.averages}
         set_rng_state(self.rng, state_dict["rng"])
+
+
+def _fits(average: dict[str, Tensor], name: str, live: Tensor) -> bool:
+    return name in average and average[name].shape == live.shape
 
 
 def _confidence(logits: Tensor, labels: Tensor) -> Tensor:

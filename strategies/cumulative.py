@@ -6,6 +6,7 @@ from pytorch_lightning import LightningModule, Trainer
 from torch.utils.data import ConcatDataset
 
 from clkit.data.datamodule import stream_data
+from clkit.method.setup_checks import check_together
 from clkit.method.strategy import Strategy
 
 
@@ -21,5 +22,6 @@ class Cumulative(Strategy):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        check_together(trainer, type(self).__name__)
         data = stream_data(trainer)
         data.train_sets = [ConcatDataset(data.train_sets[: k + 1]) for k in range(len(data.train_sets))]

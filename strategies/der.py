@@ -8,12 +8,15 @@ import torch
 from lightning_fabric.utilities import move_data_to_device
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.nn.functional import pad
 
 from clkit.data.batch import gather_batch
+from clkit.data.columns import size_of
+from clkit.data.datamodule import stream_data
 from clkit.errors import ConfigurationError, check_choice, check_whole
 from clkit.memory.buffer import ReservoirBuffer, draw_replay
 from clkit.method.forward import logit_distance, outputs, task_loss, task_loss_and_outputs
+from clkit.method.setup_checks import check_memory, check_output
 from clkit.method.strategy import Strategy, check_pairs
 
 
@@ -29,8 +32,9 @@ class DER(Strategy):
     Avalanche. The replayed samples have forwards of their own, which move BatchNorm's running statistics.
 
     With several processes every one keeps the same memory, filled from the global batch. Batches must be ``(x, y)`` or
-    ``(x, y, task)``; ``forward(x)`` or ``forward(x, task)`` must return a tensor ``[B, C]`` whose shape stays the same.
-    Logits masked with the lowest finite number are left out of the mean.
+    ``(x, y, task)``; ``forward(x)`` or ``forward(x, task)`` must return a tensor ``[B, ...]``, without classes too.
+    Logits masked with the lowest finite number are left out of the mean, and so are those that a head that grows, up to
+    the classes of the stream, did not have when a sample was stored.
 
     Args:
         capacity: Samples in memory, at least 0 (0 is plain finetuning).
@@ -71,25 +75,22 @@ class DER(Strategy):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         check_pairs(trainer, "DER", "use another strategy, such as ExperienceReplay")
+        check_memory(trainer, self.buffer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_output(trainer, pl_module, "DER", "use ExperienceReplay")
         self.buffer.to(pl_module.device)
 
     def loss_term(self, trainer: Trainer, module: LightningModule, batch: Any, loss: Tensor) -> Tensor | None:
-        x, _, *task = batch
-        logits = outputs(module, x, *task)
-        if not isinstance(logits, Tensor):
-            raise ConfigurationError(
-                f"DER stores logits, but {type(module).__name__}'s forward returned {type(logits).__name__}; return a "
-                "tensor of shape [B, C], or use ExperienceReplay."
-            )
-        self._logits = logits.detach()
+        stream = stream_data(trainer).stream
+        self._logits = _widened(outputs(module, *stream.inputs_of(batch)).detach(), stream.n_classes)
         if self.draws == "one" and self.alpha > 0 and self.beta > 0:
             return self._both(trainer, module, batch)
         terms = []
         if self.alpha > 0 and (drawn := self._draw(trainer, module, batch)) is not None:
-            (x, _, *task), old = drawn
-            terms.append(self.alpha * logit_distance(module(x, *task), old))
+            replayed, old = drawn
+            new = _widened(module(*stream.inputs_of(replayed)), stream.n_classes)
+            terms.append(self.alpha * logit_distance(new, old))
         if self.beta > 0 and (drawn := self._draw(trainer, module, batch)) is not None:
             terms.append(self.beta * task_loss(module, drawn[0]))
         return torch.stack(terms).sum() if terms else None
@@ -99,8 +100,9 @@ class DER(Strategy):
         if drawn is None:
             return None
         replayed, old = drawn
-        loss, new = task_loss_and_outputs(module, replayed)
-        return self.alpha * logit_distance(new, old) + self.beta * loss
+        stream = stream_data(trainer).stream
+        loss, new = task_loss_and_outputs(module, replayed, stream.inputs_of(replayed))
+        return self.alpha * logit_distance(_widened(new, stream.n_classes), old) + self.beta * loss
 
     def _draw(self, trainer: Trainer, module: LightningModule, batch: Any) -> Any:
         return move_data_to_device(draw_replay(trainer, self.buffer, batch, self.batch_size), module.device)
@@ -112,7 +114,7 @@ class DER(Strategy):
         if self._logits is None:
             return
         # other strategies append to the batch
-        new, self._logits = self._logits[: len(tree_leaves(batch)[0])], None
+        new, self._logits = self._logits[: size_of(batch)], None
         self.buffer.insert(gather_batch(trainer, (batch, new)))
 
     def remembered(self) -> Any:
@@ -124,3 +126,9 @@ class DER(Strategy):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.buffer.load_state_dict(state_dict)
+
+
+def _widened(logits: Tensor, n_classes: int | None) -> Tensor:
+    """Add masked logits of classes that the head does not have yet."""
+    missing = 0 if logits.dim() != 2 or n_classes is None else max(n_classes - logits.shape[1], 0)
+    return pad(logits, (0, missing), value=torch.finfo(logits.dtype).min) if missing else logits

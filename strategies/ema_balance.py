@@ -15,7 +15,7 @@ from clkit.data.datamodule import stream_data
 from clkit.data.hooks import callbacks_of
 from clkit.data.stream import Experience
 from clkit.errors import ConfigurationError, check_choice, check_whole
-from clkit.method.parameters import averageable, trainable
+from clkit.method.parameters import averageable, grown, trainable
 from clkit.method.statistics import Statistics
 from clkit.method.strategy import Strategy
 
@@ -104,9 +104,14 @@ class EMABalance(Strategy):
 
     def _begin(self, parameters: dict[str, Any]) -> None:
         for name, parameter in parameters.items():
-            self.average[name] = parameter.detach().float().clone()
+            self.average[name] = grown(self.average.get(name), parameter.detach().float())
+            self.gradient.pop(name, None)
             if self.preset == "paper":
                 self.weights[name] = parameter.detach().clone()
+
+    def _unknown(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        """Parameters without an average of their shape: new ones, and those of a head that has grown."""
+        return {n: p for n, p in parameters.items() if n not in self.average or self.average[n].shape != p.shape}
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -117,7 +122,7 @@ class EMABalance(Strategy):
             return
         self.statistics.watch(pl_module)
         parameters, live_tensors = trainable(pl_module), averageable(pl_module)
-        self._begin({name: tensor for name, tensor in live_tensors.items() if name not in self.average})
+        self._begin(self._unknown(live_tensors))
         moved = {name: p for name, p in parameters.items() if p.grad is not None}
         if not moved:
             return
@@ -187,6 +192,8 @@ class EMABalance(Strategy):
 
     def averaged(self, module: LightningModule) -> AbstractContextManager[None]:
         """Put the average into the module inside the context, and the live weights back after it."""
+        if self.average:
+            self._begin(self._unknown(averageable(module)))
         return self.statistics.swapped(module, self.average)
 
     def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:

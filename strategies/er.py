@@ -13,6 +13,7 @@ from clkit.data.batch import IGNORED, concatenate, gather_batch, labels_tokens
 from clkit.errors import ConfigurationError, check_choice, check_whole
 from clkit.memory.buffer import ClassBalancedBuffer, ReservoirBuffer, draw_replay
 from clkit.method.forward import task_loss
+from clkit.method.setup_checks import check_memory
 from clkit.method.strategy import Strategy
 
 BUFFERS = {"reservoir": ReservoirBuffer, "class_balanced": ClassBalancedBuffer}
@@ -70,8 +71,13 @@ class ExperienceReplay(Strategy):
         self.buffer = BUFFERS[buffer](capacity, seed=seed, device=device)
         self.batch_size, self.alpha, self.scale_first_task = batch_size, alpha, scale_first_task
         self.weigh = weigh
+        self.appends_samples = alpha is None and capacity > 0
         self._replayed: Any = None
         self._weight: float | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        check_memory(trainer, self.buffer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.buffer.to(pl_module.device)

@@ -24,7 +24,8 @@ from clkit.method.penalty import (
     sum_over_samples,
     try_measure,
 )
-from clkit.method.strategy import check_pairs, gives_pairs
+from clkit.method.setup_checks import check_logits
+from clkit.method.strategy import check_pairs, gives_pairs, has_classes
 
 FISHERS = ("empirical", "true", "batch")
 
@@ -41,13 +42,14 @@ class EWC(QuadraticPenalty):
     Fisher information at the end of an experience, in evaluation mode:
 
     - ``"empirical"``: :math:`E_{(x,y)}[(\partial_j \log p_y)^2]` from per-sample gradients. Where batches are no
-      ``(x, y)``, as with language models, :math:`-\log p_y` is the module's own loss of one sample at a time;
+      ``(x, y)``, as with language models, or the stream has no classes, :math:`-\log p_y` is the module's own loss of
+      one sample at a time;
     - ``"true"``: :math:`E_x \sum_c p_c (\partial_j \log p_c)^2`, as many backward passes as there are classes;
     - ``"batch"``: the squared gradient of the module's own mean loss, averaged over batches. It works for any loss,
       is cheap, depends on the batch size and is biased low: an approximation that much public code uses.
 
-    With ``(x, y)`` batches the first two are computed without autocast and need a ``forward`` that returns class
-    logits, shape ``[B, C]``; the second one needs such batches.
+    With ``(x, y)`` batches of classes the first two are computed without autocast and need a ``forward`` that returns
+    the logits of all classes, shape ``[B, C]``; the second one needs such batches.
 
     Args:
         strength: :math:`\lambda`, at least 0.
@@ -92,15 +94,21 @@ class EWC(QuadraticPenalty):
         super().setup(trainer, pl_module, stage)
         if self.fisher == "true":
             check_pairs(trainer, "EWC(fisher='true')", "use fisher='empirical' or 'batch'")
+            if not has_classes(trainer):
+                raise ConfigurationError(
+                    "fisher='true' goes over the classes, but the stream has none; use fisher='empirical' or 'batch'."
+                )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        if not self._uses_own_loss(trainer):
-            measure = partial(self._squared_gradients, pl_module, self.held(pl_module), own_loss=False)
-            try_measure(trainer, pl_module, measure, f"EWC(fisher={self.fisher!r})", "use fisher='batch'")
+        if self._uses_logits(trainer):
+            name, instead = f"EWC(fisher={self.fisher!r})", "use fisher='batch'"
+            check_logits(trainer, pl_module, name, instead, all_classes=True)
+            measure = partial(self._squared_gradients, trainer, pl_module, self.held(pl_module))
+            try_measure(trainer, pl_module, measure, name, instead)
 
-    def _uses_own_loss(self, trainer: Trainer) -> bool:
-        return self.fisher == "batch" or not gives_pairs(trainer)
+    def _uses_logits(self, trainer: Trainer) -> bool:
+        return self.fisher != "batch" and gives_pairs(trainer) and has_classes(trainer)
 
     @torch.no_grad()
     def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
@@ -116,36 +124,31 @@ class EWC(QuadraticPenalty):
     def _fisher(self, trainer: Trainer, module: LightningModule, experience: Experience) -> Tensor:
         params = self.held(module)
         rows = choose_samples(experience, self.samples, self.seed)
-        own_loss = self._uses_own_loss(trainer)
         if self.fisher == "batch":
             size = stream_data(trainer).batch_size
         else:
-            size = 1 if own_loss else gradient_batch_size(params)
-        measure = partial(self._squared_gradients, module, params, own_loss=own_loss)
+            size = gradient_batch_size(params) if self._uses_logits(trainer) else 1
+        own_loss = not self._uses_logits(trainer)
+        measure = partial(self._squared_gradients, trainer, module, params)
         total = sum_over_samples(trainer, module, experience, params, measure, rows=rows, size=size)
         return total / (-(-len(rows) // size) if own_loss else len(rows))
 
     def _squared_gradients(
-        self, module: LightningModule, params: Mapping[str, Tensor], batch: Any, own_loss: bool
+        self, trainer: Trainer, module: LightningModule, params: Mapping[str, Tensor], batch: Any
     ) -> Iterator[Tensor]:
-        if own_loss:
+        if not self._uses_logits(trainer):
             with torch.enable_grad():
                 loss = task_loss(module, batch, own_backward=True)
                 grads = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
             yield flat(grads).square()
             return
-        x, y, *task = batch
-        logits = module(x, *task)
-        if logits.dim() != 2:
-            raise ConfigurationError(
-                f"fisher={self.fisher!r} needs class logits of shape [B, C], but {type(module).__name__}'s forward "
-                f"returned {tuple(logits.shape)}; use fisher='batch'."
-            )
+        inputs = stream_data(trainer).stream.inputs_of(batch)
+        y, logits = batch[1], module(*inputs)
         if self.fisher == "empirical":
-            yield _weighted_squares(module, params, (x, *task), y, torch.ones_like(logits[:, 0]))
+            yield _weighted_squares(module, params, inputs, y, torch.ones_like(logits[:, 0]))
             return
         for c, weight in enumerate(logits.softmax(dim=1).unbind(dim=1)):
-            yield _weighted_squares(module, params, (x, *task), torch.full_like(y, c), weight)
+            yield _weighted_squares(module, params, inputs, torch.full_like(y, c), weight)
 
 
 def _weighted_squares(

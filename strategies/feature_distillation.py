@@ -7,10 +7,12 @@ from typing import Any
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
+from clkit.data.datamodule import stream_data
 from clkit.data.forward_record import LayerCall, record_layers, unwatch, watch
 from clkit.errors import ConfigurationError
 from clkit.method.distillation import Distillation, ask
 from clkit.method.forward import layer_call
+from clkit.method.setup_checks import few_outputs
 from clkit.method.strategy import check_pairs
 
 
@@ -72,13 +74,25 @@ class FeatureDistillation(Distillation):
             )
         return linears[-1]
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        few_outputs(trainer, pl_module)
+        super().on_train_start(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        layer = self._find_layer(pl_module)
+        # a head that has grown may have taken its place
+        if self._layer is not None and layer is not self._layer:
+            unwatch(pl_module, self._layer)
+            watch(pl_module, layer)
+            self._layer = layer
+
     def loss_term(self, trainer: Trainer, module: LightningModule, batch: Any, loss: Tensor) -> Tensor | None:
         if self.teacher is None or self._layer is None or self.alpha == 0:
             return None
-        x = batch[0]
+        inputs = stream_data(trainer).stream.inputs_of(batch)
         with record_layers([self._layer]) as calls:
-            ask(module, self.teacher, x)
-        new = self._features(layer_call(module, self._layer, x))
+            ask(module, self.teacher, *inputs)
+        new = self._features(layer_call(module, self._layer, *inputs))
         old = self._features(calls.get(self._layer))
         return self.alpha * (new - old).square().sum(dim=1).mean()
 

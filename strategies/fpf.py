@@ -12,11 +12,11 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
-from torch.utils._pytree import tree_leaves, tree_map
 
 from clkit.data.batch import gather_batch, local_share
+from clkit.data.columns import size_of, take
 from clkit.data.datamodule import stream_data
-from clkit.data.datasets import labels_of, sent
+from clkit.data.datasets import labels_of
 from clkit.data.hooks import callbacks_of
 from clkit.data.stream import Experience
 from clkit.distributed import sum_over_processes
@@ -28,6 +28,7 @@ from clkit.method.forward import outputs, task_loss, task_loss_and_outputs
 from clkit.method.gradient import check_automatic
 from clkit.method.module_kinds import Part, only, select
 from clkit.method.optimizer import forget_state
+from clkit.method.setup_checks import check_memory, check_output, check_whole_head
 from clkit.method.strategy import Strategy, check_pairs
 from clkit.rng import private_rng
 
@@ -79,7 +80,7 @@ class _Finetuning(Strategy):
             return
         rng = private_rng(self.seed, 20, self.phases)
         self.phases += 1
-        size = len(tree_leaves(memory)[0])
+        size = size_of(memory)
         chosen = self._choose(trainer, module)
         base = self.lr if self.lr is not None else 0.5 * trainer.optimizers[0].param_groups[0]["lr"]
         before = [tensor.detach().clone() for part in chosen for tensor in part.tensors.values()]
@@ -89,7 +90,7 @@ class _Finetuning(Strategy):
             for step in range(self.steps):
                 rows = torch.from_numpy(rng.choice(size, self.batch_size, replace=size < self.batch_size))
                 rows = local_share(trainer, rows)
-                batch = tree_map(lambda held, rows=rows: held[sent(rows, held.device)], memory)
+                batch = take(memory, rows)
                 with torch.enable_grad(), replayed(rows):
                     loss = self.phase_loss(module, move_data_to_device(batch, module.device))
                     grads = torch.autograd.grad(loss, params, materialize_grads=True)
@@ -257,21 +258,25 @@ class KFPF(_Finetuning):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        check_memory(trainer, self.buffer)
         if self.distillation > 0:
             check_pairs(trainer, "KFPF(distillation=...)", "use distillation=0")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.buffer.to(pl_module.device)
+        if self.distillation > 0:
+            check_output(trainer, pl_module, "KFPF(distillation=...)", "use distillation=0")
+            check_whole_head(trainer, pl_module, "KFPF(distillation=...)")
         self._triggers = set(triggers(stream_data(trainer).total_steps, self.k))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._size = len(tree_leaves(batch)[0])
+        self._size = size_of(batch)
 
     def loss_term(self, trainer: Trainer, module: LightningModule, batch: Any, loss: Tensor) -> Tensor | None:
         if self.distillation > 0:
-            x, _, *task = batch
             # other strategies append to the batch
-            self._logits = outputs(module, x, *task)[: self._size].detach()
+            inputs = stream_data(trainer).stream.inputs_of(batch)
+            self._logits = outputs(module, *inputs)[: self._size].detach()
         return None
 
     def on_train_batch_end(
@@ -287,7 +292,8 @@ class KFPF(_Finetuning):
         if self.distillation == 0:
             return task_loss(module, batch, own_backward=True)
         *pair, old = batch
-        loss, new = task_loss_and_outputs(module, tuple(pair), own_backward=True)
+        inputs = stream_data(module.trainer).stream.inputs_of(pair)
+        loss, new = task_loss_and_outputs(module, tuple(pair), inputs, own_backward=True)
         return loss + self.distillation * mse_loss(new.float(), old.float(), reduction="sum") / len(old)
 
     def remembered(self) -> Any:
@@ -326,7 +332,7 @@ def _n_classes(memory: Any) -> int:
     try:
         return len(torch.unique(labels_of(memory)))
     except ConfigurationError:
-        return len(tree_leaves(memory)[0])
+        return size_of(memory)
 
 
 def _find_drift(trainer: Trainer) -> ModuleDrift:

@@ -17,6 +17,7 @@ from clkit.data.stream import Experience
 from clkit.errors import ConfigurationError, check_whole
 from clkit.method.forward import to_device
 from clkit.method.parameters import assign
+from clkit.method.setup_checks import check_together, check_whole_head
 from clkit.method.strategy import Strategy
 from clkit.rng import private_rng
 
@@ -61,11 +62,13 @@ class GDumb(Strategy):
                 f"GDumb balances classes, but stream {data.stream.name!r} has none; use another strategy, such as "
                 "ExperienceReplay."
             )
+        check_together(trainer, "GDumb")
         parts = [experience.train for experience in data.stream]
         memories = balanced_memories([targets_of(part) for part in parts], self.capacity, self.seed)
         data.train_sets = [Subset(ConcatDataset(parts[: k + 1]), memory) for k, memory in enumerate(memories)]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_whole_head(trainer, pl_module, "GDumb")
         if self.initial is None:
             self.initial = {name: tensor.detach().clone() for name, tensor in pl_module.state_dict().items()}
 

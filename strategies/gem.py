@@ -11,12 +11,13 @@ from pytorch_lightning import LightningModule, Trainer
 from scipy.optimize import nnls
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map, tree_map_only
 
-from clkit.data.batch import local_share
+from clkit.data.batch import concatenate, local_share
+from clkit.data.columns import unnamed
 from clkit.data.stream import Experience
 from clkit.errors import ConfigurationError, check_whole
 from clkit.method.gradient import add_to_gradients, check_automatic, flatten, loss_gradient, with_gradient
+from clkit.method.setup_checks import check_memory
 from clkit.method.strategy import Strategy, random_samples
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -61,6 +62,7 @@ class GEM(Strategy):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         check_automatic(pl_module, "GEM")
+        check_memory(trainer)
         if self.samples_per_experience < trainer.world_size:
             raise ConfigurationError(
                 f"samples_per_experience={self.samples_per_experience} leaves no sample for some of the "
@@ -68,7 +70,7 @@ class GEM(Strategy):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.memories = tree_map_only(Tensor, lambda tensor: tensor.to(pl_module.device), self.memories)
+        self.memories = move_data_to_device(self.memories, pl_module.device)
 
     def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
         self.memories.append(random_samples(trainer, experience, self.samples_per_experience, self.seed))
@@ -101,10 +103,10 @@ class GEM(Strategy):
         return torch.from_numpy(shifted + self.margin).to(references)
 
     def remembered(self) -> Any:
-        return tree_map(lambda *parts: torch.cat(parts), *self.memories) if self.memories else None
+        return concatenate(self.memories) if self.memories else None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"memories": self.memories}
+        return {"memories": unnamed(self.memories)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.memories = list(state_dict["memories"])

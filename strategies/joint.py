@@ -6,6 +6,7 @@ from pytorch_lightning import LightningModule, Trainer
 from torch.utils.data import ConcatDataset
 
 from clkit.data.datamodule import stream_data
+from clkit.method.setup_checks import check_together, check_whole_head
 from clkit.method.strategy import Strategy
 
 
@@ -22,5 +23,9 @@ class Joint(Strategy):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        check_together(trainer, type(self).__name__)
         data = stream_data(trainer)
         data.train_sets = [ConcatDataset(data.train_sets)] * len(data.train_sets)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_whole_head(trainer, pl_module, "Joint")

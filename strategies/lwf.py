@@ -13,7 +13,8 @@ from clkit.data.datamodule import stream_data
 from clkit.data.stream import Experience
 from clkit.errors import ConfigurationError, check_choice
 from clkit.method.distillation import Distillation, ask
-from clkit.method.forward import outputs
+from clkit.method.forward import outputs, takes
+from clkit.method.setup_checks import check_logits
 from clkit.method.strategy import check_pairs
 
 
@@ -34,7 +35,8 @@ class LwF(Distillation):
 
     over all old classes of the stream, without temperature; ``Classifier(loss="bce")`` goes with it.
 
-    The module's ``forward(x)`` must return logits over all classes of the stream, shape ``[B, C]``.
+    The module's ``forward(x)`` must return logits over all classes of the stream, shape ``[B, C]``; those of new
+    classes may come later. A ``forward(x, task)`` that needs the task is asked for each old task.
 
     Args:
         alpha: Weight of the distillation, at least 0.
@@ -71,6 +73,12 @@ class LwF(Distillation):
         self._set_groups(trainer, module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_logits(trainer, pl_module, "LwF", "use FeatureDistillation", all_classes=False)
+        if self.form == "bce" and not takes(pl_module, None):
+            raise ConfigurationError(
+                f"LwF(form='bce') distils all old classes at once, but {type(pl_module).__name__}.forward needs a "
+                "task; use form='softmax', or give it task=None."
+            )
         super().on_train_start(trainer, pl_module)
         self._set_groups(trainer, pl_module)
 
@@ -85,10 +93,21 @@ class LwF(Distillation):
     def loss_term(self, trainer: Trainer, module: LightningModule, batch: Any, loss: Tensor) -> Tensor | None:
         if self.teacher is None or not self._groups or self.alpha == 0:
             return None
-        x = batch[0]
-        old, new = ask(module, self.teacher, x), outputs(module, x)
         distance = self._divergence if self.form == "softmax" else self._binary
-        return self.alpha * torch.stack([distance(old[:, group], new[:, group]) for group in self._groups]).mean()
+        distances, asked = [], None
+        for group, inputs in zip(self._groups, self._inputs(trainer, module, batch), strict=True):
+            if inputs is not asked:
+                old, new, asked = ask(module, self.teacher, *inputs), outputs(module, *inputs), inputs
+            distances.append(distance(old[:, group], new[:, group]))
+        return self.alpha * torch.stack(distances).mean()
+
+    def _inputs(self, trainer: Trainer, module: LightningModule, batch: Any) -> list[tuple[Any, ...]]:
+        """What the module is asked for each group."""
+        inputs = (batch[0],)
+        if takes(module, *inputs):
+            return [inputs] * len(self._groups)
+        tasks = [experience.task for experience in stream_data(trainer).stream]
+        return [(batch[0], torch.full_like(batch[2], task or 0)) for task in tasks[: len(self._groups)]]
 
     def _divergence(self, old: Tensor, new: Tensor) -> Tensor:
         log_p, log_q = (torch.log_softmax(logits.float() / self.temperature, dim=1) for logits in (old, new))

@@ -10,6 +10,7 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
+from clkit.data.datamodule import stream_data
 from clkit.data.stream import Experience
 from clkit.errors import check_whole
 from clkit.method.parameters import flat
@@ -22,6 +23,7 @@ from clkit.method.penalty import (
     sum_over_samples,
     try_measure,
 )
+from clkit.method.setup_checks import check_output
 from clkit.method.strategy import check_pairs
 
 
@@ -68,19 +70,21 @@ class MAS(QuadraticPenalty):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        try_measure(trainer, pl_module, partial(self._measure, pl_module), "MAS", "use SynapticIntelligence")
+        check_output(trainer, pl_module, "MAS", "use SynapticIntelligence")
+        measure = partial(self._measure, trainer, pl_module)
+        try_measure(trainer, pl_module, measure, "MAS", "use SynapticIntelligence")
 
     @torch.no_grad()
     def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
         params = self.held(module)
         rows = choose_samples(experience, self.samples, self.seed)
-        size, measure = gradient_batch_size(params), partial(self._measure, module)
+        size, measure = gradient_batch_size(params), partial(self._measure, trainer, module)
         importance = sum_over_samples(trainer, module, experience, params, measure, rows=rows, size=size) / len(rows)
         if self.penalty is not None:
             importance += self.penalty.importance
         self.penalty = Quadratic.around(self.weights(module), importance)
 
-    def _measure(self, module: LightningModule, batch: Any) -> Iterator[Tensor]:
-        x, _, *task = batch
-        grads = sample_gradients(module, self.held(module), lambda output: output.square().sum(), (x, *task))
+    def _measure(self, trainer: Trainer, module: LightningModule, batch: Any) -> Iterator[Tensor]:
+        inputs = stream_data(trainer).stream.inputs_of(batch)
+        grads = sample_gradients(module, self.held(module), lambda output: output.square().sum(), inputs)
         yield flat(gradient.abs().sum(dim=0) for gradient in grads.values())

@@ -41,7 +41,7 @@ def test_inserting_batches_equals_algorithm_r_one_by_one(capacity, sizes, seed):
     buffer = ReservoirBuffer(capacity, seed=seed)
     for batch in batches(sizes):
         buffer.insert(batch)
-    held = [] if buffer.storage is None else buffer.storage.tensors[0][: len(buffer), 0].tolist()
+    held = [] if buffer.storage is None else buffer.storage.columns[0][: len(buffer), 0].tolist()
     assert held == one_by_one(capacity, sizes, seed)
     assert len(buffer) == min(sum(sizes), capacity)
 
@@ -53,7 +53,7 @@ def test_each_sample_is_kept_with_probability_capacity_over_seen():
         buffer = ReservoirBuffer(capacity, seed=seed)
         for batch in batches([7] * 8 + [4]):
             buffer.insert(batch)
-        counts[buffer.storage.tensors[0][:, 0].long()] += 1
+        counts[buffer.storage.columns[0][:, 0].long()] += 1
     p = capacity / n
     four_standard_errors = 4 * math.sqrt(p * (1 - p) / trials)
     assert ((counts / trials - p).abs() < four_standard_errors).all()
@@ -133,8 +133,12 @@ def test_unusable_input_is_refused():
     buffer.insert((torch.zeros(2, 3), torch.zeros(2)))
     with pytest.raises(ConfigurationError, match=r"shape \(3,\) and got \(5,\)"):
         buffer.insert((torch.zeros(2, 5), torch.zeros(2)))
-    with pytest.raises(ConfigurationError, match="made of tensors"):
+    with pytest.raises(ConfigurationError, match="different forms"):
         buffer.insert((["a", "b"], torch.zeros(2)))
+    with pytest.raises(ConfigurationError, match="holds ndarray, which cannot be cut"):
+        ReservoirBuffer(4).insert((np.zeros(2), torch.zeros(2)))
+    with pytest.raises(ConfigurationError, match="one entry a sample"):
+        ReservoirBuffer(4).insert((torch.zeros(3), torch.zeros(2)))
     with pytest.raises(ConfigurationError, match="No labels"):
         labels_of(torch.zeros(3))
 

@@ -163,7 +163,7 @@ def test_what_is_no_integer_or_of_another_form_is_refused():
     buffer.insert(batch)
     with pytest.raises(ConfigurationError, match="a batch of another form"):
         buffer.insert({**batch, "task": torch.tensor([1, 2])})
-    with pytest.raises(ConfigurationError, match="one label a sample"):
+    with pytest.raises(ConfigurationError, match="one class a sample"):
         ClassBalancedBuffer(4).insert(batch)
     with pytest.raises(ConfigurationError, match="'disk' is for texts"):
         ReservoirBuffer(4, device="disk").insert((torch.zeros(2, 3),))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from clkit.data.datasets import sent
+from clkit.data.columns import Column, map_columns, sent, size_of, take
 
 IGNORED = -100
 """The label of a token that no loss or score counts."""
@@ -112,10 +112,12 @@ def concatenate(batches: Sequence[Any]) -> Any:
         tokens = [key for key in batches[0] if all(key in per_token(batch) for batch in batches)]
         widths = {key: max(batch[key].shape[1] for batch in batches) for key in tokens}
         batches = [widened(batch, widths) for batch in batches]
-    return tree_map(_cat, *batches)
+    return map_columns(_cat, *batches)
 
 
-def _cat(*parts: Tensor) -> Tensor:
+def _cat(*parts: Any) -> Column:
+    if not isinstance(parts[0], Tensor):
+        return [text for part in parts for text in part]
     return torch.cat([sent(part, parts[0].device) for part in parts])
 
 
@@ -132,12 +134,16 @@ def gather_batch(trainer: Trainer, batch: Any) -> Any:
         torch.distributed.all_reduce(widths, torch.distributed.ReduceOp.MAX)
         batch = widened(batch, dict(zip(tokens, widths.tolist(), strict=True)))
 
-    def gather(tensor: Tensor) -> Tensor:
+    def gather(tensor: Column) -> Column:
+        if not isinstance(tensor, Tensor):
+            texts: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(texts, tensor)
+            return _cat(*texts)
         parts = [torch.empty_like(tensor) for _ in range(trainer.world_size)]
         torch.distributed.all_gather(parts, tensor.detach().contiguous())
         return torch.cat(parts)
 
-    return tree_map(gather, batch)
+    return map_columns(gather, batch)
 
 
 def local_share(trainer: Trainer, batch: Any) -> Any:
@@ -148,8 +154,5 @@ def local_share(trainer: Trainer, batch: Any) -> Any:
     if trainer.world_size == 1:
         return batch
 
-    def share(tensor: Tensor) -> Tensor:
-        each = len(tensor) // trainer.world_size
-        return tensor[trainer.global_rank * each : (trainer.global_rank + 1) * each]
-
-    return tree_map(share, batch)
+    each = size_of(batch) // trainer.world_size
+    return take(batch, slice(trainer.global_rank * each, (trainer.global_rank + 1) * each))

@@ -16,6 +16,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
+from clkit.data.check import check_lone_sample, check_samples
 from clkit.data.checkpoint_io import CLOCK, VerifiedCheckpointIO
 from clkit.data.datasets import lengths_of
 from clkit.data.fresh_start import FreshStart, end_fit, go_on, start_fresh
@@ -201,6 +202,7 @@ class StreamDataModule(pl.LightningDataModule):
         self.train_sets = [experience.train for experience in self.stream]
         self._check_length(trainer)
         _warn_of_averaging(trainer)
+        check_samples(self.stream, self.collate_fn)
         trainer.strategy.checkpoint_io = VerifiedCheckpointIO(trainer.strategy.checkpoint_io)
         self._reload_period = cast(Any, trainer).reload_dataloaders_every_n_epochs
         cast(Any, trainer).reload_dataloaders_every_n_epochs = 1
@@ -290,6 +292,17 @@ class StreamDataModule(pl.LightningDataModule):
         """Warn where several processes do not train as one does; the trainer's batches are known by then."""
         lengths = [] if self.steps is not None else [len(cast(Sequence[Any], part)) for part in self.train_sets]
         warn_of_differences(trainer, module, lengths, self.drop_last)
+
+    def check_last_batches(self, module: pl.LightningModule) -> None:
+        """Refuse a module that cannot take a last batch of one sample where there is one.
+
+        Raises:
+            ConfigurationError: If there is.
+        """
+        for k, dataset in enumerate(self.train_sets):
+            over = len(cast(Sequence[Any], dataset)) % (self.batch_size * self._world_size)
+            if self.steps is None and not self.drop_last and -(-over // self._world_size) == 1:
+                check_lone_sample(module, self.stream, k, self.collate_fn)
 
     def train_dataloader(self) -> StreamLoader:
         """Batches of the current epoch of the current experience."""

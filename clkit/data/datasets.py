@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
+from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
+from clkit.data.columns import describe, sent
 from clkit.errors import ConfigurationError
 
 BatchTransform = Callable[[Tensor], Tensor]
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on a device; one that goes to a GPU is not waited for."""
-    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 class InMemoryDataset(Dataset[tuple[Tensor, ...]]):
@@ -97,38 +95,110 @@ def read_batch(dataset: Dataset[Any], indices: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor[sent(indices, tensor.device)] for tensor in cast(TensorDataset, dataset).tensors)
 
 
+def stored(dataset: Dataset[Any], position: int) -> Tensor | None:
+    """Return one part of all samples, ``[N, ...]``, where the dataset holds it as a tensor; ``None`` otherwise."""
+    if isinstance(dataset, InMemoryDataset):
+        task = None if dataset.task is None else torch.full((len(dataset),), dataset.task)
+        held = [None, None if dataset.y is None else dataset.y[dataset.indices], task]
+        return held[position] if position < len(held) else None
+    if isinstance(dataset, TensorDataset):
+        return dataset.tensors[position] if position < len(dataset.tensors) else None
+    if isinstance(dataset, Subset):
+        inner = stored(dataset.dataset, position)
+        return None if inner is None else inner[torch.as_tensor(dataset.indices)]
+    if isinstance(dataset, ConcatDataset):
+        parts = [stored(part, position) for part in dataset.datasets]
+        return None if any(part is None for part in parts) else torch.cat(cast(list[Tensor], parts))
+    return None
+
+
 def labels_of(batch: Any) -> Tensor:
     """Return the labels of a batch or sample: of ``(x, y, ...)``, or of a mapping that has them.
 
     In a mapping they are called ``labels``, ``label``, ``targets`` or ``y``.
 
     Raises:
-        ConfigurationError: If there are none.
+        ConfigurationError: If there are none, or they are no numbers.
     """
+    labels = find_labels(batch)
+    if labels is None:
+        raise ConfigurationError(
+            f"No labels in {describe(batch)}; use (x, y) samples or a mapping with a 'labels' entry."
+        )
+    return labels
+
+
+def find_labels(batch: Any) -> Tensor | None:
+    """Return the labels as :func:`labels_of` does, or ``None`` where there are none."""
     if isinstance(batch, (tuple, list)) and len(batch) >= 2:
-        return torch.as_tensor(batch[1])
-    if isinstance(batch, Mapping):
-        for key in ("labels", "label", "targets", "y"):
-            if key in batch:
-                return torch.as_tensor(batch[key])
-    raise ConfigurationError(
-        f"No labels in a batch of type {type(batch).__name__}; use (x, y) samples or a mapping with a 'labels' entry."
-    )
+        return _number(batch[1])
+    keys = [key for key in ("labels", "label", "targets", "y") if isinstance(batch, Mapping) and key in batch]
+    return _number(batch[keys[0]]) if keys else None
 
 
-def targets_of(dataset: Dataset[Any]) -> Tensor:
-    """Return all labels of a dataset, ``int64``, shape ``[N]``, without reading inputs where that can be avoided."""
-    if isinstance(dataset, InMemoryDataset) and dataset.y is not None:
-        return dataset.y[dataset.indices]
-    if isinstance(dataset, TensorDataset):
-        return dataset.tensors[1]
+def _number(label: Any) -> Tensor:
+    try:
+        return torch.as_tensor(label)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigurationError(
+            f"The label {label!r} is no number; number the labels, for example with the dataset's target_transform."
+        ) from error
+
+
+def is_class(label: Tensor) -> bool:
+    """Tell whether the label of a sample is the number of a class: one whole number."""
+    return label.numel() == 1 and label.dim() <= 1 and not (label.is_floating_point() or label.is_complex())
+
+
+def sample_of(dataset: Dataset[Any], index: int) -> Any:
+    """Return a sample; random transforms leave no trace in the global random numbers."""
+    with isolate_rng(include_cuda=False):
+        return dataset[index]
+
+
+def targets_of(dataset: Dataset[Any], rows: Tensor | None = None) -> Tensor:
+    """Return the labels that samples of a dataset have, ``int64``, shape ``[N]``, reading few of them if possible.
+
+    An attribute ``targets`` tells which samples have the same label, not which: that may go through a
+    ``target_transform``, so one sample of each is read.
+
+    Args:
+        dataset: The dataset.
+        rows: Which samples, ``int64``; all when ``None``.
+
+    Raises:
+        ConfigurationError: If a label is not the number of a class.
+    """
+    rows = torch.arange(len(cast(Sequence[Any], dataset))) if rows is None else rows
+    held = stored(dataset, 1)
+    if held is not None:
+        return _classes(held[rows])
     if isinstance(dataset, Subset):
-        return targets_of(dataset.dataset)[torch.as_tensor(dataset.indices)]
+        return targets_of(dataset.dataset, torch.as_tensor(dataset.indices)[rows])
     if isinstance(dataset, ConcatDataset):
-        return torch.cat([targets_of(part) for part in dataset.datasets])
-    if hasattr(dataset, "targets"):
-        return torch.as_tensor([int(label) for label in cast(Any, dataset).targets])
-    return torch.as_tensor([int(labels_of(dataset[i])) for i in range(len(cast(Sequence[Any], dataset)))])
+        labels = torch.cat([targets_of(part) for part in dataset.datasets])
+        return labels[rows]
+    raw = getattr(dataset, "targets", None)
+    names = [None] * len(rows) if raw is None else np.asarray(list(raw))[rows.numpy()].tolist()
+    known: dict[Any, Tensor] = {}
+    found = []
+    with isolate_rng(include_cuda=False):
+        for row, name in zip(rows.tolist(), names, strict=True):
+            if raw is None or isinstance(name, list):
+                found.append(labels_of(dataset[row]))
+                continue
+            if name not in known:
+                known[name] = labels_of(dataset[row])
+            found.append(known[name])
+    return _classes(torch.stack(found))
+
+
+def _classes(labels: Tensor) -> Tensor:
+    if len(labels) and not is_class(labels[0]):
+        raise ConfigurationError(
+            f"Labels are {describe(labels)}, and classes are one whole number a sample; use a stream without classes."
+        )
+    return labels.long().flatten()
 
 
 def lengths_of(dataset: Dataset[Any]) -> Tensor:

@@ -44,6 +44,9 @@ class Clock(Protocol):
     def warn_of_processes(self, trainer: Trainer, module: LightningModule) -> None:
         """Warn where several processes do not train as one does."""
 
+    def check_last_batches(self, module: LightningModule) -> None:
+        """Refuse a module that cannot take a last batch of one sample where there is one."""
+
 
 class HookRunner(Callback):
     """Runs the four hooks, counts steps and keeps the random state; :class:`~clkit.StreamDataModule` installs it.
@@ -98,6 +101,8 @@ class HookRunner(Callback):
         self.stream_clock.check_schedules()
         self.steps.open(trainer)
         self.stream_clock.warn_of_processes(trainer, pl_module)
+        if not any(isinstance(c, Hooks) and c.appends_samples for c in callbacks_of(trainer)):
+            self.stream_clock.check_last_batches(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

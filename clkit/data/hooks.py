@@ -21,9 +21,11 @@ class Hooks(FreshStart):
         at_end: What :meth:`on_experience_end` does with the weights: it ``"replaces"`` them, ``"trains"`` them on, or
             ``"reads"`` them at most. It runs in this order, so that what is remembered is what the next experience
             starts from; those of one kind run in the order of the trainer's callbacks.
+        appends_samples: Whether :meth:`transform_batch` appends samples to every batch but the first.
     """
 
     at_end: Literal["replaces", "trains", "reads"] = "reads"
+    appends_samples = False
 
     def on_experience_start(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
         """Called before the first batch of an experience."""

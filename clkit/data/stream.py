@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args, overload
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
-from clkit.data.datasets import can_slice, read_batch, targets_of
+from clkit.data.columns import describe
+from clkit.data.datasets import can_slice, find_labels, is_class, read_batch, sample_of, targets_of
 from clkit.errors import ConfigurationError, check_choice
 
 Kind = Literal["class-incremental", "task-incremental", "domain-incremental", "instruction", "task-free"]
@@ -23,7 +24,8 @@ class Experience:
     Args:
         index: Position in the stream, from 0.
         name: Short name for tables and plots.
-        train: Training data; samples are ``(x, y)``, ``(x, y, task)`` or a mapping of tensors.
+        train: Training data; samples are ``(x, y)``, or ``(x, y, task)`` in a task-incremental stream, with more behind
+            it if you like (an index, a file name), or a mapping.
         test: Held-out data that the metrics are computed on.
         val: Held-out data for model selection, if any.
         classes: Labels that occur in this experience, empty if there are none.
@@ -52,8 +54,8 @@ class Stream(Sequence[Experience]):
         collate_fn: Turns a list of samples into a batch; torch's default when ``None``.
 
     Raises:
-        ConfigurationError: If there is no experience, an index is out of order, a training set is empty, or the kind
-            is unknown.
+        ConfigurationError: If there is no experience, an index is out of order, or the kind is unknown; if a set is
+            missing, empty or an ``IterableDataset``, or the classes do not fit each other or the kind.
     """
 
     def __init__(
@@ -76,15 +78,29 @@ class Stream(Sequence[Experience]):
                     f"Stream {name!r} has an experience with index {experience.index} at position {position}; "
                     "number them 0, 1, 2, ... in order."
                 )
-            if _size(experience.train) == 0:
-                raise ConfigurationError(
-                    f"Experience {position} ({experience.name}) of stream {name!r} has no training samples; "
-                    "remove it or give it data."
-                )
-            if _size(experience.test) == 0:
-                raise ConfigurationError(
-                    f"Experience {position} ({experience.name}) of stream {name!r} has no test samples; give it some."
-                )
+            where = f"Experience {position} ({experience.name}) of stream {name!r}"
+            _check_set(experience.train, f"{where} has no training samples; remove it or give it data.", where)
+            _check_set(
+                experience.test,
+                f"{where} has no test samples; give it some (its training data, if none are held out).",
+                where,
+            )
+            if kind == "task-incremental" and experience.task is None:
+                raise ConfigurationError(f"{where} has no task, but kind={kind!r}; give Experience its task.")
+        self._check_classes()
+
+    def _check_classes(self) -> None:
+        known = self.classes_seen(len(self) - 1)
+        if known and (known[0] < 0 or (self.n_classes is not None and known[-1] >= self.n_classes)):
+            raise ConfigurationError(
+                f"Stream {self.name!r} has the classes {_few(known)}, but n_classes={self.n_classes}; number them from "
+                f"0, and use n_classes={known[-1] + 1} or more."
+            )
+        if self.kind == "class-incremental" and len(self) > 1 and known and known == self.classes_seen(0):
+            raise ConfigurationError(
+                f"kind='class-incremental', but no experience of stream {self.name!r} brings a class that the first "
+                f"lacks ({_few(known)}); number the classes of the whole stream, or use kind='domain-incremental'."
+            )
 
     @classmethod
     def from_datasets(
@@ -101,19 +117,32 @@ class Stream(Sequence[Experience]):
         """Build a stream from one training set and one test set for each experience.
 
         ``TensorDataset`` and :class:`~clkit.data.datasets.InMemoryDataset` are sliced by batch; any other map-style
-        dataset goes through a ``DataLoader``. Classes are read from the labels when they are not given.
+        dataset goes through a ``DataLoader``. Classes are read from the labels when they are not given, if these are
+        one whole number a sample; otherwise (regression, several labels a sample, segmentation, no labels) the stream
+        has none. ``classes=[(), (), ...]`` says so of whole numbers. In a task-incremental stream the samples are
+        ``(x, y, task)``, each experience with one task.
 
         Raises:
-            ConfigurationError: If the two lists differ in length.
+            ConfigurationError: If the two lists differ in length, or the samples do not fit the kind.
         """
         if len(train) != len(test):
             raise ConfigurationError(
                 f"Got {len(train)} training sets and {len(test)} test sets; give one of each for every experience."
             )
+        for k, dataset in enumerate(train):
+            _check_set(dataset, f"Training set {k} is empty; remove it or give it data.", f"Training set {k}")
         if classes is None:
-            classes = [sorted(set(targets_of(dataset).tolist())) for dataset in train]
+            classes = [_classes_in(dataset) for dataset in train]
+            if kind == "class-incremental" and not all(classes):
+                labels = find_labels(sample_of(train[[bool(found) for found in classes].index(False)], 0))
+                label = "none" if labels is None else describe(labels)
+                raise ConfigurationError(
+                    f"kind='class-incremental' needs the number of one class a sample, but labels are {label}; use "
+                    "kind='domain-incremental' for regression, several labels a sample, segmentation or no labels."
+                )
         if n_classes is None:
-            n_classes = 1 + max(label for labels in classes for label in labels)
+            n_classes = max((1 + label for labels in classes for label in labels), default=None)
+        tasks = [task_in(sample_of(dataset, 0)) if kind == "task-incremental" else None for dataset in train]
         experiences = [
             Experience(
                 index=k,
@@ -121,7 +150,7 @@ class Stream(Sequence[Experience]):
                 train=train[k],
                 test=test[k],
                 classes=tuple(classes[k]),
-                task=k if kind == "task-incremental" else None,
+                task=tasks[k],
             )
             for k in range(len(train))
         ]
@@ -158,6 +187,13 @@ class Stream(Sequence[Experience]):
             return {} if self.n_classes is None else {"n_classes": self.n_classes}
         return {"input_shape": self.input_shape, "n_classes": self.n_classes}
 
+    def inputs_of(self, batch: Sequence[Any]) -> tuple[Any, ...]:
+        """Return what ``forward`` is called with for an ``(x, y, ...)`` batch: ``(x,)``, or ``(x, task)``.
+
+        The task is known in task-incremental streams only. All else in a batch is for ``training_step`` alone.
+        """
+        return (batch[0], batch[2]) if self.kind == "task-incremental" else (batch[0],)
+
     def classes_seen(self, index: int) -> tuple[int, ...]:
         """Sorted labels of experiences 0 to ``index``, both included."""
         return tuple(sorted({label for e in self._experiences[: index + 1] for label in e.classes}))
@@ -179,6 +215,52 @@ class Stream(Sequence[Experience]):
                 if isinstance(sample, Mapping) and "input_ids" in sample:
                     digest.update(torch.as_tensor(sample["input_ids"]).contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def task_in(sample: Any) -> int:
+    """Return the task label of a sample ``(x, y, task)``, or of a mapping with a ``task``.
+
+    Raises:
+        ConfigurationError: If there is none.
+    """
+    pair = isinstance(sample, (tuple, list))
+    task = (
+        (sample[2] if len(sample) > 2 else None)
+        if pair
+        else sample.get("task")
+        if isinstance(sample, Mapping)
+        else None
+    )
+    label = None if task is None or isinstance(task, str) else torch.as_tensor(task)
+    if label is None or not is_class(label):
+        raise ConfigurationError(
+            f"kind='task-incremental' needs samples (x, y, task) with a whole number as task, and got "
+            f"{describe(sample)}; add the task (InMemoryDataset(..., task=k)), or use another kind."
+        )
+    return int(label)
+
+
+def _classes_in(dataset: Dataset[Any]) -> list[int]:
+    label = find_labels(sample_of(dataset, 0))
+    if label is None or not is_class(label):
+        return []
+    return cast(list[int], torch.unique(targets_of(dataset)).tolist())
+
+
+def _few(classes: tuple[int, ...]) -> str:
+    return str(classes) if len(classes) <= 10 else f"({', '.join(map(str, classes[:9]))}, ..., {classes[-1]})"
+
+
+def _check_set(dataset: Any, empty: str, where: str) -> None:
+    if dataset is None:
+        raise ConfigurationError(empty)
+    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise ConfigurationError(
+            f"{where} has a {type(dataset).__name__}, but a stream reads samples by index; use a map-style dataset, "
+            "such as a list of the samples."
+        )
+    if len(dataset) == 0:
+        raise ConfigurationError(empty)
 
 
 def _size(dataset: Dataset[Any]) -> int:

@@ -10,8 +10,8 @@ import torch
 from pytorch_lightning import LightningModule
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from clkit.data.columns import size_of
 from clkit.errors import ConfigurationError, check_whole
 from clkit.evaluation.scores import Score, accuracy
 from clkit.method.evaluation_mode import evaluation_mode
@@ -30,7 +30,7 @@ def line(
     *,
     points: int = 11,
     loss: Callable[[LightningModule, Any], Tensor] = task_loss,
-    score: Score | None = accuracy,
+    score: Score | Mapping[str, Score] | None = accuracy,
     names: tuple[str, str] = ("start", "end"),
 ) -> Line:
     r"""Evaluate a module on the straight line between two sets of weights.
@@ -48,7 +48,8 @@ def line(
         data: Batches of each experience by its name, on the module's device.
         points: P, at least 2.
         loss: Mean loss of a batch; that of the module's own ``training_step`` by default.
-        score: One value for each sample of a batch; ``None`` for no score.
+        score: One value for each sample of a batch; one function for all data, or one for each by name; ``None`` for no
+            score.
         names: Names of the two sets of weights.
 
     Raises:
@@ -61,7 +62,8 @@ def line(
     with isolate_rng(), evaluation_mode(module), torch.no_grad(), swapped(module, end):
         for mu in np.linspace(0, 1, points):
             assign(module, {name: _between(start[name], tensor, float(mu)) for name, tensor in end.items()})
-            rows.append([_means(module, batches, loss, score) for batches in data.values()])
+            each = [score[name] if isinstance(score, Mapping) else score for name in data]
+            rows.append([_means(module, batches, loss, own) for batches, own in zip(data.values(), each, strict=True)])
     values = np.array(rows).reshape(points, len(data), 2)
     return Line(*names, tuple(data), np.linspace(0, 1, points), values[..., 0], values[..., 1])
 
@@ -76,7 +78,7 @@ def _means(
     loss: Callable[[LightningModule, Any], Tensor],
     score: Score | None,
 ) -> tuple[float, float]:
-    sizes = np.array([len(tree_leaves(batch)[0]) for batch in batches])
+    sizes = np.array([size_of(batch) for batch in batches])
     losses = [float(loss(module, batch)) for batch in batches]
     scores = [float("nan") if score is None else float(score(module, batch).double().mean()) for batch in batches]
     return float(np.average(losses, weights=sizes)), float(np.average(scores, weights=sizes))

@@ -132,7 +132,8 @@ class SnapshotEvaluator(Evaluator):
 
         def scores(chunk: slice) -> Tensor:
             batch = self.subsets.batch(chunk)
-            call = vmap(lambda state: functional_call(scored, state, (batch, group.index)), randomness="same")
+            inputs = (batch, group.index, self.subsets.owner[chunk])
+            call = vmap(lambda state: functional_call(scored, state, inputs), randomness="same")
             values: Tensor = call(stacked)
             return values
 
@@ -161,8 +162,8 @@ class _Scored(nn.Module):
         super().__init__()
         self.module, self.scorer = module, scorer
 
-    def forward(self, batch: Any, index: int) -> Tensor:
-        return self.scorer(self.module, batch, index)
+    def forward(self, batch: Any, index: int, owner: Tensor) -> Tensor:
+        return self.scorer(self.module, batch, index, owner)
 
 
 def frozen_versions(module: nn.Module) -> list[int | None]:
@@ -188,7 +189,7 @@ def evaluate_chunks(
 
     def scores(chunk: slice) -> Tensor:
         def forward() -> Tensor:
-            return scorer(module, subsets.batch(chunk), index)
+            return scorer(module, subsets.batch(chunk), index, subsets.owner[chunk])
 
         with weights(chunk):
             return forward() if prefix is None else prefix.run((chunk.start, chunk.stop), forward)

@@ -10,10 +10,9 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
+from clkit.data.columns import sent, size_of
 from clkit.data.datamodule import stream_data
-from clkit.data.datasets import sent
 from clkit.errors import ConfigurationError, check_whole
 from clkit.files import result_folder, write_atomically
 from clkit.method.forward import frozen_statistics
@@ -70,7 +69,7 @@ class GradientNorms(Strategy):
         self._share = 1.0
 
     def transform_batch(self, trainer: Trainer, module: LightningModule, batch: Any) -> Any:
-        self._share = len(tree_leaves(self._new)[0]) / len(tree_leaves(batch)[0])
+        self._share = size_of(self._new) / size_of(batch)
         return batch
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

@@ -9,8 +9,9 @@ from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from clkit.data.check import read_few
 from clkit.data.datamodule import stream_data
-from clkit.data.loader import StreamLoader, read_samples
+from clkit.data.loader import StreamLoader
 from clkit.data.stream import Experience
 from clkit.distributed import own_share
 from clkit.evaluation.scores import Scorer
@@ -54,8 +55,10 @@ class HeldOut:
         sets = [held_out(experience, split) for experience in stream]
         self._chosen = [choose(_size(part), subset, seed, k) for k, part in enumerate(sets)]
         with untouched(trainer, module):
-            pairs = zip(sets, self._chosen, strict=True)
-            batches = [to_device(trainer, read_samples(part, rows, collate_fn=collate_fn)) for part, rows in pairs]
+            batches = [
+                to_device(trainer, read_few(part, rows, collate_fn, f"experience {k}'s {split} data"))
+                for k, (part, rows) in enumerate(zip(sets, self._chosen, strict=True))
+            ]
         self.subsets = Subsets(batches, [len(rows) for rows in self._chosen], batch_size, module.device)
         self.full_counts = self.subsets.counts.new_tensor([_size(part) for part in sets])
         self.route()
@@ -79,7 +82,7 @@ class HeldOut:
                 for name, rows in by_route(route, data.stream[k], dataset, own).items():
                     with views[name](self.module):
                         for batch in StreamLoader(dataset, rows, self.batch_size, collate_fn=data.collate_fn):
-                            values = scorer(self.module, to_device(trainer, batch), seen[-1]).to(total.dtype)
+                            values = scorer(self.module, to_device(trainer, batch), seen[-1], k).to(total.dtype)
                             undefined = values.isnan()
                             total[:, k] += torch.stack([values.masked_fill(undefined, 0.0).sum(), undefined.sum()])
         return total

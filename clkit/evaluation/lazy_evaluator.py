@@ -34,7 +34,7 @@ class LazyEvaluator(Evaluator):
         seed: Seed of the choice of audited samples.
 
     Raises:
-        ConfigurationError: If the score is not accuracy, or there are several processes.
+        ConfigurationError: If the score is not accuracy, samples differ in shape, or there are several processes.
     """
 
     def __init__(
@@ -45,6 +45,8 @@ class LazyEvaluator(Evaluator):
             raise ConfigurationError("lazy=True compares logits, so it needs score='accuracy'; use lazy=False.")
         if trainer.world_size > 1:
             raise ConfigurationError("lazy=True works in one process; use lazy=False.")
+        if not subsets.uniform:
+            raise ConfigurationError("lazy=True needs samples of one shape; use lazy=False, or resize them.")
         self._rng = private_rng(seed, 6)
         self._index = -1
         self._hits = self._margin = self._drift = self._reference = torch.empty(0)
@@ -97,7 +99,8 @@ class LazyEvaluator(Evaluator):
     def _forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         parts = []
         for part in torch.split(rows, self.subsets.batch_size):
-            logits, y = logits_of(self.module, self.subsets.batch(part), self.scorer.mask(self._index))
+            batch, owner = self.scorer.known(self.subsets.batch(part)), self.subsets.owner[part]
+            logits, y = logits_of(self.module, batch, self.scorer.allowed(self._index, owner))
             logits = logits.float()
             hit = (logits.argmax(dim=1) == y).float()
             parts.append((logits, hit.masked_fill(logits.isnan().any(dim=1), torch.nan)))

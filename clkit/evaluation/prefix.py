@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from clkit.data.datasets import sent
+from clkit.data.columns import sent, size_of, take
 from clkit.errors import ConfigurationError
 from clkit.method.evaluation_mode import evaluation_mode
 from clkit.method.forward import frozen_statistics
@@ -224,9 +224,9 @@ class PrefixTable:
         """
         if all(parameter.requires_grad for parameter in module.parameters()):
             return None
-        size = len(tree_leaves(samples)[0])
-        first = _rows(samples, slice(chunk))
-        others = [_rows(samples, slice(at, at + 256)) for at in range(chunk, size, 256)]
+        size = size_of(samples)
+        first = take(samples, slice(chunk))
+        others = [take(samples, slice(at, at + 256)) for at in range(chunk, size, 256)]
         prefix = FrozenPrefix(module)
         with isolate_rng(), torch.no_grad():
             with evaluation_mode(module):
@@ -239,7 +239,7 @@ class PrefixTable:
                     with _Recorder(module, prefix._is_live, tables[-1]):
                         forward(batch)
             needed = {index: [table[index].output for table in tables] for index in prefix._needed}
-            lengths = [len(tree_leaves(batch)[0]) for batch in (first, *others)]
+            lengths = [size_of(batch) for batch in (first, *others)]
             if any(
                 leaf.dim() == 0 or len(leaf) != length
                 for outputs in needed.values()
@@ -251,9 +251,9 @@ class PrefixTable:
             found = cls(tables[0], joined)
             some = torch.arange(min(size, chunk)).flip(0)
             with frozen_statistics(module):
-                whole = forward(_rows(samples, some))
+                whole = forward(take(samples, some))
                 with found.rows(some):
-                    replayed = forward(_rows(samples, some))
+                    replayed = forward(take(samples, some))
         return found if torch.allclose(whole, replayed, rtol=1e-3, atol=1e-5) else None
 
     def rows(self, index: Tensor) -> AbstractContextManager[None]:

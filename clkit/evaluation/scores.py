@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor
+from torch.nn import functional as F
 
+from clkit.data.batch import is_text
+from clkit.data.columns import describe, size_of
+from clkit.data.datasets import is_class
 from clkit.data.stream import Stream
 from clkit.errors import ConfigurationError
+from clkit.method.forward import call
 
 Score = Callable[[LightningModule, Any], Tensor]
 Mask = Literal["none", "seen", "experience"]
@@ -43,26 +48,32 @@ def named(score: str | Score) -> Score:
 
 def logits_of(module: LightningModule, batch: Any, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return logits ``[B, C]`` and labels ``[B]`` of a batch for :func:`accuracy`, which see."""
-    if isinstance(batch, Mapping) and "labels" in batch and batch["labels"].dim() == 1:
+    own = "pass StabilityGap(score=...) a function of (module, batch) with one value a sample"
+    if isinstance(batch, Mapping) and "labels" in batch:
         y = batch["labels"]
         output = module(**{key: part for key, part in batch.items() if key != "labels"})
         logits = getattr(output, "logits", output)
     elif isinstance(batch, (tuple, list)) and len(batch) in (2, 3):
         x, y, *task = batch
-        logits = module(x, *task)
+        logits = call(module, x, *task)
     else:
         raise ConfigurationError(
-            f"The accuracy score needs (x, y) or (x, y, task) batches, or a mapping with one label a sample, and got "
-            f"{type(batch).__name__}; use StabilityGap(score='token_accuracy') for language models, or a function of "
-            "(module, batch) with one value a sample."
+            f"The accuracy score needs (x, y) batches, or a mapping with 'labels', and got {describe(batch)}; {own}."
         )
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
+    if not isinstance(y, Tensor) or y.dim() != 1 or not is_class(y[:1]):
+        texts = "StabilityGap(score='token_accuracy') is for language models; " if is_text(batch) else ""
         raise ConfigurationError(
-            f"The accuracy score needs {type(module).__name__}.forward to return logits of shape [B, C]; "
-            "pass StabilityGap(score=...) a function of (module, batch) with one value a sample."
+            f"The accuracy score needs one class a sample, and labels are {describe(y)}; {texts}{own}."
+        )
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
+        raise ConfigurationError(
+            f"The accuracy score needs {type(module).__name__}.forward to return logits [B, C] of at least two "
+            f"classes, and got {describe(logits)}; {own}."
         )
     if allowed is not None:
-        logits = logits.masked_fill(~(allowed if allowed.dim() == 1 else allowed[y]) & ~logits.isnan(), -torch.inf)
+        # a head may have outputs for more classes than the stream, and one that grows for fewer
+        allowed = F.pad(allowed, (0, logits.shape[1] - allowed.shape[-1]))
+        logits = logits.masked_fill(~allowed & ~logits.isnan(), -torch.inf)
     return logits, y
 
 
@@ -76,10 +87,11 @@ def accuracy(module: LightningModule, batch: Any, allowed: Tensor | None = None)
     Args:
         module: The module.
         batch: The batch.
-        allowed: ``bool [C]``, or ``bool [C, C]`` with one row for each label: the classes that compete; all by default.
+        allowed: ``bool [C]``, or ``bool [B, C]`` with one row for each sample: the classes that compete; all by
+            default.
 
     Raises:
-        ConfigurationError: If the batch or the output has another form.
+        ConfigurationError: If the batch or the output has another form, or there is one logit alone.
     """
     logits, y = logits_of(module, batch, allowed)
     hit: Tensor = (logits.argmax(dim=1) == y).float()
@@ -88,54 +100,73 @@ def accuracy(module: LightningModule, batch: Any, allowed: Tensor | None = None)
 
 @dataclass(frozen=True)
 class Scorer:
-    """A score, with the classes that compete while each experience is learned.
+    """A score, with the classes that compete.
 
     Args:
         score: The score function.
-        allowed: One ``allowed`` of :func:`accuracy` for each experience; ``None`` without a mask.
+        mask: Which classes compete.
+        classes: Those, one row for each experience, ``bool [K, C]``; ``None`` without a mask.
+        parts: How many parts of an ``(x, y, ...)`` batch are for :func:`accuracy`; all when ``None``.
     """
 
     score: Score
-    allowed: tuple[Tensor, ...] | None = None
+    mask: Mask = "none"
+    classes: Tensor | None = None
+    parts: int | None = None
 
     @classmethod
     def of(cls, score: Score, mask: Mask, stream: Stream, device: torch.device) -> Scorer:
-        """Build the masks of a stream: the classes seen so far, or those of the sample's own experience.
+        """Build the score of a stream, with the classes seen so far, or those of the sample's own experience.
 
         Raises:
             ConfigurationError: If a mask is wanted for another score than accuracy, or the stream has no classes.
         """
+        parts = (3 if stream.kind == "task-incremental" else 2) if score is accuracy else None
         if mask == "none":
-            return cls(score)
+            return cls(score, parts=parts)
         if score is not accuracy or stream.n_classes is None or not all(e.classes for e in stream):
             raise ConfigurationError(
                 f"mask={mask!r} masks the logits of classes, so it needs score='accuracy' and a stream with classes; "
                 "use mask='none' and mask in a score function of your own."
             )
-        if mask == "seen":
-            table = torch.zeros(len(stream), stream.n_classes, dtype=torch.bool)
-            for k in range(len(stream)):
-                table[k, list(stream.classes_seen(k))] = True
-            return cls(score, table.to(device).unbind())
-        together = torch.zeros(stream.n_classes, stream.n_classes, dtype=torch.bool)
-        for experience in stream:
-            classes = torch.tensor(experience.classes)
-            together[classes[:, None], classes] = True
-        return cls(score, (together.to(device),) * len(stream))
+        table = torch.zeros(len(stream), stream.n_classes, dtype=torch.bool)
+        for k, experience in enumerate(stream):
+            table[k, list(stream.classes_seen(k) if mask == "seen" else experience.classes)] = True
+        return cls(score, mask, table.to(device), parts)
 
     def to(self, device: torch.device) -> Scorer:
         """Return the score with its masks on a device."""
-        return Scorer(self.score, None if self.allowed is None else tuple(mask.to(device) for mask in self.allowed))
+        return replace(self, classes=None if self.classes is None else self.classes.to(device))
 
-    def __call__(self, module: LightningModule, batch: Any, experience: int) -> Tensor:
-        """Return the scores of a batch, ``[B]``, while ``experience`` is learned."""
-        if self.allowed is None:
-            return self.score(module, batch)
-        return accuracy(module, batch, self.mask(experience))
+    def __call__(self, module: LightningModule, batch: Any, experience: int, owner: int | Tensor) -> Tensor:
+        """Return the scores of a batch, ``[B]``, while ``experience`` is learned.
 
-    def mask(self, experience: int) -> Tensor | None:
-        """Return the ``allowed`` of :func:`accuracy` while ``experience`` is learned."""
-        return None if self.allowed is None else self.allowed[experience]
+        Args:
+            module: The module.
+            batch: The batch.
+            experience: The experience that is learned.
+            owner: The experience of the samples: one, or one for each, ``int64`` ``[B]``.
+
+        Raises:
+            ConfigurationError: If the score function does not return one value a sample.
+        """
+        if self.score is accuracy:
+            return accuracy(module, self.known(batch), self.allowed(experience, owner))
+        values = self.score(module, batch)
+        if not isinstance(values, Tensor) or values.shape != (size_of(batch),):
+            raise ConfigurationError(
+                f"The score {self.name} returned {describe(values)} for {size_of(batch)} samples; return one value a "
+                "sample, [B]."
+            )
+        return values
+
+    def known(self, batch: Any) -> Any:
+        """Return what of a batch is for :func:`accuracy`: nothing behind the labels, or the task."""
+        return batch[: self.parts] if isinstance(batch, (tuple, list)) else batch
+
+    def allowed(self, experience: int, owner: int | Tensor) -> Tensor | None:
+        """Return the ``allowed`` of :func:`accuracy`; see :meth:`__call__`."""
+        return None if self.classes is None else self.classes[experience if self.mask == "seen" else owner]
 
     @property
     def name(self) -> str:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+from bisect import bisect_right
 from collections.abc import Callable, Iterable
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 import torch
+from lightning_fabric.utilities import move_data_to_device
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from clkit.data.batch import concatenate, is_text, used_spans
+from clkit.data.columns import columns, describe, size_of, take
 from clkit.data.loader import choose_rows
+from clkit.errors import ConfigurationError
 
 
 def choose(n: int, subset: int | None, seed: int, experience: int) -> Tensor:
@@ -24,19 +27,30 @@ class Subsets:
     """The samples of all experiences, one after another.
 
     Args:
-        batches: The subset of each experience, as one batch on the device: a pytree of tensors ``[n_k, ...]``.
+        batches: The subset of each experience, as one batch on the device. Samples of different experiences may differ
+            in shape, but then are never in one forward.
         sizes: Number of samples :math:`n_k` of each.
         batch_size: Samples in one forward.
         device: Where they are.
 
     Attributes:
+        uniform: Whether the samples of all experiences have one shape (texts are padded to one).
         views: The view that predicts each sample, see :func:`~clkit.method.routing.route_of`; ``None`` if it is the
             same for all.
     """
 
     def __init__(self, batches: list[Any], sizes: list[int], batch_size: int, device: torch.device) -> None:
-        self.samples = concatenate(batches)
-        self._spans = used_spans(self.samples) if is_text(self.samples) else None
+        for batch, size in zip(batches, sizes, strict=True):
+            if size_of(batch) != size:
+                raise ConfigurationError(
+                    f"{size} held-out samples make a batch of {size_of(batch)} ({describe(batch)}); let the collate_fn "
+                    "keep one entry a sample."
+                )
+        alike = [list(run) for _, run in groupby(batches, key=_shapes)]
+        self._parts = [concatenate(run) for run in alike]
+        self._starts = [0, *accumulate(size_of(part) for part in self._parts)]
+        self.uniform = len(self._parts) == 1
+        self._spans = used_spans(self._parts[0]) if self.uniform and is_text(self._parts[0]) else None
         self.sizes, self.batch_size = sizes, batch_size
         self.ends = list(accumulate(sizes))
         # Metal has no float64
@@ -50,16 +64,17 @@ class Subsets:
         if self.counts.device == device:
             return self
         moved = copy.copy(self)
-        moved.samples = tree_map(lambda part: part.to(device), self.samples)
+        moved._parts = [move_data_to_device(part, device) for part in self._parts]
         moved.owner, moved.counts = self.owner.to(device), self.counts.to(device)
         return moved
 
     def chunks(self, experiences: range) -> list[slice]:
-        """Split the samples of neighbouring experiences into slices of at most ``batch_size`` and of one view."""
+        """Split the samples of neighbouring experiences into slices of at most ``batch_size``, one shape and view."""
         start, end = self.ends[experiences.start] - self.sizes[experiences.start], self.ends[experiences.stop - 1]
-        cuts = [start, end]
+        inner = {at for at in self._starts if start < at < end}
         if self.views is not None:
-            cuts[1:1] = [at for at in range(start + 1, end) if self.views[at] != self.views[at - 1]]
+            inner |= {at for at in range(start + 1, end) if self.views[at] != self.views[at - 1]}
+        cuts = [start, *sorted(inner), end]
         pieces = [(at, stop) for low, stop in pairwise(cuts) for at in range(low, stop, self.batch_size)]
         return [slice(at, min(at + self.batch_size, stop)) for at, stop in pieces]
 
@@ -68,8 +83,15 @@ class Subsets:
         return None if self.views is None else self.views[chunk.start]
 
     def batch(self, chunk: slice | Tensor) -> Any:
-        """Return the samples of a slice or of rows; texts of a slice without columns of padding alone."""
-        batch = tree_map(lambda part: part[chunk], self.samples)
+        """Return the samples of one of the :meth:`chunks`, or of rows where all are ``uniform``.
+
+        Texts of a slice come without columns of padding alone.
+        """
+        if isinstance(chunk, slice):
+            part = bisect_right(self._starts, chunk.start) - 1
+            batch = take(self._parts[part], slice(chunk.start - self._starts[part], chunk.stop - self._starts[part]))
+        else:
+            batch = take(self._parts[0], chunk)
         if self._spans is None or not isinstance(chunk, slice):
             return batch
         spans = {key: span[chunk] for key, span in self._spans.items()}
@@ -85,3 +107,10 @@ class Subsets:
             both = torch.stack([values.masked_fill(undefined, 0.0), undefined.to(self.dtype)], dim=-2)
             total = total.expand(*both.shape[:-1], -1).index_add(-1, self.owner[chunk], both)
         return total
+
+
+def _shapes(batch: Any) -> Any:
+    """What must be equal for batches to be put together."""
+    if is_text(batch):
+        return "texts"
+    return [part.shape[1:] if isinstance(part, Tensor) else () for part in columns(batch)]

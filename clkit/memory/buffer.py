@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from pytorch_lightning import Trainer
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from clkit.data.batch import local_share
-from clkit.data.datasets import labels_of
+from clkit.data.columns import describe, size_of
+from clkit.data.datasets import is_class, labels_of
 from clkit.errors import ConfigurationError, check_whole
 from clkit.memory.storage import DISK, Slots, Storage, make_storage
 from clkit.rng import private_rng, rng_state, set_rng_state
@@ -56,12 +56,12 @@ class ReservoirBuffer:
         return np.arange(min(self.n_seen, self.capacity))
 
     def insert(self, batch: Any) -> None:
-        """Insert every sample of a batch: any pytree of tensors with the same first dimension ``B``.
+        """Insert every sample of a batch of tensors ``[B, ...]`` and lists of ``B`` strings.
 
         Raises:
             ConfigurationError: If the samples' shapes differ from those already held, but for the lengths of texts.
         """
-        n_new = _batch_size(batch)
+        n_new = size_of(batch)
         if self.storage is None:
             self.storage = make_storage(batch, self.capacity, self.device)
         slots = self._choose_slots(batch, n_new)
@@ -71,6 +71,17 @@ class ReservoirBuffer:
         targets, last = np.unique(slots[kept][::-1], return_index=True)
         if len(targets):
             self.storage.write(targets, batch, kept[::-1][last])
+
+    def check(self, batches: Iterable[Any]) -> None:
+        """Make sure that samples like these can be kept together; this memory stays as it is.
+
+        Raises:
+            ConfigurationError: If they cannot.
+        """
+        batches = list(batches)
+        trial = type(self)(sum(map(size_of, batches)), device=self.device)
+        for batch in batches:
+            trial.insert(batch)
 
     def sample(self, n: int) -> Any:
         """Return ``min(n, len(self))`` different samples drawn uniformly, as a batch; ``None`` when there are none."""
@@ -137,12 +148,13 @@ class ClassBalancedBuffer(ReservoirBuffer):
         return np.concatenate([np.empty(0, dtype=np.int64), *self.slots.values()])
 
     def _choose_slots(self, batch: Any, n_new: int) -> Slots:
-        labels = labels_of(batch).cpu().numpy()
-        if labels.ndim != 1:
+        given = labels_of(batch)
+        if given.dim() != 1 or not is_class(given[:1]):
             raise ConfigurationError(
-                f"A class-balanced buffer needs one label a sample and got labels of shape {labels.shape}; use a "
-                "reservoir."
+                f"A class-balanced buffer needs the number of one class a sample and got labels {describe(given)}; "
+                "use a reservoir."
             )
+        labels = given.cpu().numpy()
         for label in dict.fromkeys(labels.tolist()):
             self.slots.setdefault(label, np.empty(0, dtype=np.int64))
             self.seen.setdefault(label, 0)
@@ -186,15 +198,5 @@ def draw_replay(trainer: Trainer, buffer: ReservoirBuffer, batch: Any, size: int
         batch: The new batch.
         size: Samples per process; as many as the batch has when ``None``.
     """
-    drawn = buffer.sample((size or _batch_size(batch)) * trainer.world_size)
+    drawn = buffer.sample((size or size_of(batch)) * trainer.world_size)
     return None if drawn is None else local_share(trainer, drawn)
-
-
-def _batch_size(batch: Any) -> int:
-    leaves = tree_leaves(batch)
-    if not leaves or not all(isinstance(leaf, Tensor) and leaf.dim() > 0 for leaf in leaves):
-        raise ConfigurationError(
-            "A buffer keeps batches made of tensors whose first dimension is the sample; "
-            f"got {[type(leaf).__name__ for leaf in leaves]}."
-        )
-    return len(leaves[0])

@@ -11,10 +11,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from clkit.data.batch import fill_value, is_text, per_token, used_spans
-from clkit.data.datasets import sent
+from clkit.data.columns import Column, map_columns, sent, take, unnamed
 from clkit.errors import ConfigurationError
 from clkit.files import scratch
 
@@ -61,7 +60,7 @@ def make_storage(like: Any, capacity: int, device: torch.device | str | None) ->
 
 
 class TensorStorage:
-    """Samples of one shape: one tensor ``[capacity, ...]`` for each tensor of a batch.
+    """Samples of one shape: one tensor ``[capacity, ...]``, or list of strings, for each column of a batch.
 
     Args:
         like: A batch.
@@ -70,17 +69,23 @@ class TensorStorage:
     """
 
     def __init__(self, like: Any, capacity: int, device: torch.device | str | None) -> None:
-        def allocate(tensor: Tensor) -> Tensor:
-            where = tensor.device if device is None else device
-            return torch.zeros((capacity, *tensor.shape[1:]), dtype=tensor.dtype, device=where)
+        def allocate(column: Column) -> Column:
+            if not isinstance(column, Tensor):
+                return [""] * capacity
+            where = column.device if device is None else device
+            return torch.zeros((capacity, *column.shape[1:]), dtype=column.dtype, device=where)
 
-        self.tensors = tree_map(allocate, like)
+        self.columns = map_columns(allocate, like)
 
     def write(self, slots: Slots, batch: Any, rows: Slots) -> None:
         """Copy; samples of another shape raise a :class:`ConfigurationError`."""
         to, of = torch.from_numpy(slots), torch.from_numpy(rows)
 
-        def copy(held: Tensor, new: Tensor) -> None:
+        def copy(held: Any, new: Any) -> None:
+            if not isinstance(held, Tensor):
+                for slot, row in zip(to.tolist(), of.tolist(), strict=True):
+                    held[slot] = new[row]
+                return
             if held.shape[1:] != new.shape[1:]:
                 raise ConfigurationError(
                     f"The buffer holds samples of shape {tuple(held.shape[1:])} and got {tuple(new.shape[1:])}; "
@@ -88,16 +93,15 @@ class TensorStorage:
                 )
             held[sent(to, held.device)] = sent(new.detach()[sent(of, new.device)], held.device)
 
-        tree_map(copy, self.tensors, batch)
+        map_columns(copy, self.columns, batch)
 
     def read(self, slots: Slots) -> Any:
         """Return copies."""
-        index = torch.from_numpy(slots)
-        return tree_map(lambda held: held[sent(index, held.device)], self.tensors)
+        return take(self.columns, torch.from_numpy(slots))
 
     def packed(self, slots: Slots) -> Any:
-        """Return copies."""
-        return self.read(slots)
+        """Return copies, in dictionaries, tuples and lists."""
+        return unnamed(self.read(slots))
 
     def unpack(self, slots: Slots, packed: Any) -> None:
         """Copy."""
@@ -105,7 +109,7 @@ class TensorStorage:
 
     def to(self, device: torch.device) -> None:
         """Move all slots."""
-        self.tensors = tree_map(lambda held: held.to(device), self.tensors)
+        self.columns = map_columns(lambda held: held.to(device) if isinstance(held, Tensor) else held, self.columns)
 
 
 class TextStorage:

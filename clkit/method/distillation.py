@@ -51,7 +51,7 @@ class Distillation(Strategy):
         self.teacher = state_dict["teacher"]
 
 
-def ask(module: LightningModule, teacher: Mapping[str, Tensor], x: Any) -> Any:
-    """Return what the module would return for ``x`` with the teacher's state, in evaluation mode, no gradient."""
+def ask(module: LightningModule, teacher: Mapping[str, Tensor], *inputs: Any) -> Any:
+    """Return what the module would return for inputs with the teacher's state, in evaluation mode, no gradient."""
     with torch.no_grad(), evaluation_mode(module):
-        return functional_call(module, dict(teacher), (x,))
+        return functional_call(module, dict(teacher), inputs)

@@ -29,6 +29,37 @@ def outputs(module: LightningModule, *inputs: Any) -> Any:
         return module(*inputs)
 
 
+def call(module: LightningModule, *inputs: Any) -> Any:
+    """Return ``module(*inputs)``.
+
+    Raises:
+        ConfigurationError: If ``forward`` is missing or takes other arguments.
+    """
+    if type(module).forward is LightningModule.forward:
+        raise ConfigurationError(
+            f"{type(module).__name__} has no forward; add one that maps {_named(inputs)} to its outputs."
+        )
+    if not takes(module, *inputs):
+        raise ConfigurationError(
+            f"{type(module).__name__}.forward{inspect.signature(module.forward)} does not take {_named(inputs)}, which "
+            "this stream's kind gives it; change its arguments, or the kind."
+        )
+    return module(*inputs)
+
+
+def takes(module: LightningModule, *inputs: Any) -> bool:
+    """Tell whether ``forward`` can be called with these inputs, by its signature."""
+    try:
+        inspect.signature(module.forward).bind(*inputs)
+    except TypeError:
+        return False
+    return True
+
+
+def _named(inputs: tuple[Any, ...]) -> str:
+    return ("(x)", "(x, task)")[len(inputs) - 1]
+
+
 def layer_call(module: LightningModule, layer: nn.Module, *inputs: Any) -> LayerCall | None:
     """Return the call of a watched layer in ``module(*inputs)``, as :func:`outputs`; ``None`` if it is not called."""
     last = recorded(module, inputs)
@@ -74,13 +105,14 @@ def task_loss(module: LightningModule, batch: Any, *, own_backward: bool = False
     return cast(Tensor, loss)
 
 
-def task_loss_and_outputs(module: LightningModule, batch: Any, *, own_backward: bool = False) -> tuple[Tensor, Any]:
-    """Return :func:`task_loss` of an ``(x, y)`` or ``(x, y, task)`` batch and, of the same forward, the outputs."""
-    x, _, *task = batch
+def task_loss_and_outputs(
+    module: LightningModule, batch: Any, inputs: tuple[Any, ...], *, own_backward: bool = False
+) -> tuple[Tensor, Any]:
+    """Return :func:`task_loss` of a batch and, of the same forward, the outputs for the batch's inputs."""
     with set_aside(module):
         with record_forward(module):
             loss = task_loss(module, batch, own_backward=own_backward)
-        return loss, outputs(module, x, *task)
+        return loss, outputs(module, *inputs)
 
 
 def logit_distance(new: Tensor, old: Tensor) -> Tensor:

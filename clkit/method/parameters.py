@@ -69,6 +69,15 @@ def select(
 
 
 @torch.no_grad()
+def grown(old: Tensor | None, live: Tensor) -> Tensor:
+    """Return a copy of a live tensor with the old values where an old one, of fewer rows or columns, has some."""
+    new = live.detach().clone()
+    if old is not None and old.dim() == live.dim() and all(a <= b for a, b in zip(old.shape, live.shape, strict=True)):
+        new[tuple(map(slice, old.shape))] = old.to(new)
+    return new
+
+
+@torch.no_grad()
 def assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy tensors into the parameters and buffers of the same names; names that the module lacks are left out."""
     own = module.state_dict(keep_vars=True)

@@ -21,6 +21,7 @@ from clkit.errors import ConfigurationError
 from clkit.method.evaluation_mode import evaluation_mode
 from clkit.method.forward import to_device
 from clkit.method.parameters import check_patterns, flat, select, trainable
+from clkit.method.setup_checks import check_whole_head
 from clkit.method.strategy import Strategy
 
 
@@ -88,6 +89,8 @@ class QuadraticPenalty(Strategy):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.held(pl_module)
+        if self.only is None:
+            check_whole_head(trainer, pl_module, type(self).__name__)
         if self.penalty is not None:
             self.penalty = Quadratic(*(tensor.to(pl_module.device) for tensor in self.penalty))
 
@@ -99,7 +102,8 @@ class QuadraticPenalty(Strategy):
         if len(weights) != len(anchor):
             raise ConfigurationError(
                 f"{type(self).__name__} remembers {len(anchor)} weights, but {len(weights)} are trainable now; keep "
-                "requires_grad of all parameters the same over the stream."
+                "requires_grad and the shapes of all parameters the same over the stream (a head with all its outputs "
+                "from the start), or leave those that change out with only=[...]."
             )
         distance = weights - anchor
         return self.factor * self.strength * ((importance * distance.square()).sum() + offset)

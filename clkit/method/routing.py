@@ -15,6 +15,7 @@ from clkit.data.hooks import callbacks_of
 from clkit.data.stream import Experience
 from clkit.method.optimizer import forget_state
 from clkit.method.parameters import assign, swapped, trainable
+from clkit.method.setup_checks import check_whole_head
 from clkit.method.strategy import Strategy, View
 
 LIVE = "live"
@@ -47,6 +48,7 @@ class Router(Strategy):
         return {name: _view(weights) for name, weights in self.bank.items()}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_whole_head(trainer, pl_module, type(self).__name__)
         if not self.initial:
             self.initial = _copy(pl_module)
         to = lambda tensor: tensor.to(pl_module.device)  # noqa: E731

@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+from lightning_fabric.utilities import move_data_to_device
 from pytorch_lightning import LightningModule
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset
 
+from clkit.data.columns import size_of, take
 from clkit.data.datamodule import stream_data
 from clkit.data.hooks import callbacks_of
 from clkit.data.loader import read_samples
@@ -104,5 +105,5 @@ def _batches(module: LightningModule) -> Iterator[Any]:
     for strategy in callbacks_of(trainer):
         memory = strategy.remembered() if isinstance(strategy, Strategy) else None
         if memory is not None:
-            for rows in chosen(len(tree_leaves(memory)[0])):
-                yield tree_map(lambda held, rows=rows: held[rows.to(held.device)].to(module.device), memory)
+            for rows in chosen(size_of(memory)):
+                yield move_data_to_device(take(memory, rows), module.device)

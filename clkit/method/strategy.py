@@ -11,6 +11,7 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 
 from clkit.data.batch import is_text
+from clkit.data.columns import describe
 from clkit.data.datamodule import stream_data
 from clkit.data.hooks import Hooks, callbacks_of, overrides
 from clkit.data.loader import choose_rows, read_samples
@@ -144,7 +145,7 @@ def random_samples(trainer: Trainer, experience: Experience, n: int, seed: int) 
 
 
 def check_pairs(trainer: Trainer, name: str, instead: str) -> None:
-    """Make sure that the stream's batches are ``(x, y)`` or ``(x, y, task)``.
+    """Make sure that the stream's batches are ``(x, y)``, ``(x, y, task)`` or more.
 
     Args:
         trainer: The trainer.
@@ -155,16 +156,20 @@ def check_pairs(trainer: Trainer, name: str, instead: str) -> None:
         ConfigurationError: If they have another form.
     """
     if not gives_pairs(trainer):
-        batch = _first(trainer)
         raise ConfigurationError(
-            f"{name} needs (x, y) or (x, y, task) batches, but the stream gives {type(batch).__name__}; {instead}."
+            f"{name} needs (x, y) or (x, y, task) batches, but the stream gives {describe(_first(trainer))}; {instead}."
         )
 
 
 def gives_pairs(trainer: Trainer) -> bool:
-    """Tell whether the stream's batches are ``(x, y)`` or ``(x, y, task)``."""
+    """Tell whether the stream's batches are ``(x, y)``, ``(x, y, task)`` or more."""
     batch = _first(trainer)
-    return isinstance(batch, (tuple, list)) and len(batch) in (2, 3)
+    return isinstance(batch, (tuple, list)) and len(batch) > 1
+
+
+def has_classes(trainer: Trainer) -> bool:
+    """Tell whether the samples of every experience have classes, as the stream says."""
+    return all(experience.classes for experience in stream_data(trainer).stream)
 
 
 def gives_texts(trainer: Trainer) -> bool:

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_accuracy
 
+from clkit.data.columns import describe
 from clkit.errors import ConfigurationError, check_choice
 from clkit.method.adapters import add_adapter
+from clkit.method.setup_checks import check_output
+from clkit.method.strategy import check_pairs
 from clkit.models.networks import Network, build_network
 
 if TYPE_CHECKING:
@@ -97,6 +100,8 @@ class Classifier(pl.LightningModule):
         self.net, self.n_classes = net if adapter is None else add_adapter(net, adapter), n_classes
         self.optimizer, self.scheduler, self.mask_unseen = optimizer, scheduler, mask_unseen
         self.loss, self.bce_classes = loss, bce_classes
+        # what the third part of a batch is: a stream tells
+        self._takes_task = True
         self.register_buffer("seen", torch.ones(n_classes or 0, dtype=torch.bool))
         self.register_buffer("current", self.seen.clone())
         self.register_buffer("task_classes", torch.ones(0, n_classes or 0, dtype=torch.bool))
@@ -127,12 +132,20 @@ class Classifier(pl.LightningModule):
         """Read the classes of the stream.
 
         Raises:
-            ConfigurationError: If the stream has more classes than the network has outputs.
+            ConfigurationError: If the stream's samples have no classes, or more than the network has outputs.
         """
         data = getattr(self.trainer, "datamodule", None)
         stream = getattr(data, "stream", None)
-        if data is None or stream is None or stream.n_classes is None:
+        if data is None or stream is None:
             return
+        if stage == "fit":
+            check_pairs(self.trainer, type(self).__name__, "use a LightningModule of your own")
+        if stream.n_classes is None:
+            raise ConfigurationError(
+                f"{type(self).__name__} learns classes, but stream {stream.name!r} has none; use a LightningModule of "
+                "your own, with a loss for its targets."
+            )
+        self._takes_task = stream.kind == "task-incremental"
         n_classes = stream.n_classes if self.n_classes is None else self.n_classes
         if stream.n_classes > n_classes:
             raise ConfigurationError(
@@ -150,6 +163,25 @@ class Classifier(pl.LightningModule):
             self.current = self.seen.clone()
         if stage == "fit":
             self._see(data)
+
+    def on_fit_start(self) -> None:
+        """Try the network once.
+
+        Raises:
+            ConfigurationError: If it has fewer outputs than there are classes, or others than are masked.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        n_classes = len(self.seen)
+        if not hasattr(data, "stream") or not n_classes:
+            return
+        name = type(self.net).__name__
+        logits = check_output(self.trainer, self, name, "use another net", self.net)
+        masks = self.mask_unseen or self.loss != "ce" or self._takes_task
+        if logits.dim() != 2 or logits.shape[1] < n_classes or (masks and logits.shape[1] > n_classes):
+            raise ConfigurationError(
+                f"{name} returns {describe(logits)} for {len(logits)} samples, and a classifier of {n_classes} classes "
+                f"needs [B, {n_classes}]; build it with {n_classes} outputs."
+            )
 
     def on_train_epoch_start(self) -> None:
         data = getattr(self.trainer, "datamodule", None)
@@ -175,20 +207,24 @@ class Classifier(pl.LightningModule):
         each = F.binary_cross_entropy_with_logits(logits, own.to(logits.dtype), reduction="none")
         return torch.where(allowed, each, 0).sum(dim=1).mean()
 
+    def _parts(self, batch: Any) -> Any:
+        """Return ``x``, ``y`` and, where the stream has tasks, ``task``; what else a batch holds is not used."""
+        return batch[: 3 if self._takes_task else 2]
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        x, y, *task = batch
+        x, y, *task = self._parts(batch)
         loss = self._loss(self(x, *task), y)
         self.log("train_loss", loss, batch_size=len(y))
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        x, y, *task = batch
+        x, y, *task = self._parts(batch)
         logits = self(x, *task)
         self.log("val_loss", self._loss(logits, y), batch_size=len(y))
         self.log("val_acc", _accuracy(logits, y), batch_size=len(y))
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        x, y, *task = batch
+        x, y, *task = self._parts(batch)
         self.log("test_acc", _accuracy(self(x, *task), y), batch_size=len(y))
 
     def configure_optimizers(self) -> Any:

@@ -85,7 +85,7 @@ def connect(paths: Sequence[Path], *, points: int = 11, output: Path | None = No
                 end,
                 {name: batches[name] for name in experiences[: last + 1]},
                 points=points,
-                score=partial(scorer, experience=last),
+                score={n: partial(scorer, experience=last, owner=k) for k, n in enumerate(experiences)},
                 names=(experiences[seen], experiences[seen_later]) if len(paths) == 1 else (first.stem, second.stem),
             )
         )

@@ -25,6 +25,7 @@ from clkit.data.stream import Experience, Stream
 from clkit.distributed import holds_shards, own_share, sum_over_processes
 from clkit.errors import ConfigurationError, check_whole
 from clkit.evaluation.device_evaluator import DeviceEvaluator
+from clkit.evaluation.device_time import DeviceTime
 from clkit.evaluation.evaluator import Evaluator, ProcessEvaluator, Result, SnapshotEvaluator
 from clkit.evaluation.lazy_evaluator import LazyEvaluator
 from clkit.evaluation.prefix import FrozenPrefix
@@ -146,6 +147,7 @@ class StabilityGap(Callback):
         self._pending: list[_Row] = []
         self._start_step = self._last_step = self._evaluated_step = self._n_undefined = 0
         self._seconds = self._evaluating = self._started = 0.0
+        self._time = DeviceTime(torch.device("cpu"))
         self._offset = 0
         self._evaluator_state: dict[str, Any] = {}
         self._approximation: dict[str, float] = {}
@@ -185,13 +187,13 @@ class StabilityGap(Callback):
     def state_key(self) -> str:
         return self._generate_state_key(name=self.name)
 
-    def _start(self, trainer: Trainer) -> None:
+    def _start(self, trainer: Trainer, module: LightningModule) -> None:
         self._pending, self.latest = [], []
         if self._resume_from is None:
             self._start_step = self._last_step = self._evaluated_step = self._n_undefined = 0
             self._seconds = self._evaluating = 0.0
             self._evaluator_state = {}
-        self._started = time.monotonic()
+        self._started, self._time = time.monotonic(), DeviceTime(module.device)
         if trainer.is_global_zero:
             self._open(len(stream_data(trainer).stream))
         self._resume_from = None
@@ -211,7 +213,7 @@ class StabilityGap(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # not in on_fit_start: sharded weights are restored, and all states with them, after it
-        self._start(trainer)
+        self._start(trainer, pl_module)
         stream, device = stream_data(trainer).stream, pl_module.device
         with untouched(trainer, pl_module):
             parts = [self._choose_subset(trainer, experience) for experience in stream]
@@ -294,24 +296,28 @@ class StabilityGap(Callback):
 
     def _evaluate(self, module: LightningModule, step: int, index: int) -> None:
         assert self._evaluator is not None
-        start = time.monotonic()
-        with self._shown(module):
-            self._note(step, index, "step", range(index + 1), self._evaluator.submit(index))
-        self._evaluated_step = step
-        if len(self._pending) >= self.flush_every:
-            self._flush()
-        if self.schedule.timed and module.device.type != "cpu":
-            torch.accelerator.synchronize()
-        self._evaluating += time.monotonic() - start
+        start = self._now(module)
+        with self._time.block():
+            with self._shown(module):
+                self._note(step, index, "step", range(index + 1), self._evaluator.submit(index))
+            self._evaluated_step = step
+            if len(self._pending) >= self.flush_every:
+                self._flush()
         if self.schedule.timed:
-            self.schedule.spent(time.monotonic() - start)
+            self.schedule.spent(self._now(module) - start)
+
+    def _now(self, module: LightningModule) -> float:
+        """The clock's time, for a schedule that goes by it when the device has done what it was given."""
+        if self.schedule.timed and module.device.type != "cpu":
+            getattr(torch, module.device.type).synchronize()
+        return time.monotonic()
 
     def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
-        start, seen = time.monotonic(), range(experience.index + 1)
-        sums = self._full_sums(trainer, module, seen)
-        self._note(trainer.global_step, experience.index, "end", seen, lambda: sums)
-        self._flush()
-        self._evaluating += time.monotonic() - start
+        seen = range(experience.index + 1)
+        with self._time.block():
+            sums = self._full_sums(trainer, module, seen)
+            self._note(trainer.global_step, experience.index, "end", seen, lambda: sums)
+            self._flush()
 
     def _full_sums(self, trainer: Trainer, module: LightningModule, seen: range) -> Tensor:
         total = self._subsets.counts.new_zeros(2, len(self._full_counts))
@@ -345,6 +351,7 @@ class StabilityGap(Callback):
         self._evaluator.check()
         counts = torch.stack([self._full_counts if row.phase == "end" else self._subsets.counts for row in rows])
         means, undefined = (sums[:, 0] / counts).tolist(), int(sums[:, 1].sum())
+        self._evaluation_seconds()
         self._count_undefined(undefined)
         for row, values in zip(rows, means, strict=True):
             scores = [value if k in row.experiences else math.nan for k, value in enumerate(values)]
@@ -380,7 +387,8 @@ class StabilityGap(Callback):
         history = self.history
         self.metrics = self._summary(history, stream)
         _write_atomically(self.dir / "metrics.json", json.dumps(self.metrics, indent=2, allow_nan=False))
-        timing = {"training_seconds": self._training_seconds(), "evaluation_seconds": self._evaluating}
+        evaluating = self._evaluation_seconds()
+        timing = {"training_seconds": self._fit_seconds() - evaluating, "evaluation_seconds": evaluating}
         _write_atomically(self.dir / "timing.json", json.dumps(timing, indent=2))
         if self.plot:
             self._draw(history, [experience.name for experience in stream])
@@ -401,9 +409,14 @@ class StabilityGap(Callback):
             n_undefined=self._n_undefined,
         )
 
-    def _training_seconds(self) -> float:
-        """Wall-clock time of the fit without evaluation, over all its parts."""
-        return self._seconds + time.monotonic() - self._started - self._evaluating
+    def _fit_seconds(self) -> float:
+        """Wall-clock time of the fit, over all its parts."""
+        return self._seconds + time.monotonic() - self._started
+
+    def _evaluation_seconds(self) -> float:
+        """Time of all evaluations so far; the device must be done with them, or is waited for."""
+        self._evaluating += self._time.taken()
+        return self._evaluating
 
     def _draw(self, history: History, names: list[str]) -> None:
         from clkit.report.figures import save, stability_gap_figure
@@ -441,8 +454,8 @@ class StabilityGap(Callback):
             "n_undefined": self._n_undefined,
             "schedule": self.schedule.state_dict(),
             "evaluator": {} if self._evaluator is None else self._evaluator.state_dict(),
-            "seconds": self._seconds + time.monotonic() - self._started,
-            "evaluating": self._evaluating,
+            "seconds": self._fit_seconds(),
+            "evaluating": self._evaluation_seconds(),
             "settings": self._settings(),
         }
 

@@ -78,9 +78,9 @@ def test_a_number_of_samples_bounds_the_work():
     seen = []
 
     class Counting(EWC):
-        def _squared_gradients(self, module, params, batch, own_loss):
+        def _squared_gradients(self, trainer, module, params, batch):
             seen.append(len(batch[0]))
-            return super()._squared_gradients(module, params, batch, own_loss)
+            return super()._squared_gradients(trainer, module, params, batch)
 
     fisher_of(Counting(samples=5), torch.zeros(2, 3), torch.randn(9, 3), torch.randint(2, (9,)))
     assert seen == [2, 5]  # two are tried before the training

@@ -6,11 +6,13 @@ import time
 import pandas as pd
 import pytest
 import pytorch_lightning as pl
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from plain import QUIET, make_module, make_stream
 
 from clkit import ConfigurationError, StabilityGap, StreamDataModule
+from clkit.evaluation.device_time import DeviceTime
 from clkit.evaluation.schedule import Every, LogSpaced, TimeShare
 
 
@@ -106,3 +108,13 @@ def test_a_time_share_evaluates_at_least_each_end(tmp_path):
     gap, table = run(TimeShare(1e-9), tmp_path)
     assert table[table.phase == "step"].step.tolist() == [1, 20, 40, 60]
     assert gap.metrics["schedule"] == "at most 1e-07% of the training time"
+
+
+def test_the_time_of_blocks_is_counted_once_and_that_between_them_is_not():
+    clock = DeviceTime(torch.device("cpu"))
+    for _ in range(2):
+        with clock.block():
+            time.sleep(0.02)
+        time.sleep(0.1)
+    assert clock.taken() >= 0.04
+    assert clock.taken() == 0

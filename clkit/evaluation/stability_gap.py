@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -178,7 +179,7 @@ class StabilityGap(FreshStart):
         assert self.dir is not None
         stream, device = stream_data(trainer).stream, pl_module.device
         resumed, self._resume_from = self._resume_from, None
-        self._clock.start()
+        self._clock.start(device)
         self._held_out = HeldOut(
             trainer, pl_module, split=self.split, subset=self.subset, seed=self.seed, batch_size=self.batch_size
         )
@@ -229,16 +230,21 @@ class StabilityGap(FreshStart):
     def _evaluate(self, module: LightningModule, step: int, index: int) -> None:
         assert self._evaluator is not None
         assert self._recorder is not None
-        with self._clock.evaluating() as spent:
+        start = self._now(module)
+        with self._clock.evaluating():
             with self._shown(module):
                 self._recorder.note(step, index, "step", range(index + 1), self._evaluator.submit(index))
             self._evaluated_step = step
             if len(self._recorder) >= self.flush_every:
                 self._flush()
-            if self.schedule.timed and module.device.type != "cpu":
-                torch.accelerator.synchronize()
         if self.schedule.timed:
-            self.schedule.spent(spent())
+            self.schedule.spent(self._now(module) - start)
+
+    def _now(self, module: LightningModule) -> float:
+        """The clock's time, for a schedule that goes by it when the device has done what it was given."""
+        if self.schedule.timed and module.device.type != "cpu":
+            getattr(torch, module.device.type).synchronize()
+        return time.monotonic()
 
     def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
         assert self._recorder is not None

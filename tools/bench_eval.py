@@ -118,7 +118,9 @@ def avalanche_evaluation(parts: Parts) -> Rival:
 def stream_of(parts: Parts) -> Stream:
     """Four experiences of one batch and a fifth, during which everything is evaluated."""
     tests = [InMemoryDataset(x, y) for x, y in parts]
-    return Stream.from_datasets([*(Subset(test, range(BATCH)) for test in tests[:4]), tests[4]], tests, n_classes=10)
+    return Stream.from_datasets(
+        [*(Subset(test, range(BATCH)) for test in tests[:4]), tests[4]], tests, n_classes=10, kind="domain-incremental"
+    )
 
 
 def fit(net: nn.Module, parts: Parts, callbacks: list[pl.Callback], steps: int) -> float:

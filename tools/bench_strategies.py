@@ -74,7 +74,7 @@ def run(name: str, flops: bool) -> tuple[float, int, int]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     images = InMemoryDataset(torch.rand(BATCH * STEPS, 1, 28, 28), torch.arange(BATCH * STEPS) % 10)
-    stream = Stream.from_datasets([images, images], [images, images], n_classes=10)
+    stream = Stream.from_datasets([images, images], [images, images], n_classes=10, kind="domain-incremental")
     module = Classifier(tiny_vit((1, 28, 28), 10), 10, adapter=lora(8))
     data = StreamDataModule(stream, batch_size=BATCH, steps=STEPS)
     with tempfile.TemporaryDirectory() as folder:

@@ -105,7 +105,7 @@ def images(n: int, device: torch.device = CPU, seed: int = 0) -> InMemoryDataset
 
 def image_stream(n: int = 64, experiences: int = 2, test: int = 64, device: torch.device = CPU) -> Stream:
     parts = [[images(size, device, seed=10 * k + at) for k in range(experiences)] for at, size in enumerate((n, test))]
-    return Stream.from_datasets(*parts, n_classes=10)
+    return Stream.from_datasets(*parts, n_classes=10, kind="domain-incremental")
 
 
 VECTORS: dict[str, Build] = {

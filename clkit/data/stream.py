@@ -208,7 +208,7 @@ class Stream(Sequence[Experience]):
         for experience in self._experiences:
             if can_slice(experience.train):
                 x = read_batch(experience.train, torch.tensor([0, _size(experience.train) // 2]))[0]
-                digest.update(x.contiguous().numpy().tobytes())
+                digest.update(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
                 continue
             for row in (0, _size(experience.train) // 2):
                 sample = experience.train[row]

@@ -253,7 +253,7 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_history(
     assert main(command) == 0
     assert "Going on from" in capsys.readouterr().out
     ends = json.loads((whole(*matter) / "metrics.json").read_text())["stream"]["steps"]
-    assert (saved in ends) == (sent is signal.SIGINT)
+    assert saved not in ends
     assert (tmp_path / "history.csv").read_text() == (whole(*matter) / "history.csv").read_text()
 
 

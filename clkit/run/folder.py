@@ -9,7 +9,7 @@ import socket
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -135,15 +135,21 @@ class Record:
         self._add(ended=time.time(), outcome=outcome, error=error)
 
     def _add(self, **entry: Any) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
+        # a full disk ends the run elsewhere, with the file's name
+        with suppress(OSError), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+
+
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say nothing: a log that cannot be written is no reason for a traceback a line."""
 
 
 @contextmanager
 def attempt(folder: Path, step: int) -> Iterator[Record]:
     """Keep a record of one attempt, from a checkpoint of so many steps, and of the error that ends it."""
     record = Record(folder, step)
-    handler = logging.FileHandler(folder / LOG, encoding="utf-8")
+    handler = _LogFile(folder / LOG, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     # a logger of its own says nothing on the terminal; the root hears the libraries
     root, log = logging.getLogger(), logging.Logger("clkit.run")
@@ -165,7 +171,8 @@ def attempt(folder: Path, step: int) -> Iterator[Record]:
         record.end("finished")
     finally:
         root.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):
+            handler.close()
 
 
 def attempts(folder: Path) -> list[Attempt]:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from types import FrameType
 from typing import Any
 
 STOP = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name))
 """What schedulers send before they take a machine away."""
+_TAKEN = (*STOP, signal.SIGINT)
 
 
 class StopSignals:
-    """Notes the first of :data:`STOP` while it is open, so that training can save before the process answers it.
+    """Notes the first of :data:`STOP`, or Ctrl-C, while it is open, so that training can save before it is answered.
+
+    A second Ctrl-C is answered at once.
 
     Only the main thread can take signals: elsewhere, and in forked children such as loader workers, nothing changes.
     """
@@ -32,7 +36,9 @@ class StopSignals:
         if threading.current_thread() is not threading.main_thread():
             return
         self.received, self._owner = None, os.getpid()
-        for number in STOP:
+        for number in _TAKEN:
+            if number == signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # of a job in the background
             found = signal.signal(number, self._note)
             self._before[number] = before.get(signal.Signals(number).name, found)
 
@@ -47,6 +53,7 @@ class StopSignals:
 
         Raises:
             SystemExit: If that handler did not raise it; the code is 128 and the signal's number.
+            KeyboardInterrupt: After Ctrl-C.
         """
         number = self.received or signal.SIGTERM
         handler = self._before.get(number)
@@ -57,7 +64,14 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._owner:
+            if number == signal.SIGINT:
+                return  # a terminal sends it to all; the training process ends its children
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         elif self.received is None:
             self.received = number
+            if number == signal.SIGINT and sys.stderr.isatty():
+                print("\nclkit: saves at the end of this step; Ctrl-C again stops at once.", file=sys.stderr)
+        elif number == signal.SIGINT:
+            self.close()
+            raise KeyboardInterrupt

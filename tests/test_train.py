@@ -170,8 +170,8 @@ def test_another_config_in_the_same_folder_is_refused_until_resume_is_off(tmp_pa
 
 def test_results_of_others_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "history.csv").write_text("mine")
-    with pytest.raises(ConfigurationError, match="did not make"):
-        run(configure(), tmp_path)
+    with pytest.raises(ConfigurationError, match="would overwrite"):
+        run(configure("share_folder=true"), tmp_path)
     assert (tmp_path / "history.csv").read_text() == "mine"
 
 
@@ -253,7 +253,7 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_history(
     assert main(command) == 0
     assert "Going on from" in capsys.readouterr().out
     ends = json.loads((whole(*matter) / "metrics.json").read_text())["stream"]["steps"]
-    assert (saved in ends) == (sent is signal.SIGINT)
+    assert saved not in ends
     assert (tmp_path / "history.csv").read_text() == (whole(*matter) / "history.csv").read_text()
 
 

@@ -387,7 +387,7 @@ class StreamDataModule(pl.LightningDataModule):
         if differing:
             raise ConfigurationError(
                 f"The checkpoint belongs to another run: {', '.join(differing)} differ(s); "
-                "resume with the settings it was made with, or start without ckpt_path."
+                "resume with the settings it was made with, or start anew."
             )
         if self.trainer is not None and self._runner is not None:
             self._runner.set_clock(self.trainer, state_dict[CLOCK])

@@ -112,6 +112,19 @@ def stored(dataset: Dataset[Any], position: int) -> Tensor | None:
     return None
 
 
+def contents_of(dataset: Dataset[Any] | None) -> list[Any]:
+    """Return the tensors and lists that a dataset holds in memory and that tell it from others; reads no sample."""
+    if isinstance(dataset, InMemoryDataset):
+        return [part for part in (dataset.x, dataset.y, dataset.indices) if part is not None]
+    if isinstance(dataset, TensorDataset):
+        return list(dataset.tensors)
+    if isinstance(dataset, Subset):
+        return [torch.as_tensor(dataset.indices), *contents_of(dataset.dataset)]
+    if isinstance(dataset, ConcatDataset):
+        return [content for part in dataset.datasets for content in contents_of(part)]
+    return [getattr(dataset, name) for name in ("records", "targets") if hasattr(dataset, name)]
+
+
 def labels_of(batch: Any) -> Tensor:
     """Return the labels of a batch or sample: of ``(x, y, ...)``, or of a mapping that has them.
 

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args, overload
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from clkit.data.columns import describe
-from clkit.data.datasets import can_slice, find_labels, is_class, read_batch, sample_of, targets_of
+from clkit.data.datasets import can_slice, contents_of, find_labels, is_class, read_batch, sample_of, targets_of
 from clkit.errors import ConfigurationError, check_choice
 
 Kind = Literal["class-incremental", "task-incremental", "domain-incremental", "instruction", "task-free"]
@@ -201,11 +203,18 @@ class Stream(Sequence[Experience]):
     def fingerprint(self) -> str:
         """Short hash of the stream, to tell whether a checkpoint belongs to it.
 
-        It covers the structure and, of tensors and of texts, two samples of each experience.
+        It covers the structure, all tensors and texts of every split that are held in memory
+        (:class:`~clkit.data.datasets.InMemoryDataset`, ``TensorDataset``, and datasets with ``records``, such as
+        :class:`~clkit.language.dataset.InstructionDataset`), two training samples of each experience, and of other
+        datasets the ``targets``, where they have some.
         """
         parts = [(e.name, e.classes, e.task, _size(e.train), _size(e.test)) for e in self._experiences]
         digest = hashlib.sha256(repr((self.name, self.kind, self.n_classes, parts)).encode())
+        seen: dict[int, tuple[Any, bytes]] = {}
         for experience in self._experiences:
+            for dataset in (experience.train, experience.val, experience.test):
+                for part in contents_of(dataset):
+                    digest.update(_digest(part, seen))
             if can_slice(experience.train):
                 x = read_batch(experience.train, torch.tensor([0, _size(experience.train) // 2]))[0]
                 digest.update(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -261,6 +270,18 @@ def _check_set(dataset: Any, empty: str, where: str) -> None:
         )
     if len(dataset) == 0:
         raise ConfigurationError(empty)
+
+
+def _digest(part: Any, seen: dict[int, tuple[Any, bytes]]) -> bytes:
+    """Hash a tensor or a list; what experiences share is hashed once."""
+    if id(part) not in seen:
+        if isinstance(part, Tensor):
+            content: Any = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        else:
+            content = part.tobytes() if isinstance(part, np.ndarray) else repr(part).encode()
+        # with the part itself, whose id nothing else may get meanwhile
+        seen[id(part)] = (part, hashlib.sha256(content).digest())
+    return seen[id(part)][1]
 
 
 def _size(dataset: Dataset[Any]) -> int:

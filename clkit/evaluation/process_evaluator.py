@@ -180,7 +180,7 @@ class _Site:
 
 def _end_with(parent: int) -> None:
     """End this process soon after its parent, not before by a signal that goes to all of a job's processes."""
-    for number in STOP:
+    for number in (*STOP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
     def watch() -> None:

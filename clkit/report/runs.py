@@ -19,7 +19,10 @@ from clkit.metrics.summary import summary
 from clkit.report.estimate import Estimate
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_SUMMARY = {"complete", "stream", "metrics"}
 ABSENT = "–"
+REPLACED = ".replaced"
+"""Folder of what a run's folder held before it was trained anew."""
 PLANS = ".sweeps"
 """Folder of a sweep's plans, one JSON file a command."""
 _NOT_IN_RESULT = {"seed", "resume", "attempts", "objective", "data_root", "folder"}
@@ -221,13 +224,13 @@ def config_differences(groups: Sequence[Group]) -> dict[str, list[str]]:
 def _run_folders(root: Path) -> Iterator[Path]:
     if not root.is_dir():
         raise ConfigurationError(f"{root} is no directory; give a run folder or a folder that holds runs.")
-    marks = [path.parent for path in root.rglob("history.csv")] + [path.parent for path in root.rglob(".hydra")]
-    yield from sorted(set(marks))
+    marks = {path.parent for name in ("history.csv", ".hydra") for path in root.rglob(name)}
+    yield from sorted(mark for mark in marks if REPLACED not in mark.relative_to(root).parts)
 
 
 def _metrics(path: Path) -> dict[str, Any] | None:
     content = _json(path)
-    return content if content and content.get("format") == 1 else None
+    return content if content and content.get("format") == 1 and content.keys() >= _SUMMARY else None
 
 
 def _json(path: Path) -> dict[str, Any] | None:
@@ -272,6 +275,6 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 def missing_runs(folder: Path) -> list[Path]:
     """Return the folders of runs that sweeps in a folder planned and never started."""
-    plans = (json.loads(path.read_text(encoding="utf-8")) for path in (folder / PLANS).glob("*.json"))
-    planned = {folder / name for plan in plans for name in plan["runs"]}
+    plans = (_json(path) or {} for path in (folder / PLANS).glob("*.json"))
+    planned = {folder / name for plan in plans for name in plan.get("runs", ())}
     return sorted(path for path in planned if not (path / "history.csv").exists())

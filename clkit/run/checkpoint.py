@@ -16,7 +16,7 @@ from clkit.data.checkpoint_io import verify_checkpoint
 from clkit.data.datamodule import stream_data
 from clkit.data.stream import Experience
 from clkit.errors import ConfigurationError
-from clkit.files import naming, put_in_place, result_folder, unfinished_name
+from clkit.files import naming, put_in_place, result_folder, set_aside, unfinished_name
 from clkit.signals import StopSignals
 
 
@@ -26,9 +26,11 @@ class StreamCheckpoint(Checkpoint):
     A file is written beside its final name, flushed to disk and then renamed, so a kill at any moment leaves the last
     one intact. Files are called ``step=N.ckpt`` and loaded by ``trainer.fit(..., ckpt_path=..., weights_only=True)``.
 
-    SIGTERM, SIGUSR1 and SIGUSR2, with which schedulers announce that they take the machine away, save at the end of the
-    running step, on all processes alike; then whoever handled the signal before, such as a launcher that requeues the
-    job, does so, and training ends with ``SystemExit`` (128 and the signal's number).
+    SIGTERM, SIGUSR1 and SIGUSR2, with which schedulers announce that they take the machine away, and Ctrl-C save at the
+    end of the running step, on all processes alike; then whoever handled the signal before, such as a launcher that
+    requeues the job, does so, and training ends with ``SystemExit`` (128 and the signal's number).
+
+    Files of other runs in the folder are not removed: a run that starts anew renames them; ``keep`` is about its own.
 
     Args:
         dir: Folder for the files; ``checkpoints`` below the trainer's root or log folder when ``None``.
@@ -62,6 +64,7 @@ class StreamCheckpoint(Checkpoint):
         self._last_time = time.monotonic()
         self._signals = StopSignals()
         self._sigterm: Any = None
+        self._names: list[str] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         stream_data(trainer)
@@ -78,9 +81,24 @@ class StreamCheckpoint(Checkpoint):
         self._sigterm = signal.getsignal(signal.SIGTERM)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self.dir is not None
+        if trainer.global_step == 0:
+            self._names = []
+            self._set_others_aside(trainer)
+        elif trainer.ckpt_path is not None and Path(trainer.ckpt_path).parent == self.dir:
+            self._names.append(Path(trainer.ckpt_path).name)
         self._last_step = self._seen_step = trainer.global_step
         self._last_time = time.monotonic()
         self._signals.open(SIGTERM=self._sigterm)
+
+    def _set_others_aside(self, trainer: Trainer) -> None:
+        """Let none of another run's files pass for one of this one."""
+        assert self.dir is not None
+        others = checkpoints(self.dir) if trainer.is_global_zero else []
+        for path in others:
+            set_aside(path)
+        if others:
+            rank_zero_warn(f"{self.dir} held checkpoints of another run; they are now called step=*.1.ckpt or so.")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._signals.close()
@@ -96,8 +114,7 @@ class StreamCheckpoint(Checkpoint):
         # the last batch is saved by on_train_epoch_end: Lightning would skip that hook after a resume from here
         if trainer.is_last_batch or not stepped:
             return
-        stops = trainer.should_stop or trainer.global_step == trainer.max_steps
-        self._save_if(trainer, stops or self._due(trainer))
+        self._save_if(trainer, self._stops(trainer) or self._due(trainer))
 
     def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
         if self.keep_ends:
@@ -107,7 +124,17 @@ class StreamCheckpoint(Checkpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # a resume from the end of an epoch that was cut short would skip the rest of it
         if trainer.is_last_batch:
-            self._save_if(trainer, stream_data(trainer).is_last_epoch or self._due(trainer))
+            last = stream_data(trainer).is_last_epoch or trainer.current_epoch + 1 == trainer.max_epochs
+            self._save_if(trainer, last or self._stops(trainer) or self._due(trainer))
+
+    def _stops(self, trainer: Trainer) -> bool:
+        return trainer.should_stop or trainer.global_step == trainer.max_steps
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"names": list(self._names)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._names = list(state_dict["names"])
 
     def _save_if(self, trainer: Trainer, due: bool) -> None:
         asked = trainer.strategy.reduce_boolean_decision(self._signals.received is not None, all=False)
@@ -130,8 +157,10 @@ class StreamCheckpoint(Checkpoint):
         assert self.dir is not None
         self._write(trainer, self.dir / f"step={trainer.global_step:09d}.ckpt", weights_only=False)
         if trainer.is_global_zero:
-            for old in checkpoints(self.dir)[self.keep :]:
-                old.unlink()
+            self._names = sorted({*self._names, f"step={trainer.global_step:09d}.ckpt"})
+            for old in self._names[: -self.keep]:
+                (self.dir / old).unlink(missing_ok=True)
+            self._names = self._names[-self.keep :]
         trainer.strategy.barrier()
         self._last_step, self._last_time = trainer.global_step, time.monotonic()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -12,6 +13,7 @@ from clkit.errors import ConfigurationError, suggest
 
 _EXTRAS = {"joblib": "joblib", "submitit": "slurm", "ray": "ray", "optuna": "optuna"}
 _KILLED = ("TerminatedWorkerError", "UncompletedJobError", "WorkerCrashedError", "OutOfMemoryError", "NodeDiedError")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSALS = (ValueError, TypeError, RuntimeError, LookupError, OSError, ImportError, AssertionError)
 
 
@@ -44,6 +46,11 @@ def explain(error: BaseException) -> str | None:
     for cause in causes:
         if isinstance(cause, ValueError) and str(cause).startswith("Config group override"):
             return "A group such as strategy needs a name or a list of names (strategy=[] for none); see clkit list."
+        if isinstance(cause, OSError) and cause.errno in _FULL:
+            return (
+                f"Cannot write {cause.filename or 'a file'}: {cause.strerror}. Make room; the same command then goes "
+                "on from the last checkpoint."
+            )
         if isinstance(cause, OSError) and cause.filename is not None and cause.strerror:
             return f"{cause.filename}: {cause.strerror}; choose another path."
         if isinstance(cause, ConfigurationError) or type(cause).__name__ == "MisconfigurationException":

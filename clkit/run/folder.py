@@ -1,8 +1,7 @@
-"""A run's folder: whose it is, who trains in it, and how the attempts ended; torch is not imported."""
+"""A run's folder: who trains in it, and how the attempts ended; torch is not imported."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -10,23 +9,20 @@ import socket
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
-from omegaconf import DictConfig, OmegaConf
 
 from clkit import __version__
 from clkit.errors import ConfigurationError
-from clkit.files import write_atomically
 
 Outcome = Literal["finished", "failed", "interrupted"]
 LOG = "train.log"
-NOT_IN_RESULT = ("resume", "attempts", "objective", "folder", "data_root")
 _ATTEMPTS = "attempts.jsonl"
-_LOCK = ".lock"
+LOCK = ".lock"
 _FRESH = 600.0
 
 
@@ -65,35 +61,16 @@ class Attempt:
     error: str = ""
 
 
+_FIELDS = {each.name for each in fields(Attempt)}
+
+
 def is_finished(folder: Path) -> bool:
     """Tell whether a run's folder holds the numbers of a whole stream, or of a run that diverged and was stopped."""
-    path = folder / "metrics.json"
-    metrics = json.loads(path.read_text()) if path.is_file() else {}
-    return bool(metrics.get("complete")) or metrics.get("diverged") is not None
-
-
-def fingerprint(config: DictConfig) -> str:
-    """Return a short hash of everything in a config that the result depends on."""
-    content: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
-    kept = {key: value for key, value in content.items() if key not in NOT_IN_RESULT}
-    return hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:16]
-
-
-def owner(folder: Path) -> dict[str, str] | None:
-    """Return the fingerprint (``config``) and the ``clkit`` version of the run whose folder this is, if any."""
-    path = folder / "run.json"
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def owned_by(folder: Path, config: DictConfig) -> bool:
-    """Tell whether the folder is that of the run with this config."""
-    there = owner(folder)
-    return there is not None and there["config"] == fingerprint(config)
-
-
-def claim(folder: Path, config: str) -> None:
-    """Mark the folder as that of the run with this fingerprint."""
-    write_atomically(folder / "run.json", json.dumps({"clkit": __version__, "config": config}) + "\n")
+    try:
+        content = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and (bool(content.get("complete")) or content.get("diverged") is not None)
 
 
 @contextmanager
@@ -104,7 +81,7 @@ def hold(folder: Path) -> Iterator[None]:
         Busy: If another process does.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / _LOCK)
+    lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=1, poll_interval=0.1)
     except Timeout:
@@ -126,10 +103,10 @@ def is_held(folder: Path) -> bool:
 
     Where a lock of another machine may not be seen, an unended attempt that wrote within ten minutes counts too.
     """
-    if not (folder / _LOCK).exists():
+    if not (folder / LOCK).exists():
         return False
     try:
-        with FileLock(folder / _LOCK, timeout=0):
+        with FileLock(folder / LOCK, timeout=0):
             pass
     except Timeout:
         return True
@@ -158,15 +135,21 @@ class Record:
         self._add(ended=time.time(), outcome=outcome, error=error)
 
     def _add(self, **entry: Any) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
+        # a full disk ends the run elsewhere, with the file's name
+        with suppress(OSError), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+
+
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say nothing: a log that cannot be written is no reason for a traceback a line."""
 
 
 @contextmanager
 def attempt(folder: Path, step: int) -> Iterator[Record]:
     """Keep a record of one attempt, from a checkpoint of so many steps, and of the error that ends it."""
     record = Record(folder, step)
-    handler = logging.FileHandler(folder / LOG, encoding="utf-8")
+    handler = _LogFile(folder / LOG, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     # a logger of its own says nothing on the terminal; the root hears the libraries
     root, log = logging.getLogger(), logging.Logger("clkit.run")
@@ -188,7 +171,8 @@ def attempt(folder: Path, step: int) -> Iterator[Record]:
         record.end("finished")
     finally:
         root.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):
+            handler.close()
 
 
 def attempts(folder: Path) -> list[Attempt]:
@@ -200,6 +184,9 @@ def attempts(folder: Path) -> list[Attempt]:
             entry = json.loads(line)
         except ValueError:
             continue
+        if not isinstance(entry, dict):
+            continue
+        entry = {key: value for key, value in entry.items() if key in _FIELDS}
         if "started" in entry:
             found.append(entry)
         elif found:

@@ -23,8 +23,9 @@ from omegaconf import DictConfig, OmegaConf
 from clkit.errors import ConfigurationError
 from clkit.report.definitions import higher_is_better
 from clkit.run import plugins
+from clkit.run.claim import owned_by, reads_as_before
 from clkit.run.explain import complain, explain
-from clkit.run.folder import Busy, is_finished, owned_by
+from clkit.run.folder import Busy, is_finished
 from clkit.run.rank import is_rank_zero
 from clkit.run.sweep import Planner
 
@@ -47,7 +48,7 @@ def task(config: DictConfig) -> float | None:
     # Lightning starts the other processes of a distributed run by this command line
     sys.argv = [sys.argv[0], "train", *job.overrides.task]
     sweep = job.mode is RunMode.MULTIRUN
-    if sweep and config.resume is True and is_finished(folder) and owned_by(folder, config):
+    if sweep and config.resume is True and is_finished(folder) and _is_ours(folder, config):
         print(f"Finished before, passed over: {folder}")
         return _objective(config, folder)
 
@@ -69,6 +70,13 @@ def task(config: DictConfig) -> float | None:
             raise
         raise SystemExit(complain(error)) from None
     return _objective(config, folder)
+
+
+def _is_ours(folder: Path, config: DictConfig) -> bool:
+    try:
+        return owned_by(folder, config) and reads_as_before(folder, config)
+    except ConfigurationError:
+        return False  # said by the run itself
 
 
 def _objective(config: DictConfig, folder: Path) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -18,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from clkit.errors import ConfigurationError
 from clkit.files import write_atomically
-from clkit.report.runs import PLANS
+from clkit.report.runs import PLANS, REPLACED
 from clkit.run.folder import Attempt, attempts, fruitless, is_finished, is_held
 
 Status = Literal["done", "running", "failed", "stopped", "waiting"]
@@ -141,9 +142,12 @@ def plans(folder: Path) -> list[Plan]:
     """Return the plans of all sweeps whose folder this is."""
     found = []
     for path in sorted((folder / PLANS).glob("*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        runs = {name: tuple(overrides) for name, overrides in content["runs"].items()}
-        found.append(Plan(folder, tuple(content["command"]), runs, content["attempts"]))
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            runs = {name: tuple(overrides) for name, overrides in content["runs"].items()}
+            found.append(Plan(folder, tuple(content["command"]), runs, content["attempts"]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            warnings.warn(f"{path} is broken and passed over; the sweep's command writes it again.", stacklevel=2)
     return found
 
 
@@ -156,7 +160,8 @@ def cells_in(folder: Path) -> list[Cell]:
     if not folder.is_dir():
         raise ConfigurationError(f"{folder} is no directory; give the folder of a sweep (by default runs).")
     planned = {cell.folder: cell for plan in plans(folder) for cell in plan.cells()}
-    started = sorted({path.parent for path in folder.rglob("attempts.jsonl")} - planned.keys())
+    found = {path.parent for path in folder.rglob("attempts.jsonl")} - planned.keys()
+    started = sorted(path for path in found if REPLACED not in path.relative_to(folder).parts)
     cells = [*planned.values(), *map(Cell.read, started)]
     if not cells:
         raise ConfigurationError(f"There is no run in {folder}; give the folder of a sweep (by default runs).")
@@ -209,4 +214,7 @@ def _position(history: Path) -> tuple[int, int]:
     if not lines:
         return 0, 0
     row = dict(zip(head, lines[-1].split(","), strict=False))
-    return int(row["experience"]) + 1, int(row["step"])
+    try:
+        return int(row["experience"]) + 1, int(row["step"])
+    except (KeyError, ValueError):
+        return 0, 0

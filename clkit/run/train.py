@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Iterable
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -15,9 +14,13 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from clkit.data.datamodule import StreamDataModule
+from clkit.data.hooks import callbacks_of
+from clkit.data.stream import Stream
 from clkit.errors import ConfigurationError, check_whole
+from clkit.files import scratch_in
 from clkit.report import write_report
 from clkit.run.checkpoint import checkpoints, latest_checkpoint, step_of
+from clkit.run.claim import SCRATCH, claim, data_root, fingerprint, note_data, owner, refuse_foreign
 from clkit.run.config_check import check
 from clkit.run.folder import (
     LOG,
@@ -25,24 +28,13 @@ from clkit.run.folder import (
     Record,
     attempt,
     attempts,
-    claim,
-    fingerprint,
     fruitless,
     hold,
     is_finished,
-    owner,
 )
 from clkit.run.progress import StreamProgress
+from clkit.run.provenance import changes, code_of
 from clkit.run.rank import is_rank_zero
-
-FIGURES = ("stability_gap", "zoom", "overlay", "worst_case", "time", "drift", "connectivity")
-RESULTS = (
-    *("run.json", "history*.csv", "metrics.json", "checkpoints", "tensorboard", "csv", "wandb", "mlruns", "adapters"),
-    *("report.md", "report.tex", "report.csv", "runs.csv", "report.html", "timing.json", "gradients.csv"),
-    *("drift.csv", "flops.json", "connectivity.csv", "answers", "answers.csv", "answers.json"),
-    *(f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")),
-)
-RECORDS = ("attempts.jsonl", "train.log")
 
 
 def run(config: DictConfig, folder: Path, *, in_sweep: bool = False) -> None:
@@ -50,7 +42,7 @@ def run(config: DictConfig, folder: Path, *, in_sweep: bool = False) -> None:
 
     Args:
         config: Composed from ``conf/train.yaml``. With ``resume`` a finished run is only shown again and an unfinished
-            one goes on from its newest whole checkpoint; without, the folder's earlier results are removed.
+            one goes on from its newest whole checkpoint; without, the folder's earlier results are moved aside.
         folder: The run's folder.
         in_sweep: Write no report of this run alone, and do not try again what failed ``attempts`` times.
 
@@ -59,13 +51,27 @@ def run(config: DictConfig, folder: Path, *, in_sweep: bool = False) -> None:
         GaveUp: If the run has failed too often.
         ConfigurationError: If the config cannot work, or the folder holds a run of another config.
     """
-    if type(config.resume) is not bool:
-        raise ConfigurationError(f"resume={config.resume!r} is not possible; use true or false.")
+    for key in ("resume", "share_folder"):
+        if type(config[key]) is not bool:
+            raise ConfigurationError(f"{key}={config[key]!r} is not possible; use true or false.")
     console = Console(quiet=not is_rank_zero(), soft_wrap=True)
-    with hold(folder) if is_rank_zero() else nullcontext():
+    if is_rank_zero():
+        refuse_foreign(folder, config)
+    if not config.resume:
+        # before anything is moved
+        _check(config, folder)
+    with (
+        hold(folder) if is_rank_zero() else nullcontext(),
+        scratch_in(folder / SCRATCH, clear=is_rank_zero()),
+    ):
         if is_rank_zero():
-            _claim(folder, fingerprint(config), config.resume)
+            aside = claim(folder, config)
+            if aside is not None:
+                console.print(f"What was in {folder} is now in {aside}")
+            _tell_of_changes(folder, config)
         if config.resume and is_finished(folder):
+            if is_rank_zero():
+                _check_data(folder, config)
             console.print(f"Finished before, shown again (resume=false trains anew): {folder}")
         else:
             if in_sweep:
@@ -78,19 +84,65 @@ def run(config: DictConfig, folder: Path, *, in_sweep: bool = False) -> None:
 
 
 def _train(config: DictConfig, folder: Path, checkpoint: Path | None, record: Record | None, console: Console) -> None:
-    _check_own(config)
-    check(_inside(config, folder))
+    _check(config, folder)
     if config.resume and checkpoint is None and checkpoints(folder / "checkpoints"):
         raise ConfigurationError(
             f"No checkpoint in {folder / 'checkpoints'} can be read; start over with resume=false, or put one back."
         )
     trainer, module, data = build(config, folder)
+    callbacks_of(trainer).append(RunMark(fingerprint(config)))
     if record is not None:
+        note_data(folder, data.stream.fingerprint(), data_root(config))
         data.trainer = trainer
         record.plan(data.experience_steps)
     if checkpoint is not None:
         console.print(f"Going on from {checkpoint}")
     fit(trainer, module, data, checkpoint)
+
+
+class RunMark(pl.Callback):
+    """Marks checkpoints with the hash of the run's config and accepts no others.
+
+    Args:
+        config: The hash.
+    """
+
+    def __init__(self, config: str) -> None:
+        self.config = config
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"config": self.config}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        there = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("config")
+        if there != self.config:
+            what = "another config" if there else "no run of clkit train"
+            raise ConfigurationError(
+                f"The newest checkpoint in the run's folder is of {what}; take it away, or use resume=false."
+            )
+
+
+def _tell_of_changes(folder: Path, config: DictConfig) -> None:
+    there = owner(folder)
+    changed = changes(there.code, code_of(config)) if there is not None and there.code else []
+    if changed:
+        warnings.warn(
+            f"The code has changed since {folder} was begun: {', '.join(changed)}. Train anew with resume=false if it "
+            "matters.",
+            stacklevel=2,
+        )
+
+
+def _check_data(folder: Path, config: DictConfig) -> None:
+    """Compare what a finished run read with what is there now; that it is gone is no reason to refuse."""
+    try:
+        stream = build_stream(config)
+    except Exception as error:
+        warnings.warn(f"Its data cannot be read now ({' '.join(str(error).split())}).", stacklevel=2)
+        return
+    note_data(folder, stream.fingerprint(), data_root(config))
 
 
 def _check_attempts(folder: Path, limit: int) -> None:
@@ -131,17 +183,23 @@ def build(config: DictConfig, folder: Path) -> tuple[pl.Trainer, pl.LightningMod
 
 def build_module(config: Any) -> tuple[pl.LightningModule, StreamDataModule]:
     """Build the module, as it is before training, and its stream; the global seed is set to the config's."""
+    stream = build_stream(config)
+    data: StreamDataModule = instantiate(config.data, _partial_=True)(stream)
+    module = instantiate(config.model, **stream.model_arguments)
+    return module, data
+
+
+def build_stream(config: Any) -> Stream:
+    """Build the stream; the global seed is set to the config's."""
     pl.seed_everything(config.seed, workers=True)
-    stream = instantiate(config.scenario)
+    stream: Stream = instantiate(config.scenario)
     if config.get("experiences") is not None:
         if config.experiences > len(stream):
             raise ConfigurationError(
                 f"experiences={config.experiences} is not possible; {stream.name} has {len(stream)} experiences."
             )
         stream = stream[: config.experiences]
-    data: StreamDataModule = instantiate(config.data, _partial_=True)(stream)
-    module = instantiate(config.model, **stream.model_arguments)
-    return module, data
+    return stream
 
 
 def fit(trainer: pl.Trainer, module: pl.LightningModule, data: StreamDataModule, checkpoint: Path | None) -> None:
@@ -156,6 +214,11 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: StreamDataModule,
         # Lightning ends with 1 after Ctrl-C, and with none after a SIGTERM between the experiences
         code = 130 if stop.code == 1 else 143 if stop.code is None else stop.code
         raise SystemExit(code) from stop
+
+
+def _check(config: DictConfig, folder: Path) -> None:
+    _check_own(config)
+    check(_inside(config, folder))
 
 
 def _check_own(config: DictConfig) -> None:
@@ -193,31 +256,3 @@ def _check_own(config: DictConfig) -> None:
 
 def _inside(config: DictConfig, folder: Path) -> DictConfig:
     return cast(DictConfig, OmegaConf.merge(config, {"folder": str(folder)}))
-
-
-def _claim(folder: Path, config: str, resume: bool) -> None:
-    """Mark the folder as this config's and clear it of what cannot be resumed; refuse results of another config."""
-    there = owner(folder)
-    ours = there is not None and there["config"] == config
-    if resume and (folder / "history.csv").exists() and not ours:
-        made = (
-            f"a run of another config, made with clkit {there['clkit']}"
-            if there
-            else "results that clkit train did not make"
-        )
-        raise ConfigurationError(
-            f"{folder} holds {made}; start over with resume=false, or choose another folder with hydra.run.dir=DIR."
-        )
-    if resume and ours and (is_finished(folder) or checkpoints(folder / "checkpoints")):
-        return
-    _remove(folder, RESULTS if resume and ours else (*RESULTS, *RECORDS))
-    claim(folder, config)
-
-
-def _remove(folder: Path, patterns: Iterable[str]) -> None:
-    second = [path.parent for path in folder.glob("*/history.csv")]
-    for path in (*second, *(path for pattern in patterns for path in folder.glob(pattern))):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()

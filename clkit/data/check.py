@@ -99,9 +99,11 @@ def _check(stream: Stream, experience: Experience, part: str, dataset: Dataset[A
                 f"The task label in {where} is {', '.join(map(str, tasks))}, but the experience's task is "
                 f"{experience.task}; let all its samples have that one, or give Experience another task."
             )
+    if not experience.classes:
+        return
     labels = whole(dataset, 1)
     labels = find_labels(batch) if labels is None else labels
-    if not experience.classes or labels is None:
+    if labels is None:
         return
     if labels.dim() != 1 or not is_class(labels[:1]):
         raise ConfigurationError(

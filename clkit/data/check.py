@@ -76,7 +76,8 @@ def check_lone_sample(module: LightningModule, stream: Stream, index: int, colla
     try:
         with isolate_rng(), module.trainer.precision_plugin.train_step_context():
             module(*stream.inputs_of(batch))
-    except ValueError as error:
+    except Exception as error:
+        # what else a forward on one sample says comes up in training, if it does
         if "more than 1 value per channel" in str(error):
             raise ConfigurationError(
                 f"The last batch of an epoch of experience {index} has one sample, of which BatchNorm cannot take a "

@@ -33,7 +33,7 @@ class AvalancheStream(Stream):
         benchmark: A benchmark with ``train_stream`` and ``test_stream``, or the name of one of
             ``avalanche.benchmarks.classic``, for example ``"SplitMNIST"`` (it downloads its data).
         kind: Kind of the stream. When ``None``, it is read from the benchmark: task-incremental if task labels differ
-            between experiences, else class-incremental if classes do, else domain-incremental.
+            between experiences, else class-incremental if new classes come, else domain-incremental.
         in_memory: What to transform once, now, and hold as tensors: ``"test"`` (test and validation data, which is
             evaluated again and again), ``"all"`` (training data too: fast, but random augmentation is frozen) or
             ``"none"`` (for data larger than memory).
@@ -144,7 +144,7 @@ def _labelled(dataset: Dataset[Any], task: int | None) -> Dataset[Any]:
 def _kind_of(tasks: Sequence[tuple[int, ...]], classes: Sequence[tuple[int, ...]]) -> Kind:
     if len(set(tasks)) > 1:
         return "task-incremental"
-    return "class-incremental" if len(set(classes)) > 1 else "domain-incremental"
+    return "class-incremental" if set().union(*classes) > set(classes[0]) else "domain-incremental"
 
 
 def _one_each(tasks: Sequence[tuple[int, ...]]) -> list[int]:

@@ -20,6 +20,7 @@ from clkit.method.evaluation_mode import evaluation_mode
 from clkit.method.forward import task_loss
 from clkit.method.hidden_states import capture, find_blocks
 from clkit.method.parameters import averageable, swapped
+from clkit.method.setup_checks import check_memory
 from clkit.method.statistics import Statistics
 from clkit.method.strategy import Strategy
 
@@ -131,6 +132,10 @@ class InterpolatedLoRA(Strategy):
             with torch.no_grad(), evaluation_mode(module), slow, capture(self._blocks, stop=True) as self._targets:
                 task_loss(module, self._replayed)
         return batch
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        check_memory(trainer, self.buffer)
 
     def loss_term(self, trainer: Trainer, module: LightningModule, batch: Any, loss: Tensor) -> Tensor | None:
         if self._replayed is None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pandas as pd
 import pytest
 import pytorch_lightning as pl
@@ -54,7 +56,8 @@ def test_each_replayed_sample_follows_the_average_that_knows_its_label_better():
     method.averages = {"plastic": {"w": torch.tensor(3.0)}, "stable": {"w": torch.tensor(-1.0)}}
     method._replayed = slice(1, 4)
     x, y = torch.tensor([9.0, 1.0, 1.0, -1.0]), torch.tensor([0, 0, 1, 1])
-    term = method.loss_term(None, module, (x, y), None)
+    trainer = SimpleNamespace(datamodule=StreamDataModule(make_stream(2)))
+    term = method.loss_term(trainer, module, (x, y), None)
     # label 0 at x = 1: stable (logit -1 against 1); label 1 at 1: plastic; label 1 at -1: stable
     expected = 2.0 * ((1 - -1) ** 2 + (1 - 3) ** 2 + (-1 - 1) ** 2) / 6
     assert term.item() == pytest.approx(expected)

@@ -22,7 +22,7 @@ def importance_of(net, x, y=None, n_experiences=1, **options):
     mas = MAS(**options)
     part = InMemoryDataset(x, torch.arange(len(x)) % 2 if y is None else y)
     stream = Stream.from_datasets(
-        [part] * n_experiences, [part] * n_experiences, n_classes=2, kind="domain-incremental"
+        [part] * n_experiences, [part] * n_experiences, kind="domain-incremental", n_classes=2
     )
     trainer = pl.Trainer(max_epochs=n_experiences, callbacks=[mas], **QUIET)
     trainer.fit(Still(net), datamodule=StreamDataModule(stream, batch_size=3))

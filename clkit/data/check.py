@@ -76,7 +76,8 @@ def check_lone_sample(module: LightningModule, stream: Stream, index: int, colla
     try:
         with isolate_rng(), module.trainer.precision_plugin.train_step_context():
             module(*stream.inputs_of(batch))
-    except ValueError as error:
+    except Exception as error:
+        # what else a forward on one sample says comes up in training, if it does
         if "more than 1 value per channel" in str(error):
             raise ConfigurationError(
                 f"The last batch of an epoch of experience {index} has one sample, of which BatchNorm cannot take a "
@@ -99,9 +100,11 @@ def _check(stream: Stream, experience: Experience, part: str, dataset: Dataset[A
                 f"The task label in {where} is {', '.join(map(str, tasks))}, but the experience's task is "
                 f"{experience.task}; let all its samples have that one, or give Experience another task."
             )
+    if not experience.classes:
+        return
     labels = whole(dataset, 1)
     labels = find_labels(batch) if labels is None else labels
-    if not experience.classes or labels is None:
+    if labels is None:
         return
     if labels.dim() != 1 or not is_class(labels[:1]):
         raise ConfigurationError(

@@ -154,7 +154,8 @@ def _number(label: Any) -> Tensor:
         return torch.as_tensor(label)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigurationError(
-            f"The label {label!r} is no number; number the labels, for example with the dataset's target_transform."
+            f"A label is {label!r:.60}, which is no number; number the labels, for example with the dataset's "
+            "target_transform."
         ) from error
 
 

@@ -156,8 +156,10 @@ def check_pairs(trainer: Trainer, name: str, instead: str) -> None:
         ConfigurationError: If they have another form.
     """
     if not gives_pairs(trainer):
+        batch = _first(trainer)
         raise ConfigurationError(
-            f"{name} needs (x, y) or (x, y, task) batches, but the stream gives {describe(_first(trainer))}; {instead}."
+            f"{name} needs (x, y) or (x, y, task) batches, but the stream gives {type(batch).__name__} "
+            f"{describe(batch)}; {instead}."
         )
 
 

@@ -11,6 +11,7 @@ In a test of your package::
 
 from __future__ import annotations
 
+import copy
 import functools
 import io
 import itertools
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.tuner.tuning import Tuner
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_leaves
@@ -224,6 +226,7 @@ class _Suite:
         stream: Stream | None = None,
         batch_size: int | None = None,
         checkpoint: Path | None = None,
+        search: bool = False,
         **settings: Any,
     ) -> pl.LightningModule:
         module = self.module() if module is None else module
@@ -238,6 +241,9 @@ class _Suite:
                 callbacks=[*chosen, *callbacks],
                 **{**_QUIET, **settings},
             )
+            if search:
+                Tuner(trainer).lr_find(module, datamodule=data, num_training=3, update_attr=False)
+                pl.seed_everything(0, verbose=False)
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         return module
 
@@ -254,6 +260,39 @@ class _Suite:
                 _same(whole.state_dict(), module.state_dict(), f"weights after a resume from {path.name}")
                 own, resumed = ([s.state_dict() for s in strategies] for strategies in (first, again))
                 _same(own, resumed, f"the strategy's state after a resume from {path.name}")
+
+    def fresh(self) -> None:
+        """A second fit, after a learning-rate search, ends in the same bits as the first."""
+        strategies = self.strategies()
+        first = self.fit(strategies=strategies)
+        left = copy.deepcopy([strategy.state_dict() for strategy in strategies])
+        second = self.fit(strategies=strategies, search=True)
+        _same(first.state_dict(), second.state_dict(), "weights after a second fit with the same object")
+        _same(left, [strategy.state_dict() for strategy in strategies], "its state after a second fit")
+
+    def batch(self) -> None:
+        """It sees and remembers the batches of the stream, whatever ``training_step`` does to its own."""
+        module = self.module()
+        own_step = type(module).training_step
+        given: list[Any] = []
+
+        class Spoils(type(module)):  # type: ignore[misc]
+            def training_step(self, batch: Any, *args: Any) -> Any:
+                given.extend(leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+                output = own_step(self, batch, *args)
+                if isinstance(batch, dict):
+                    batch.clear()
+                return output
+
+            def on_after_backward(self) -> None:
+                # not before: the backward pass needs the inputs
+                while given:
+                    given.pop().zero_()
+
+        plain = self.fit(module=self.module())
+        module.__class__ = Spoils
+        spoilt = self.fit(module=module)
+        _same(plain.state_dict(), spoilt.state_dict(), "weights where training_step spoils its batch")
 
     def evaluation(self) -> None:
         """Training with per-iteration evaluation ends in the same bits as without."""
@@ -379,7 +418,18 @@ def _words(what: str) -> Callable[[str], str]:
     return lambda text: f"{what}: {text}"
 
 
-CHECKS = ("resume", "evaluation", "processes", "accumulation", "bf16", "state", "untouched", "refusals")
+CHECKS = (
+    "resume",
+    "fresh",
+    "batch",
+    "evaluation",
+    "processes",
+    "accumulation",
+    "bf16",
+    "state",
+    "untouched",
+    "refusals",
+)
 """The checks, each a line in the documentation of :func:`check_strategy`."""
 
 
@@ -396,6 +446,8 @@ def check_strategy(
     """Check that a strategy keeps clkit's promises, on a small real stream; seconds on one CPU core.
 
     - ``resume``: from every checkpoint of a run, with fresh objects, in the same bits;
+    - ``fresh``: a second fit with the same object, after a learning-rate search, in the same bits as the first;
+    - ``batch``: it sees the stream's batches, whatever ``training_step`` does to them;
     - ``evaluation``: per-iteration evaluation on or off, the same bits;
     - ``processes``: two processes give what one gives with the same global batch (needs ``fork``);
     - ``accumulation`` and ``bf16``: it trains, with the right number of steps and float32 weights;

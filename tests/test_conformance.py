@@ -112,6 +112,27 @@ class Peeks(Strategy):
             torch.rand(1)
 
 
+class RemembersInItsClass(Strategy):
+    calls = 0
+
+    def loss_term(self, trainer, module, batch, loss):
+        RemembersInItsClass.calls += 1
+        return loss * RemembersInItsClass.calls / 1000
+
+
+class SeesWhatIsLeft(Strategy):
+    """Says that it looks at no batch, and does."""
+
+    reads_batch = False
+    scale = 0.0
+
+    def loss_term(self, trainer, module, batch, loss):
+        return self.scale * loss
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.scale = float(batch[0].mean())
+
+
 class Freezes(Strategy):
     def on_fit_end(self, trainer, module):
         module.net[1].weight.requires_grad_(False)
@@ -162,6 +183,8 @@ class HalfWeights(Strategy):
     ("strategy", "check"),
     [
         (Forgets, "resume"),
+        (RemembersInItsClass, "fresh"),
+        (SeesWhatIsLeft, "batch"),
         (Peeks, "evaluation"),
         (OwnProcess, "processes"),
         (StepsTwice, "accumulation"),

@@ -12,9 +12,19 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from plain import QUIET, UserModule, make_module, make_stream, weights
+from pytorch_lightning.callbacks import EarlyStopping, GradientAccumulationScheduler, StochasticWeightAveraging
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, default_collate
 
-from clkit import ConfigurationError, InMemoryDataset, ResetOptimizer, Stream, StreamDataModule
+from clkit import (
+    ConfigurationError,
+    InMemoryDataset,
+    ResetOptimizer,
+    StabilityGap,
+    Strategy,
+    Stream,
+    StreamCheckpoint,
+    StreamDataModule,
+)
 from clkit.data.datasets import can_slice, read_batch, targets_of
 from clkit.data.loader import StreamLoader, read_samples
 
@@ -242,6 +252,153 @@ def test_testing_covers_all_experiences():
     module = Tested()
     pl.Trainer(**QUIET).test(module, datamodule=StreamDataModule(make_stream(), batch_size=7), verbose=False)
     assert torch.cat(module.labels).bincount().tolist() == [20] * 6
+
+
+class TwoOptimizers(UserModule):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (self.net[1], self.net[3])]
+
+
+LIMITS = [
+    {},
+    {"limit_train_batches": 3},
+    {"limit_train_batches": 0.5},
+    {"overfit_batches": 2},
+    {"accumulate_grad_batches": 3},
+    {"accumulate_grad_batches": 2, "limit_train_batches": 5},
+    {"max_steps": 7},
+    {"max_epochs": 1},
+    {"callbacks": {0: 2, 1: 1, 2: 4}},
+]
+
+
+@pytest.mark.parametrize("length", [{"epochs": 2}, {"epochs": [1, 3], "drop_last": True}, {"steps": [6, 4]}])
+@pytest.mark.parametrize("limits", LIMITS, ids=lambda limits: "-".join(map(str, limits.values())) or "none")
+def test_the_steps_planned_are_those_taken(tmp_path, limits, length):
+    limits = dict(limits)
+    gap = StabilityGap(dir=tmp_path, plot=False, subset=2)
+    callbacks = [gap, *(GradientAccumulationScheduler(plan) for plan in [limits.pop("callbacks", None)] if plan)]
+    data = StreamDataModule(make_stream(2, per_class=21), batch_size=8, **length)
+    planned = []
+
+    class Planning(UserModule):
+        def configure_optimizers(self):
+            planned.extend([data.total_steps, data.experience_steps])
+            return super().configure_optimizers()
+
+    torch.manual_seed(0)
+    module = fit(data, Planning(), callbacks=callbacks, **limits)
+    total, each = planned
+    assert module.trainer.global_step == data.step == total
+    cut = "max_steps" in limits or module.trainer.max_epochs < data.total_epochs
+    assert total < sum(each) if cut and total != sum(each) else total == sum(each)
+    if not cut:
+        assert np.unique(gap.history.select("step").experience, return_counts=True)[1].tolist() == each
+    if "steps" in length and "limit_train_batches" not in limits and "overfit_batches" not in limits:
+        assert each == [6, 4]
+
+
+def test_one_step_is_one_step_however_many_optimizers(tmp_path):
+    gap, kept = StabilityGap(every=2, dir=tmp_path, plot=False), StreamCheckpoint(tmp_path, every_n_steps=3, keep=99)
+    data = StreamDataModule(make_stream(2), batch_size=8)
+    fit(data, TwoOptimizers(), callbacks=[gap, kept], enable_checkpointing=True)
+    assert data.total_steps == data.step == 10
+    assert gap.history.select("step").steps.tolist() == [2, 4, 5, 7, 9, 10]
+    assert sorted(int(path.stem.removeprefix("step=")) for path in tmp_path.glob("step=*")) == [3, 5, 6, 9, 10]
+
+
+def unequal():
+    """64 and 14 samples."""
+    parts = [make_stream(2, per_class=n)[k].train for k, n in enumerate((32, 7))]
+    return Stream.from_datasets(parts, parts, n_classes=4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "message"),
+    [
+        ({}, {"val_check_interval": 3}, "val_check_interval=3 is more than the 2 batch.* experience 1"),
+        ({"batch_size": 16, "drop_last": True}, {}, "Experience 1 has 14 training samples"),
+        ({}, {"limit_train_batches": 0.4}, "leaves none of the 2 batch.* experience 1"),
+    ],
+)
+def test_every_experience_is_checked_before_the_first_step(arguments, settings, message):
+    class Never(UserModule):
+        def training_step(self, batch, batch_idx):
+            raise AssertionError
+
+    with pytest.raises(ConfigurationError, match=message):
+        fit(StreamDataModule(unequal(), **{"batch_size": 8, **arguments}), Never(), **settings)
+
+
+@pytest.mark.parametrize("callbacks", [[], [ResetOptimizer()]])
+def test_a_schedule_that_ends_before_the_stream_is_refused(callbacks):
+    class OneCycle(UserModule):
+        def __init__(self, length):
+            super().__init__()
+            self.length = length
+
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=self.length)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    needed = 8 if callbacks else 10
+    data = StreamDataModule(unequal(), batch_size=8)
+    with pytest.raises(ConfigurationError, match=f"ends after {needed - 1} steps, but takes {needed} in"):
+        fit(data, OneCycle(needed - 1), callbacks=callbacks)
+    assert fit(data, OneCycle(needed), callbacks=callbacks).trainer.global_step == 10
+
+
+def test_an_epoch_past_the_end_is_refused():
+    class Normed(UserModule):
+        def __init__(self):
+            super().__init__()
+            self.net.insert(1, torch.nn.BatchNorm1d(6))
+
+    with pytest.raises(ConfigurationError, match="raised max_epochs to 5"):
+        fit(
+            StreamDataModule(make_stream(2), batch_size=8, epochs=2),
+            Normed(),
+            callbacks=[StochasticWeightAveraging(0.1)],
+        )
+
+
+def test_early_stopping_is_warned_of_and_ends_no_experience(tmp_path):
+    class Stops(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            trainer.should_stop = trainer.global_step == 7
+
+    ended = []
+
+    class Ends(Strategy):
+        def on_experience_end(self, trainer, module, experience):
+            ended.append(experience.index)
+
+    gap = StabilityGap(dir=tmp_path, plot=False)
+    data = StreamDataModule(make_stream(3), batch_size=8)
+    stopping = EarlyStopping("train_loss", patience=99, check_on_train_epoch_end=True)
+    with pytest.warns(UserWarning, match="ends the whole fit, not an experience"):
+        fit(data, make_module(), callbacks=[Ends(), gap, stopping, Stops()])
+    assert ended == [0]
+    assert gap.history.select("end").experience.tolist() == [0]
+    assert not gap.metrics["complete"]
+
+
+def test_printing_the_datamodule_tells_its_plan():
+    data = StreamDataModule(make_stream(2), batch_size=8, epochs=[1, 2])
+    assert str(data) == repr(data)
+    for part in ("2 experiences", "batch_size=8", "epochs=[1, 2]", "3 Lightning epochs", "15 optimizer steps"):
+        assert part in repr(data)
 
 
 def test_resetting_the_optimizer_forgets_momentum_and_keeping_it_does_not():

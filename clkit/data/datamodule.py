@@ -9,7 +9,12 @@ from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
+from pytorch_lightning.callbacks import (
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from pytorch_lightning.plugins import CheckpointIO
 from pytorch_lightning.utilities import rank_zero_warn
 from pytorch_lightning.utilities.seed import isolate_rng
@@ -95,6 +100,18 @@ class StreamDataModule(pl.LightningDataModule):
         if any(experience.val is not None for experience in stream):
             # Lightning warns of a val_dataloader without validation_step as soon as the method exists
             self.val_dataloader = self._val_dataloader  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        unit, each = ("epochs", self.epochs) if self.steps is None else ("steps", self.steps)
+        length = str(each[0]) if len(set(each)) == 1 else str(each)
+        return (
+            f"{type(self).__name__}({self.stream!r}, batch_size={self.batch_size}, {unit}={length} an experience, "
+            f"seed={self.seed}; {self.total_epochs} Lightning epochs, {self.total_steps} optimizer steps)"
+        )
+
+    def __str__(self) -> str:
+        # Lightning's own lists the dataloaders, which depend on a running trainer
+        return repr(self)
 
     @property
     def total_epochs(self) -> int:
@@ -203,6 +220,7 @@ class StreamDataModule(pl.LightningDataModule):
         self._check_length(trainer)
         _warn_of_averaging(trainer)
         check_samples(self.stream, self.collate_fn)
+        _warn_of_stopping(trainer)
         trainer.strategy.checkpoint_io = VerifiedCheckpointIO(trainer.strategy.checkpoint_io)
         self._reload_period = cast(Any, trainer).reload_dataloaders_every_n_epochs
         cast(Any, trainer).reload_dataloaders_every_n_epochs = 1
@@ -259,12 +277,18 @@ class StreamDataModule(pl.LightningDataModule):
                 )
 
     def check_schedules(self) -> None:
-        """Check learning-rate schedules of a fixed length, such as ``OneCycleLR``, against the stream.
+        """Check the last epoch and learning-rate schedules of a fixed length, such as ``OneCycleLR``.
 
         Raises:
-            ConfigurationError: If one ends before the stream does, or before an experience where each has its own.
+            ConfigurationError: If the training lasts longer than the stream, or a schedule ends before the stream
+                does, or before an experience where each has its own.
         """
         trainer = cast(Any, self.trainer)
+        if trainer.fit_loop.max_epochs > self.total_epochs:
+            raise ConfigurationError(
+                f"A callback (StochasticWeightAveraging with BatchNorm does so) raised max_epochs to "
+                f"{trainer.fit_loop.max_epochs}, but the stream lasts {self.total_epochs}; leave it out."
+            )
         renewed = any(getattr(callback, "renews_schedules", False) for callback in callbacks_of(trainer))
         what, name = ("an experience", "max(data.experience_steps)") if renewed else ("the stream", "data.total_steps")
         steps = max(self.experience_steps) if renewed else self.total_steps
@@ -416,6 +440,14 @@ def _warn_of_averaging(trainer: pl.Trainer) -> None:
                 "strategies' backs; BatchNorm's statistics and other buffers may not fit it. EMABalance, "
                 "InterpolatedLoRA and CLSER average within a stream."
             )
+
+
+def _warn_of_stopping(trainer: pl.Trainer) -> None:
+    for callback in callbacks_of(trainer, EarlyStopping):
+        rank_zero_warn(
+            f"{type(callback).__name__} ends the whole fit, not an experience: where {callback.monitor} gets no "
+            "better, as after a boundary, the experiences that come later are not learned."
+        )
 
 
 def _for_each(stream: Stream, name: str, value: int | Sequence[int]) -> list[int]:

@@ -22,10 +22,13 @@ class Hooks(FreshStart):
             ``"reads"`` them at most. It runs in this order, so that what is remembered is what the next experience
             starts from; those of one kind run in the order of the trainer's callbacks.
         appends_samples: Whether :meth:`transform_batch` appends samples to every batch but the first.
+        reads_batch: Whether the hooks look at batches. Where one does, ``training_step`` works on a copy, so that they
+            see what the stream gave.
     """
 
     at_end: Literal["replaces", "trains", "reads"] = "reads"
     appends_samples = False
+    reads_batch = True
 
     def on_experience_start(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
         """Called before the first batch of an experience."""
@@ -46,16 +49,16 @@ class Hooks(FreshStart):
         Args:
             trainer: The running trainer.
             module: The module in training.
-            batch: The batch that ``training_step`` saw (after all :meth:`transform_batch`).
+            batch: The batch after all :meth:`transform_batch`, as it was before ``training_step``.
             loss: The loss that ``training_step`` returned, a scalar with its graph. It makes weighted sums possible:
                 :math:`\\alpha L + (1-\\alpha) L_m` is the term :math:`(1-\\alpha)(L_m - L)`.
         """
         return None
 
 
-def overrides(hooks: Hooks, name: str, base: type[Callback] = Hooks) -> bool:
+def overrides(hooks: Hooks, name: str) -> bool:
     """Tell whether a class has a hook of its own."""
-    return getattr(type(hooks), name) is not getattr(base, name)
+    return getattr(type(hooks), name) is not getattr(Hooks, name)
 
 
 @overload

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pytorch_lightning import Callback, LightningModule, Trainer
-from torch import Tensor
+from pytorch_lightning import LightningModule, Trainer
 from torch.utils._pytree import tree_map
 
 from clkit.data.forward_record import OWN_STEP, Copies, forget_forward, record_forward
@@ -30,8 +28,9 @@ def extend_step(
     """
     transforms = [s.transform_batch for s in strategies if overrides(s, "transform_batch")]
     terms = [s.loss_term for s in strategies if overrides(s, "loss_term")]
-    remembers = bool(transforms) or any(overrides(s, "on_train_batch_end", Callback) for s in strategies)
-    if not terms and not remembers:
+    hooks = ("transform_batch", "loss_term", "on_train_batch_start", "on_train_batch_end")
+    copied = any(s.reads_batch and any(overrides(s, hook) for hook in hooks) for s in strategies)
+    if not terms and not copied:
         return
     own_step = module.training_step
 
@@ -42,7 +41,7 @@ def extend_step(
         for transform in transforms:
             batch = transform(trainer, module, batch)
         copies = Copies()
-        given = tree_map(copies.make if remembers else _as_it_is, batch)
+        given = tree_map(copies.make, batch) if copied else batch
         with record_forward(module, copies):
             output = own_step(given, *args)
         loss = output["loss"] if isinstance(output, Mapping) else output
@@ -64,7 +63,3 @@ def restore_step(module: LightningModule) -> None:
         del module.__dict__["training_step"]
         if own_step != module.training_step:
             module.training_step = own_step  # type: ignore[method-assign]
-
-
-def _as_it_is(part: Any) -> Any:
-    return part if isinstance(part, Tensor) else copy.copy(part)

@@ -15,6 +15,7 @@ from pytorch_lightning.utilities import rank_zero_info
 
 from clkit.data.datamodule import stream_data
 from clkit.data.fresh_start import FreshStart
+from clkit.data.hooks import callbacks_of
 from clkit.data.stream import Experience, Stream
 from clkit.errors import ConfigurationError, check_choice, check_whole
 from clkit.evaluation.divergence import Divergence
@@ -150,7 +151,10 @@ class StabilityGap(FreshStart):
         """Everything evaluated so far, read from ``history.csv``."""
         if self._recorder is not None:
             self._recorder.flush()
-        assert self.dir is not None
+        if self.dir is None:
+            raise ConfigurationError(
+                "There is no history before the first fit; to read one from a file, use clkit.History.read(path)."
+            )
         return History.read(self.dir / "history.csv")
 
     @property
@@ -167,6 +171,11 @@ class StabilityGap(FreshStart):
             )
         self._choice.check(trainer)
         self.dir = result_folder(trainer, self._own_dir, self.name or "")
+        for other in callbacks_of(trainer, StabilityGap):
+            if other is not self and other._own_dir is not None and other._own_dir == self._own_dir:
+                raise ConfigurationError(
+                    f"Two StabilityGaps write into {self._own_dir}; give each a dir of its own, or none and a name."
+                )
         self._evaluated, self._shown = chosen_view(trainer, self.view)
         self._module_mask = bool(getattr(pl_module, "mask_unseen", False))
 

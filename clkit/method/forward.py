@@ -11,9 +11,10 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map
 from torchmetrics import Metric
 
-from clkit.data.forward_record import LayerCall, own_step, record_forward, record_layers, recorded, set_aside
+from clkit.data.forward_record import Copies, LayerCall, own_step, record_forward, record_layers, recorded, set_aside
 from clkit.errors import ConfigurationError
 
 
@@ -77,22 +78,25 @@ def to_device(trainer: Trainer, batch: Any) -> Any:
     return trainer.strategy.batch_to_device(batch)
 
 
-def task_loss(module: LightningModule, batch: Any, *, own_backward: bool = False) -> Tensor:
+def task_loss(
+    module: LightningModule, batch: Any, *, own_backward: bool = False, copies: Copies | None = None
+) -> Tensor:
     """Return the loss of the module's own ``training_step`` on any batch, without trace in its logs and metrics.
 
     It is computed in the trainer's precision, if the module has a trainer.
 
     Args:
         module: The module.
-        batch: The batch.
+        batch: The batch; ``training_step`` works on a copy.
         own_backward: Whether the caller goes backward from it alone. In fp16 small gradients vanish without the
             scaler, which is the trainer's, so that full precision takes its place.
+        copies: Takes the copies down.
 
     Raises:
         ConfigurationError: If ``training_step`` returns no loss.
     """
     step = own_step(module)
-    args = (batch, 0)[: len(inspect.signature(step).parameters)]
+    args = (tree_map((copies or Copies()).make, batch), 0)[: len(inspect.signature(step).parameters)]
     plugin = None if module._trainer is None else module._trainer.precision_plugin
     full = plugin is None or (own_backward and getattr(plugin, "scaler", None) is not None)
     with _silent(module), nullcontext() if full else cast(Any, plugin).train_step_context():
@@ -110,8 +114,9 @@ def task_loss_and_outputs(
 ) -> tuple[Tensor, Any]:
     """Return :func:`task_loss` of a batch and, of the same forward, the outputs for the batch's inputs."""
     with set_aside(module):
-        with record_forward(module):
-            loss = task_loss(module, batch, own_backward=own_backward)
+        copies = Copies()
+        with record_forward(module, copies):
+            loss = task_loss(module, batch, own_backward=own_backward, copies=copies)
         return loss, outputs(module, *inputs)
 
 

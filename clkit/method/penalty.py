@@ -69,6 +69,7 @@ class QuadraticPenalty(Strategy):
     """
 
     carries_weights = True
+    reads_batch = False
     factor: ClassVar[float] = 1.0
 
     def __init__(self, strength: float, *, only: Sequence[str] | None = None) -> None:

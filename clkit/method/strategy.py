@@ -33,8 +33,8 @@ class Strategy(Hooks):
     ``training_step``, :meth:`loss_term`, backward, ``on_before_optimizer_step``, optimizer, ``on_train_batch_end``.
 
     Whatever a strategy must remember goes into ``state_dict`` / ``load_state_dict`` as tensors, numbers and strings, so
-    that a checkpoint loads with ``weights_only=True``. An object belongs to one run: a second fit goes on with what it
-    remembers.
+    that a checkpoint loads with ``weights_only=True``. A new fit starts fresh: what the object remembers is as it was
+    before the first one, unless ``StreamDataModule(keep_memory=True)`` says otherwise.
 
     Attributes:
         at_end: Whether ``on_experience_end`` ``"replaces"`` the weights, ``"trains"`` them on, or ``"reads"`` them at
@@ -43,6 +43,7 @@ class Strategy(Hooks):
             ``StabilityGap(view=...)``.
         prediction: Name of the view that the method predicts with, ``None`` for the live weights. ``StabilityGap``
             evaluates it unless told otherwise; the strategy itself puts it into the module in ``on_fit_end``.
+        reads_batch: Whether its hooks look at batches; ``training_step`` then works on a copy of its own.
         carries_weights: Whether it compares or mixes trainable weights with those of an earlier experience.
         renews_weights: Whether it starts new trainable weights at an experience's start. What carries weights cannot be
             combined with it, and what offers ``views`` must come after it.

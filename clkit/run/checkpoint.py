@@ -87,7 +87,7 @@ class StreamCheckpoint(Checkpoint):
             self._set_others_aside(trainer)
         elif trainer.ckpt_path is not None and Path(trainer.ckpt_path).parent == self.dir:
             self._names.append(Path(trainer.ckpt_path).name)
-        self._last_step = self._seen_step = trainer.global_step
+        self._last_step = self._seen_step = stream_data(trainer).step
         self._last_time = time.monotonic()
         self._signals.open(SIGTERM=self._sigterm)
 
@@ -110,7 +110,8 @@ class StreamCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # between two optimizer steps a file would lose the gradient accumulated so far
-        stepped, self._seen_step = trainer.global_step != self._seen_step, trainer.global_step
+        step = stream_data(trainer).step
+        stepped, self._seen_step = step != self._seen_step, step
         # the last batch is saved by on_train_epoch_end: Lightning would skip that hook after a resume from here
         if trainer.is_last_batch or not stepped:
             return
@@ -144,7 +145,7 @@ class StreamCheckpoint(Checkpoint):
             self._signals.answer()
 
     def _due(self, trainer: Trainer) -> bool:
-        if self.every_n_steps is not None and trainer.global_step // self.every_n_steps > max(
+        if self.every_n_steps is not None and stream_data(trainer).step // self.every_n_steps > max(
             self._last_step // self.every_n_steps, 0
         ):
             return True
@@ -155,14 +156,14 @@ class StreamCheckpoint(Checkpoint):
 
     def _save(self, trainer: Trainer) -> None:
         assert self.dir is not None
-        self._write(trainer, self.dir / f"step={trainer.global_step:09d}.ckpt", weights_only=False)
+        self._write(trainer, self.dir / f"step={stream_data(trainer).step:09d}.ckpt", weights_only=False)
         if trainer.is_global_zero:
-            self._names = sorted({*self._names, f"step={trainer.global_step:09d}.ckpt"})
+            self._names = sorted({*self._names, f"step={stream_data(trainer).step:09d}.ckpt"})
             for old in self._names[: -self.keep]:
                 (self.dir / old).unlink(missing_ok=True)
             self._names = self._names[-self.keep :]
         trainer.strategy.barrier()
-        self._last_step, self._last_time = trainer.global_step, time.monotonic()
+        self._last_step, self._last_time = stream_data(trainer).step, time.monotonic()
 
     def _write(self, trainer: Trainer, path: Path, *, weights_only: bool) -> None:
         unfinished = unfinished_name(path)

@@ -54,7 +54,7 @@ class StreamProgress(ProgressBar):
         if not self._enabled:
             return
         now = time.monotonic()
-        self._start = self._refreshed = self._experience_start = (now, trainer.global_step)
+        self._start = self._refreshed = self._experience_start = (now, stream_data(trainer).step)
         self._start_epoch = self._epochs_done(trainer, 0)
         self._speed = 0.0
         if self._console.is_terminal:
@@ -84,11 +84,11 @@ class StreamProgress(ProgressBar):
             return
         now = time.monotonic()
         if self._bar is None:
-            seconds, steps = now - self._experience_start[0], trainer.global_step - self._experience_start[1]
+            seconds, steps = now - self._experience_start[0], stream_data(trainer).step - self._experience_start[1]
             place = f"{experience.index + 1}/{len(stream_data(trainer).stream)} {experience.name}"
             line = f"experience {place}: {steps} steps in {seconds:.1f} s  {self._scores(trainer)}"
             self._console.print(line, soft_wrap=True, highlight=False)
-        self._experience_start = (now, trainer.global_step)
+        self._experience_start = (now, stream_data(trainer).step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._bar is not None:
@@ -109,7 +109,7 @@ class StreamProgress(ProgressBar):
     def _draw(self, trainer: Trainer, now: float, epochs: float) -> None:
         assert self._bar is not None
         data = stream_data(trainer)
-        experience, step = data.experience, trainer.global_step
+        experience, step = data.experience, data.step
         seconds, steps = now - self._refreshed[0], step - self._refreshed[1]
         if steps > 0:
             self._speed = 0.8 * self._speed + 0.2 * steps / seconds if self._speed else steps / seconds

@@ -26,6 +26,16 @@ _ABOUT = ("metric", "style", "format")
 _HUB = ("hub", "name", "splits", "keys", "options")
 
 
+class Records(list[Record]):
+    """Records of a split.
+
+    Attributes:
+        n_bad: Bad ones that were left out.
+    """
+
+    n_bad = 0
+
+
 class Instructions(Stream):
     """A stream of instruction tasks: each experience trains on the prompts and answers of one.
 
@@ -55,7 +65,7 @@ class Instructions(Stream):
         chat: Use the tokenizer's chat template; when ``None``, if it has one.
         template_options: More variables of the chat template, such as ``enable_thinking``. Where a template writes the
             date of the day (Llama 3), fix it: ``date_string``.
-        on_error: What happens to bad records: ``"raise"``, or ``"skip"``; counted in a warning.
+        on_error: What happens to bad records: ``"raise"``, or ``"skip"``; counted in a warning and in ``metrics.json``.
         side: Side of the padding, ``"right"`` or ``"left"``.
         limit: Most records of each split, the first ones: one number, or one for each split (``train``, ``eval``,
             ``test``); all when ``None``.
@@ -108,8 +118,8 @@ class Instructions(Stream):
                     f"Task {task!r}: metric={metric!r} is unknown; use one of {', '.join(METRICS)}."
                 )
             data: dict[str, InstructionDataset] = {}
-            for split, records in splits.items():
-                records = records[: limits.get(split)]
+            for split, found in splits.items():
+                records: list[Record] = found[: limits.get(split)]
                 if split == "train" and styles is not None:
                     native = about.get("style", "short_answer")
                     records, report = styles(records, task, native, about.get("format"))
@@ -126,6 +136,7 @@ class Instructions(Stream):
                     metric=metric,
                     labels="answer" if split == "train" else "content",
                 )
+                data[split].n_bad = found.n_bad
             experiences.append(Experience(index, task, data["train"], data["test"], data.get("eval")))
         super().__init__(experiences, name=name, kind="instruction", collate_fn=Pad(side))
 
@@ -151,7 +162,7 @@ def _sources(tasks: Mapping[str, Any] | Sequence[str] | None, root: Path) -> dic
     return {name: name for name in tasks}
 
 
-def _read(task: str, source: Any, root: Path, on_error: OnError) -> tuple[dict[Split, list[Record]], dict[str, Any]]:
+def _read(task: str, source: Any, root: Path, on_error: OnError) -> tuple[dict[Split, Records], dict[str, Any]]:
     """The records of each split, and what else is said of the task."""
     if isinstance(source, Mapping) and "hub" in source:
         check_keys(f"Task {task!r}", source, (*_HUB, *_ABOUT))
@@ -164,7 +175,7 @@ def _read(task: str, source: Any, root: Path, on_error: OnError) -> tuple[dict[S
     return read_folder(root / str(source), task, on_error)
 
 
-def read_folder(folder: Path, task: str, on_error: OnError) -> tuple[dict[Split, list[Record]], dict[str, Any]]:
+def read_folder(folder: Path, task: str, on_error: OnError) -> tuple[dict[Split, Records], dict[str, Any]]:
     """Read a task's folder.
 
     Returns:
@@ -190,14 +201,14 @@ def read_folder(folder: Path, task: str, on_error: OnError) -> tuple[dict[Split,
     return _read_files(task, files, folder, on_error), about
 
 
-def _read_files(task: str, files: Mapping[str, Any], root: Path, on_error: OnError) -> dict[Split, list[Record]]:
+def _read_files(task: str, files: Mapping[str, Any], root: Path, on_error: OnError) -> dict[Split, Records]:
     missing = [split for split in ("train", "test") if split not in files]
     if missing:
         raise ConfigurationError(
             f"Task {task!r} has no {missing[0]} split; give it {missing[0]}.json or {missing[0]}.jsonl, a list of "
             "records."
         )
-    splits: dict[Split, list[Record]] = {}
+    splits: dict[Split, Records] = {}
     for split in SPLITS:
         if split in files:
             paths = [files[split]] if isinstance(files[split], (str, Path)) else list(files[split])
@@ -205,7 +216,8 @@ def _read_files(task: str, files: Mapping[str, Any], root: Path, on_error: OnErr
             n_bad = sum(bad for _, bad in parts)
             if n_bad:
                 rank_zero_warn(f"{task}/{split}: {n_bad} bad records are left out.")
-            splits[split] = [record for records, _ in parts for record in records]
+            splits[split] = Records(record for records, _ in parts for record in records)
+            splits[split].n_bad = n_bad
     return splits
 
 
@@ -213,7 +225,7 @@ def _file(folder: Path, split: str) -> Path | None:
     return next((path.absolute() for end in ("json", "jsonl") if (path := folder / f"{split}.{end}").is_file()), None)
 
 
-def _from_hub(task: str, source: Mapping[str, Any], on_error: OnError) -> dict[Split, list[Record]]:
+def _from_hub(task: str, source: Mapping[str, Any], on_error: OnError) -> dict[Split, Records]:
     try:
         import datasets
     except ImportError as error:
@@ -225,7 +237,7 @@ def _from_hub(task: str, source: Mapping[str, Any], on_error: OnError) -> dict[S
     missing = [split for split in ("train", "test") if split not in names]
     if missing:
         raise ConfigurationError(f"Task {task!r} has no {missing[0]} split; name it in splits: {{{missing[0]}: NAME}}.")
-    splits: dict[Split, list[Record]] = {}
+    splits: dict[Split, Records] = {}
     for split in SPLITS:
         if split not in names:
             continue
@@ -240,7 +252,7 @@ def _from_hub(task: str, source: Mapping[str, Any], on_error: OnError) -> dict[S
                 f"{', '.join(map(str, keys.values()))} ({type(error).__name__}: {error}). Check hub, name, splits and "
                 "keys."
             ) from error
-        splits[split] = []
+        splits[split] = Records()
         for number, row in enumerate(rows):
             try:
                 splits[split].append(Record.from_object(row))
@@ -249,7 +261,7 @@ def _from_hub(task: str, source: Mapping[str, Any], on_error: OnError) -> dict[S
                     raise ConfigurationError(
                         f"Task {task!r}, {split}, row {number}: {error}. Leave bad records out with on_error=skip."
                     ) from error
-        n_bad = len(rows) - len(splits[split])
+        n_bad = splits[split].n_bad = len(rows) - len(splits[split])
         if n_bad:
             rank_zero_warn(f"{task}/{split}: {n_bad} bad records are left out.")
     return splits

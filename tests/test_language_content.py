@@ -160,15 +160,15 @@ def test_a_cut_prompt_keeps_the_marks_its_beginning_and_its_end(name, n, max_len
     assert torch.equal(whole[0]["input_ids"][whole[0]["labels"] != -100], cut[0]["input_ids"][cut[0]["labels"] != -100])
 
 
-def test_dropped_and_cut_held_out_samples_are_in_the_metrics(tmp_path):
+def test_bad_dropped_and_cut_held_out_samples_are_in_the_metrics(tmp_path):
     root = tmp_path / "tasks"
     for split, n in (("train", 1), ("eval", 2), ("test", 3)):
         (root / "task").mkdir(parents=True, exist_ok=True)
-        rows = [{"prompt": "a", "answer": "b"}, *[{"prompt": "a" * 99, "answer": "b"}] * n]
+        rows = [{"prompt": "a", "answer": "b"}, *[{"prompt": "a" * 99, "answer": "b"}, {"prompt": "c"}] * n]
         (root / "task" / f"{split}.json").write_text(json.dumps(rows))
     found = {}
     for too_long in ("drop", "cut_prompt"):
-        stream = Instructions(tokenizer=letters(THINK), root=root, max_length=60, too_long=too_long)
+        stream = Instructions(tokenizer=letters(THINK), root=root, max_length=60, too_long=too_long, on_error="skip")
         module = Knows(0, 200)
         module.training_step = lambda batch, i, own=module: own.weight.sum()
         module.configure_optimizers = lambda own=module: torch.optim.SGD([own.weight], lr=0.0)
@@ -177,6 +177,6 @@ def test_dropped_and_cut_held_out_samples_are_in_the_metrics(tmp_path):
         quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "accelerator": "cpu"}
         pl.Trainer(max_epochs=data.total_epochs, callbacks=[gap], **quiet).fit(module, datamodule=data)
         content = json.loads((tmp_path / "metrics.json").read_text())["stream"]
-        found |= {key: value for key, value in content.items() if key.startswith(("dropped", "cut"))}
+        found |= {key: value for key, value in content.items() if key.startswith(("bad", "dropped", "cut"))}
     numbers = {"": {"task": 1}, "_val": {"task": 2}, "_test": {"task": 3}}
-    assert found == {f"{kind}{split}": value for kind in ("dropped", "cut") for split, value in numbers.items()}
+    assert found == {f"{kind}{split}": value for kind in ("bad", "dropped", "cut") for split, value in numbers.items()}

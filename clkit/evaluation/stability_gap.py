@@ -374,10 +374,10 @@ class StabilityGap(FreshStart):
 
 
 def _left_out(stream: Stream) -> dict[str, dict[str, int]]:
-    """How many texts were dropped or cut, in each experience where any was: of training, then of held-out data."""
+    """How many texts were bad, dropped or cut, in each experience where any was: of training, then of held-out data."""
     counts = {
         f"{name}{suffix}": {e.name: int(number) for e in stream if (number := getattr(getattr(e, split), attribute, 0))}
         for split, suffix in (("train", ""), ("val", "_val"), ("test", "_test"))
-        for name, attribute in (("dropped", "n_dropped"), ("cut", "n_cut"))
+        for name, attribute in (("bad", "n_bad"), ("dropped", "n_dropped"), ("cut", "n_cut"))
     }
     return {name: found for name, found in counts.items() if found}

@@ -53,6 +53,7 @@ class InstructionDataset(Dataset[Sample]):
         prompt_lengths: Tokens before each sample's answer, ``int64`` ``[N]``.
         ends: The tokens that end an answer.
         n_dropped: Samples that were too long.
+        n_bad: Records that whoever read them left out.
         n_cut: Samples whose prompt was cut.
 
     Raises:
@@ -80,7 +81,7 @@ class InstructionDataset(Dataset[Sample]):
         self.metric, self.tokenizer = metric, tokenizer
         encoder = Encoder(tokenizer, chat, template_options)
         kept: list[tuple[Record, Encoded]] = []
-        self.n_dropped = self.n_cut = 0
+        self.n_bad = self.n_dropped = self.n_cut = 0
         for record, whole in zip(records, encoder(records), strict=True):
             found: Encoded | None = whole
             if whole.length > max_length:

@@ -98,9 +98,14 @@ class HookRunner(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._restore_random_state()
-        self.steps.begin_batch()
+        self.steps.begin_batch(trainer)
         # after a resume from an epoch's last batch Lightning skips on_train_epoch_start too
         self._enter(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.steps.end_batch(trainer)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         unscale(trainer, optimizer)

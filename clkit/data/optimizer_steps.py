@@ -13,7 +13,8 @@ class OptimizerSteps:
     """Counts the steps that a trainer's optimizers take, not those that fp16's scaler leaves out.
 
     A step that is left out does not reach the optimizer, so there is nothing to ask the device for. Only optimizers
-    that are told on the device (``fused``) are called all the same, and only then, under fp16, it is waited for.
+    that are told on the device (``fused``) are called all the same, and only then, under fp16, it is waited for. Where
+    an optimizer is none of PyTorch's (DeepSpeed's), the trainer's own count has to do.
 
     Attributes:
         count: Steps so far.
@@ -22,6 +23,7 @@ class OptimizerSteps:
 
     def __init__(self) -> None:
         self.count = self.in_batch = 0
+        self._before = 0
         self._trainer: Trainer | None = None
         self._handle: Any = None
 
@@ -36,9 +38,15 @@ class OptimizerSteps:
             self._handle.remove()
             self._trainer = self._handle = None
 
-    def begin_batch(self) -> None:
+    def begin_batch(self, trainer: Trainer) -> None:
         """Start a batch."""
-        self.in_batch = 0
+        self.in_batch, self._before = 0, trainer.global_step
+
+    def end_batch(self, trainer: Trainer) -> None:
+        """End it, before anyone asks."""
+        if not all(isinstance(optimizer, Optimizer) for optimizer in trainer.optimizers):
+            taken = trainer.global_step - self._before
+            self.count, self.in_batch = self.count + taken - self.in_batch, taken
 
     def _note(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._trainer is None or not any(optimizer is own for own in self._trainer.optimizers):

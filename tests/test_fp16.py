@@ -110,6 +110,27 @@ def test_without_a_scaler_every_step_counts_and_those_of_finetuning_phases_do_no
     assert trainer.datamodule.steps_taken == trainer.global_step == moves.batches
 
 
+class Foreign:
+    """An optimizer that is none of PyTorch's, as DeepSpeed's are."""
+
+    def __init__(self, optimizer):
+        self.inner = optimizer
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+
+class WithForeign(Module):
+    def configure_optimizers(self):
+        return Foreign(super().configure_optimizers())
+
+
+def test_an_optimizer_that_cannot_be_watched_is_believed():
+    slow = InterpolatedLoRA(16)
+    _, trainer = fit([Moves(), slow], module=WithForeign, plugins=[], accumulate_grad_batches=2)
+    assert trainer.datamodule.steps_taken == trainer.global_step == slow.k > 0
+
+
 def test_a_resumed_run_goes_on_counting(tmp_path):
     slow = InterpolatedLoRA(16)
     _, whole = fit([slow, StreamCheckpoint(tmp_path, every_n_steps=4, keep=9)])

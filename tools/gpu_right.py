@@ -32,13 +32,14 @@ from gpu_runs import (
     images,
     listed,
     methods,
+    mlp,
     one_line,
     same_history,
+    vit,
 )
 from pytorch_lightning.plugins import MixedPrecision
-from torch import nn
 
-from clkit import Stream, StreamCheckpoint
+from clkit import StabilityGap, Stream, StreamCheckpoint
 from clkit import strategies as s
 from clkit.evaluation.prefix import FrozenPrefix
 from clkit.testing import small_instructions, small_language_module
@@ -60,7 +61,7 @@ def collect(names: Sequence[str], run: Callable[[str], float], facts: Facts, mos
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
@@ -108,15 +109,20 @@ class Syncs(pl.Callback):
 
 @check(30, cuda=True)
 def syncs(bench: Bench, facts: Facts) -> str:
-    """No strategy's step waits for the device, but for those that do so by nature."""
+    """No step waits for the device, with any strategy or evaluation, but for those that do so by nature."""
     known = methods(bench.small)
+    for name, mode in (("evaluation", {}), ("asynchronous evaluation", {"asynchronous": True})):
+        gap = functools.partial(StabilityGap, plot=False, flush_every=10**6, **mode)
+        known[name] = (gap, classifier, image_stream)
+    known["cached prefix"] = (known["evaluation"][0], frozen_classifier, image_stream)
     facts["by nature"], facts["places"] = sorted(SYNCS), {}
 
     def waits(name: str) -> float:
         build, module, stream = known[name]
         counter = Syncs()
         fit(bench.device, [*listed(build), counter], module, stream())
-        facts["places"][name] = dict(counter.places)
+        if counter.places:
+            facts["places"][name] = dict(counter.places)
         each = counter.places.total() / counter.steps
         assert name in SYNCS or not each, f"{each:.2f} a step, at {', '.join(counter.places)}"
         return each
@@ -179,6 +185,24 @@ def fp16(bench: Bench, facts: Facts) -> str:
     return f"{steps.all - steps.taken} of {steps.all} steps left out"
 
 
+@check(6)
+def fisher(bench: Bench, facts: Facts) -> str:
+    """Per-sample gradients of convolutions and of attention are those of the CPU."""
+    methods = {"ewc": s.EWC, "mas": s.MAS}
+    nets = {"convolutions": conv_net, "attention": vit}
+
+    def difference(name: str) -> float:
+        method, net = name.split()
+        found = []
+        for device in (bench.device, CPU):
+            held = methods[method](samples=16)
+            fit(device, [held], lambda: classifier(nets[net]).eval(), image_stream(32, 1), data={"batch_size": 32})
+            found.append(held.penalty.importance.double().cpu())
+        return float((found[0] - found[1]).norm() / found[1].norm())
+
+    return collect([f"{method} {net}" for method in methods for net in nets], difference, facts, 0.02, "relative")
+
+
 @check(8)
 def evaluation(bench: Bench, facts: Facts) -> None:
     """Evaluation on or off gives the same bits."""
@@ -186,10 +210,10 @@ def evaluation(bench: Bench, facts: Facts) -> None:
         plain = fit(
             bench.device, [s.ExperienceReplay(32)], classifier, image_stream(), data={"batch_size": 16, "epochs": 2}
         )
-        for mode in ({}, {"snapshots": 4}, {"lazy": True}, *([{"asynchronous": True}] if bench.cuda else [])):
-            end, _ = evaluated(bench, **mode)
-            facts[str(mode)] = apart(plain, end)
-            assert not facts[str(mode)], f"{mode} changes the weights by {facts[str(mode)]:.3g}"
+        modes: dict[str, Facts] = {"exact": {}, "snapshots": {"snapshots": 4}, "lazy": {"lazy": True}}
+        for name, mode in modes.items():
+            facts[name] = apart(plain, evaluated(bench, **mode)[0])
+            assert not facts[name], f"{name} evaluation changes the weights by {facts[name]:.3g}"
 
 
 class Churn(pl.Callback):
@@ -210,6 +234,10 @@ def asynchronous(bench: Bench, facts: Facts) -> str:
             end, history = evaluated(bench, stream=stream, callbacks=[Churn()], asynchronous=True, queue=queue)
             same_history(expected, history)
             assert not apart(plain, end), f"queue={queue} changes the weights"
+    there = Bench(CPU, bench.small)
+    _, expected = evaluated(there, stream=stream)
+    _, history = evaluated(there, stream=stream, asynchronous=True, device=str(bench.device), queue=2)
+    same_history(expected, history, within=0.02)
     return f"{len(expected)} evaluations"
 
 
@@ -278,7 +306,7 @@ def compiled(bench: Bench, facts: Facts) -> str:
     backend = "eager" if bench.small else "inductor"
 
     def build(how: str = "not") -> Any:
-        module = classifier(lambda: nn.Sequential(*(part for part in conv_net() if not isinstance(part, nn.Dropout))))
+        module = classifier(mlp)
         if how == "around":
             module.net = torch.compile(module.net, backend=backend)
         elif how == "in place":
@@ -287,6 +315,7 @@ def compiled(bench: Bench, facts: Facts) -> str:
 
     plain, expected = evaluated(bench, build)
     for how in ("around", "in place"):
+        torch.compiler.reset()
         end, history = evaluated(bench, functools.partial(build, how))
         same_history(expected, history, within=0.05)
         facts[how] = apart(plain.net, getattr(end.net, "_orig_mod", end.net))

@@ -71,6 +71,16 @@ def conv_net() -> nn.Module:
     return nn.Sequential(*first, *second, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(32, 10))
 
 
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+def vit() -> nn.Module:
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(32, 8, embed_dim=32, depth=2, num_heads=2, num_classes=10)
+
+
 def resnet18() -> nn.Module:
     """Build a ResNet-18 for images of 32 x 32."""
     from torchvision.models import resnet18
@@ -135,6 +145,7 @@ VECTORS: dict[str, Build] = {
 }
 ADAPTERS: dict[str, Build] = {
     "reglora": lambda: s.RegLoRA(1.0, percent=20),
+    "reglora, sparse": lambda: s.RegLoRA(1.0, percent=20, product="sparse"),
     "olora": lambda: s.OLoRA(0.1, l2=0.01),
     "ilora, lora": lambda: s.InterpolatedLoRA(16),
 }
@@ -143,6 +154,7 @@ TEXTS: dict[str, Build] = {
     "ilora, texts": lambda: s.InterpolatedLoRA(16),
 }
 SYNCS = {"er, balanced", "er, memory on the CPU", "gem", "kfpf", "groups, texts", "ilora, texts"}
+"""Those that wait for the device by nature: see gpu_check.py."""
 
 
 def methods(small: bool) -> dict[str, tuple[Build, Build, Build]]:
@@ -198,7 +210,16 @@ def evaluated(
     callbacks: Sequence[pl.Callback] = (),
     **settings: Any,
 ) -> tuple[Any, History]:
-    """Train with replay and per-iteration evaluation; return the module and what was evaluated."""
+    """Train with replay and per-iteration evaluation; return the module and what was evaluated.
+
+    Args:
+        bench: Where.
+        build: Makes the module.
+        stream: The stream.
+        data: Settings of the datamodule.
+        callbacks: More callbacks.
+        **settings: Those of ``StabilityGap``.
+    """
     with tempfile.TemporaryDirectory() as folder:
         gap = StabilityGap(dir=folder, plot=False, **settings)
         options = {"batch_size": 16, "epochs": 2, **(data or {})}

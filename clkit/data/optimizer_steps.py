@@ -14,7 +14,8 @@ class OptimizerSteps:
 
     A step that fp16's scaler leaves out is planned, but not taken. It does not reach the optimizer, so there is nothing
     to ask the device for. Only optimizers that are told on the device (``fused``) are called all the same, and only
-    then, under fp16, it is waited for.
+    then, under fp16, it is waited for. Where an optimizer is none of PyTorch's (DeepSpeed's), the trainer's own count
+    has to do.
 
     Attributes:
         planned: Steps so far that schedules go by.
@@ -47,9 +48,13 @@ class OptimizerSteps:
 
     def end_batch(self) -> None:
         """End a batch; where the gradients only accumulate it has no step."""
-        if self._trainer is not None and self._trainer.global_step != self._global_step:
-            self._global_step = self._trainer.global_step
-            self.planned += 1
+        if self._trainer is None or self._trainer.global_step == self._global_step:
+            return
+        self._global_step = self._trainer.global_step
+        self.planned += 1
+        if not all(isinstance(optimizer, Optimizer) for optimizer in self._trainer.optimizers):
+            self.count += 1
+            self.in_batch = True
 
     def state_dict(self) -> dict[str, int]:
         return {"planned_steps": self.planned, "steps": self.count}

@@ -31,7 +31,7 @@ class Square(pl.LightningModule):
 def fit(si, module=None, n_experiences=1, more=(), **settings):
     module = Square() if module is None else module
     parts = [InMemoryDataset(torch.ones(2, 1), torch.tensor([0, 1]))] * n_experiences
-    data = StreamDataModule(Stream.from_datasets(parts, parts), batch_size=1)
+    data = StreamDataModule(Stream.from_datasets(parts, parts, kind="domain-incremental"), batch_size=1)
     pl.Trainer(max_epochs=n_experiences, callbacks=[si, *more], **QUIET, **settings).fit(module, datamodule=data)
     return module
 

@@ -108,7 +108,7 @@ def bare_replay(bench: Bench, train: InMemoryDataset, batch: int, warm: int, cap
     return (now(device) - start) / (len(order) - warm)
 
 
-@check(35)
+@check(30)
 def replay_step(bench: Bench, facts: Facts) -> str:
     """Time of a step of experience replay, ResNet-18 at CIFAR size and batches of 128, over a bare loop."""
     batch, steps, warm, capacity = (8, 6, 2, 16) if bench.small else (128, 60, 10, 2000)
@@ -187,7 +187,7 @@ def language_net(bench: Bench, facts: Facts) -> nn.Module:
     return peft.get_peft_model(AutoModelForCausalLM.from_config(config), adapter)
 
 
-@check(45)
+@check(35)
 def lora_tokens(bench: Bench, facts: Facts) -> str:
     """Tokens per second of LoRA on SmolLM2-135M in bf16, over a bare loop of transformers and peft."""
     from clkit.language.models import CausalLM
@@ -229,7 +229,7 @@ def tiny_run(device: torch.device) -> None:
     fit(device, [s.ExperienceReplay(200)], classifier, image_stream(512, 3), data={"batch_size": 32, "epochs": 12})
 
 
-@check(45, cuda=True)
+@check(40, cuda=True)
 def packed(bench: Bench, facts: Facts) -> str:
     """Five tiny runs at once on one GPU, over five times the time of one alone."""
     tool = str(Path(__file__).with_name("gpu_check.py"))

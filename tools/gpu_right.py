@@ -68,7 +68,7 @@ def deterministic() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-@check(40)
+@check(25)
 def strategies(bench: Bench, facts: Facts) -> str:
     """Every strategy ends with the weights that it has on the CPU."""
     known = methods(bench.small)
@@ -107,7 +107,7 @@ class Syncs(pl.Callback):
             self.places.update(f"{'/'.join(Path(w.filename).parts[-2:])}:{w.lineno}" for w in waits)
 
 
-@check(30, cuda=True)
+@check(12, cuda=True)
 def syncs(bench: Bench, facts: Facts) -> str:
     """No step waits for the device, with any strategy or evaluation, but for those that do so by nature."""
     known = methods(bench.small)
@@ -130,7 +130,7 @@ def syncs(bench: Bench, facts: Facts) -> str:
     return collect(list(known), waits, facts, float("inf"), "syncs a step")
 
 
-@check(25)
+@check(20)
 def bf16(bench: Bench, facts: Facts) -> str:
     """Every strategy trains in bf16 mixed precision, near its weights in float32."""
     known = methods(bench.small)
@@ -171,7 +171,7 @@ def fp16_plugin(bench: Bench, init_scale: float = 2.0**24) -> MixedPrecision:
     return MixedPrecision("16-mixed", bench.device.type, scaler)
 
 
-@check(15)
+@check(6)
 def fp16(bench: Bench, facts: Facts) -> str:
     """A step that the scaler leaves out counts for nobody; methods with a backward of their own stay finite."""
     counted, slow, steps = CountedBalance(), s.InterpolatedLoRA(16), RealSteps()
@@ -185,7 +185,7 @@ def fp16(bench: Bench, facts: Facts) -> str:
     return f"{steps.all - steps.taken} of {steps.all} steps left out"
 
 
-@check(6)
+@check(4)
 def fisher(bench: Bench, facts: Facts) -> str:
     """Per-sample gradients of convolutions and of attention are those of the CPU."""
     methods = {"ewc": s.EWC, "mas": s.MAS}
@@ -203,7 +203,7 @@ def fisher(bench: Bench, facts: Facts) -> str:
     return collect([f"{method} {net}" for method in methods for net in nets], difference, facts, 0.02, "relative")
 
 
-@check(8)
+@check(5)
 def evaluation(bench: Bench, facts: Facts) -> None:
     """Evaluation on or off gives the same bits."""
     with deterministic():
@@ -224,7 +224,7 @@ class Churn(pl.Callback):
             torch.full((size,), float("nan"), device=module.device)
 
 
-@check(15, cuda=True)
+@check(10, cuda=True)
 def asynchronous(bench: Bench, facts: Facts) -> str:
     """Evaluation in a side stream gives the numbers of exact evaluation, and leaves the training alone."""
     stream = image_stream(256, 3, 512)
@@ -241,7 +241,7 @@ def asynchronous(bench: Bench, facts: Facts) -> str:
     return f"{len(expected)} evaluations"
 
 
-@check(8)
+@check(4)
 def prefix(bench: Bench, facts: Facts) -> str:
     """The outputs of frozen modules, computed once, give the same numbers."""
     build = functools.partial(frozen_classifier, share=0.5)
@@ -256,13 +256,13 @@ def prefix(bench: Bench, facts: Facts) -> str:
     return f"{len(cache.modules)} modules replayed"
 
 
-@check(8)
+@check(5)
 def snapshots(bench: Bench, facts: Facts) -> None:
     """Several steps evaluated in one vectorised call have the same scores."""
     same_history(*(evaluated(bench, snapshots=number)[1] for number in (1, 4)), within=0.02)
 
 
-@check(12)
+@check(8)
 def data(bench: Bench, facts: Facts) -> str:
     """Pinned data, worker processes and data that is on the device give the same weights, and no step waits."""
     options = {"batch_size": 16, "num_workers": 0 if bench.small else 2}
@@ -279,7 +279,7 @@ def data(bench: Bench, facts: Facts) -> str:
     return ", ".join(facts)
 
 
-@check(10)
+@check(5)
 def checkpoint(bench: Bench, facts: Facts) -> str:
     """A run goes on from its checkpoint in the same bits, on the CPU from the GPU's, and back."""
     build = lambda: [s.ExperienceReplay(16), s.EWC(1.0), s.InterpolatedLoRA(16)]  # noqa: E731
@@ -300,7 +300,7 @@ def checkpoint(bench: Bench, facts: Facts) -> str:
     return f"{first.stem}, {second.stem}"
 
 
-@check(45)
+@check(35)
 def compiled(bench: Bench, facts: Facts) -> str:
     """A compiled network trains and is evaluated as it is without."""
     backend = "eager" if bench.small else "inductor"
@@ -323,7 +323,7 @@ def compiled(bench: Bench, facts: Facts) -> str:
     return backend
 
 
-@check(15)
+@check(10)
 def lora(bench: Bench, facts: Facts) -> str:
     """LoRA in bf16 with activations computed anew in the backward pass ends where it ends with those kept."""
     strategy = s.Naive if bench.small else functools.partial(s.InterpolatedLoRA, 16)
@@ -342,7 +342,7 @@ def lora(bench: Bench, facts: Facts) -> str:
     return f"{facts['difference']:.2g}"
 
 
-@check(10, cuda=True)
+@check(6, cuda=True)
 def ddp(bench: Bench, facts: Facts) -> None:
     """One process of NCCL gives the same bits as none."""
     try:

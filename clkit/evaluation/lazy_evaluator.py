@@ -8,6 +8,7 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
+from clkit.data.datasets import sent
 from clkit.errors import ConfigurationError
 from clkit.evaluation.evaluator import Evaluator, Result
 from clkit.evaluation.scores import Scorer, accuracy, logits_of
@@ -77,7 +78,7 @@ class LazyEvaluator(Evaluator):
 
     def _evaluate_some(self, index: int, n: int) -> None:
         chosen = torch.from_numpy(self._rng.choice(n, max(int(AUDIT * n), 1), replace=False))
-        audit = chosen.to(self._hits.device)
+        audit = sent(chosen, self._hits.device)
         logits, hits = self._forward(audit)
         moved = (logits - self._reference[audit]).nan_to_num(0.0).abs().amax(1) - self._drift[audit]
         self._drift += moved.clamp(min=0).quantile(QUANTILE)

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from forked import Command
+from command_line import SMALL, Command, wait_for
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -26,20 +26,11 @@ from clkit.run.folder import Attempt, Busy, attempt, attempts, fruitless, hold, 
 from clkit.run.sweep import Cell, cells_in, plans, seconds_left
 from clkit.run.sweep_status import show_status
 
-SMALL = ["trainer=cpu", "scenario.n_experiences=2", "data.epochs=1", "evaluation.every=3", "evaluation.subset=50"]
-SMALL += ["logger=none", "model.net.hidden=[8]"]
 LONG = [*SMALL[:2], "data.epochs=30", "evaluation.every=1", *SMALL[4:], "checkpoint.every_n_steps=null"]
 
 
 def sweep(folder: Path, *overrides: str) -> list[str]:
     return ["train", "-m", *overrides, f"hydra.sweep.dir={folder}", "trainer.enable_progress_bar=false"]
-
-
-def wait_for(condition, seconds: float = 240) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.02)
 
 
 def statuses(folder: Path) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import multiprocessing
 import os
 import subprocess
@@ -38,7 +37,10 @@ def wait_for(condition: Callable[[], object], seconds: float = 240) -> None:
 
 
 class Command:
-    """A running ``clkit ARGUMENTS``, the leader of its process group, forked from a server."""
+    """A running ``clkit ARGUMENTS``, the leader of its process group, forked from a server.
+
+    Not for what leaves worker processes to be ended with Python: multiprocessing waits for them first.
+    """
 
     def __init__(
         self, arguments: Sequence[str], cwd: str | Path | None = None, env: Mapping[str, str] | None = None
@@ -94,5 +96,4 @@ def _main(arguments: list[str], cwd: str, env: dict[str, str], out: str, err: st
         code = main()
     except SystemExit as stop:  # argparse
         code = stop.code
-    atexit._run_exitfuncs()
     sys.exit(code)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from forked import clkit
+from command_line import clkit
 from hypothesis import given
 from hypothesis import strategies as st
 

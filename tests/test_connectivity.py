@@ -7,10 +7,10 @@ import pandas as pd
 import pytest
 import pytorch_lightning as pl
 import torch
+from command_line import SMALL, composed
 from hypothesis import given
 from hypothesis import strategies as st
 from plain import QUIET, make_module, make_stream, weights
-from test_train import configure
 from torch import nn
 
 from clkit import ConfigurationError, StreamCheckpoint, StreamDataModule
@@ -191,7 +191,7 @@ def trained(tmp_path_factory):
     folders = []
     for seed in (0, 1):
         folder = tmp_path_factory.mktemp("run")
-        config = configure("checkpoint.keep_ends=true", f"seed={seed}", "scenario.n_experiences=5")
+        config = composed(*SMALL, "checkpoint.keep_ends=true", f"seed={seed}", "scenario.n_experiences=5")
         run(config, folder)
         (folder / ".hydra").mkdir()
         OmegaConf.save(config, folder / ".hydra" / "config.yaml")
@@ -239,7 +239,7 @@ def test_the_command_writes_into_the_run_and_the_report_shows_it(trained, capsys
     assert str(folder / "connectivity.csv") in said
     write_report([folder])
     assert ': mode connectivity"' in (folder / "report.html").read_text()
-    run(configure("checkpoint.keep_ends=true", "seed=0", "resume=false"), folder)
+    run(composed(*SMALL, "checkpoint.keep_ends=true", "seed=0", "resume=false"), folder)
     assert not list(folder.glob("connectivity.*"))
 
 

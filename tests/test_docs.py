@@ -12,11 +12,10 @@ from pathlib import Path
 import markdown
 import pytest
 import torch
-from hydra import compose, initialize_config_module
+from command_line import composed
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from language import write_tasks
 
-from clkit.run.jobs import task as task  # registers the resolver of run names
 from clkit.run.train import is_finished
 from clkit.testing import small_language_module, small_tokenizer
 
@@ -80,8 +79,7 @@ def test_every_command_composes(command):
     for override in OverridesParser.create().parse_overrides(words):
         values = list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.input_line]
         chosen.append(f"{override.get_key_element()}={values[0]}" if override.is_sweep_override() else values[0])
-    with initialize_config_module("clkit.conf", version_base="1.3"):
-        compose("train", overrides=chosen)
+    composed(*chosen)
 
 
 def test_every_strategy_has_a_page_with_its_paper_and_configuration():

@@ -7,13 +7,13 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import timm
 import torch
+from command_line import wait_for
 from plain import QUIET, UserModule, make_module, make_stream
 from torch import nn
 
@@ -552,10 +552,7 @@ def test_the_process_ends_with_a_killed_training(tmp_path):
     )
     assert run.returncode == -signal.SIGKILL, run.stderr
     (worker,) = map(int, run.stdout.split())
-    deadline = time.monotonic() + 20
-    while os.path.exists(f"/proc/{worker}") and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not os.path.exists(f"/proc/{worker}")
+    wait_for(lambda: not os.path.exists(f"/proc/{worker}"), 20)
 
 
 @pytest.mark.parametrize("part", ["all", "body", "body in place"])

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TOOL = Path(__file__).parents[1] / "tools" / "gpu_check.py"
 
 
+@pytest.mark.slow
 def test_the_small_form_passes_on_a_cpu_and_says_what_needs_a_gpu(tmp_path):
     written = tmp_path / "checks.json"
     command = [sys.executable, TOOL, "--device", "cpu", "--small", "--output", written]

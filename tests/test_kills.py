@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_module
+from command_line import composed
 from omegaconf import DictConfig
 
 from clkit.run.folder import is_finished
-from clkit.run.jobs import task as task  # registers the resolver of run names
 from clkit.run.train import run
 
 SMALL = ["trainer=cpu", "trainer.enable_progress_bar=false", "logger=[csv,tensorboard]", "+evaluation.plot=false"]
@@ -75,8 +74,7 @@ def seen(moments: Moments) -> Iterator[None]:
 
 
 def configure(*overrides: str) -> DictConfig:
-    with initialize_config_module("clkit.conf", version_base="1.3"):
-        return compose("train", overrides=[*SMALL, *overrides])
+    return composed(*SMALL, *overrides)
 
 
 def results(folder: Path) -> dict[str, bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from importlib import import_module
 from inspect import getmodule
 from pathlib import Path
@@ -26,6 +27,7 @@ def named(path: str) -> object:
         return getattr(import_module(module), name)
 
 
+@cache
 def reference() -> set[str]:
     """Dotted paths of all that the reference documents, and of the modules that it names."""
     public = set()

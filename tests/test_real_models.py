@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
-from hydra import compose, initialize_config_module
+from command_line import composed
 
 from clkit import ConfigurationError, StabilityGap, StreamDataModule
 from clkit.language.dataset import InstructionDataset
@@ -64,11 +64,10 @@ def test_the_experiment_runs_from_files_to_report(smollm2: Path, tmp_path: Path)
     for name in ("arithmetic", "tumours"):
         root = tmp_path / "data" / "instructions"
         make_instructions.write(root, name, make_instructions.make(name, {"train": 40, "eval": 8, "test": 8}))
-    with initialize_config_module("clkit.conf", version_base="1.3"):
-        overrides = [f"model.net={smollm2}", f"data_root={tmp_path}/data", "scenario.tasks=[arithmetic,tumours]"]
-        overrides += ["data.steps=4", "strategy=er", "callbacks.answers.subset=4", "logger=none", "evaluation.every=2"]
-        config = compose("train", overrides=["experiment=smollm2_instructions", *overrides])
-    run(config, tmp_path / "run")
+    overrides = [f"model.net={smollm2}", f"data_root={tmp_path}/data", "scenario.tasks=[arithmetic,tumours]"]
+    overrides += ["data.steps=4", "data.batch_size=2", "strategy=er", "callbacks.answers.subset=2", "logger=none"]
+    overrides += ["evaluation.every=4", "evaluation.subset=4"]
+    run(composed("experiment=smollm2_instructions", *overrides), tmp_path / "run")
     found = json.loads((tmp_path / "run" / "answers.json").read_text())
     assert (found["experiences"], found["metrics"]) == (["arithmetic", "tumours"], ["number", "exact_match"])
     assert "Generated answers" in (tmp_path / "run" / "report.html").read_text()

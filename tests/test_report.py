@@ -7,6 +7,7 @@ import sys
 from html import unescape
 from html.parser import HTMLParser
 from io import StringIO
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -86,8 +87,19 @@ def sweep(root):
     return root
 
 
-def test_sweep_mean_and_interval_against_the_hand_calculation(tmp_path):
-    report = write_report([sweep(tmp_path)])
+def groups_in(folder):
+    return group_runs(find_runs([folder])[0])[0]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """The report of a sweep, and its folder; tests read it only."""
+    folder = sweep(tmp_path_factory.mktemp("sweep"))
+    return write_report([folder]), folder
+
+
+def test_sweep_mean_and_interval_against_the_hand_calculation(written):
+    report, _ = written
     er, naive = report.groups
     assert (er.label, naive.label) == ("er · split_toy", "naive · split_toy")
     estimate = er.estimate("ACC")
@@ -99,11 +111,11 @@ def test_sweep_mean_and_interval_against_the_hand_calculation(tmp_path):
     assert report.notes == ()
 
 
-def test_sweep_writes_all_files_into_the_given_folder(tmp_path):
-    report = write_report([sweep(tmp_path)])
+def test_sweep_writes_all_files_into_the_given_folder(written):
+    report, folder = written
     expected = FILES | {"overlay.png", "overlay.svg"}
     assert {file.name for file in report.files} == expected
-    assert {file.name for file in tmp_path.iterdir() if file.is_file()} == expected
+    assert {file.name for file in folder.iterdir() if file.is_file()} == expected
 
 
 def test_single_run_is_reported_in_its_own_folder(tmp_path):
@@ -119,14 +131,14 @@ def test_output_folder_can_be_chosen(tmp_path):
     assert {file.parent for file in report.files} == {tmp_path / "new" / "place"}
 
 
-def test_text_outputs_hold_the_numbers(tmp_path):
-    write_report([sweep(tmp_path)])
-    markdown, latex = (tmp_path / "report.md").read_text(), (tmp_path / "report.tex").read_text()
+def test_text_outputs_hold_the_numbers(written):
+    _, folder = written
+    markdown, latex = (folder / "report.md").read_text(), (folder / "report.tex").read_text()
     assert "| er · split_toy | 3 | 75.0 ± 12.4 |" in markdown
     assert "| cats | 70.0 ± 24.8 | 20.0 ± 24.8 | 25.0 ± 0.0 |" in markdown
     assert r"er $\cdot$ split\_toy & 3 & 75.0 $\pm$ 12.4 &" in latex
     assert all(rule in latex for rule in (r"\toprule", r"\midrule", r"\bottomrule"))
-    frame = pd.read_csv(tmp_path / "report.csv", index_col="run")
+    frame = pd.read_csv(folder / "report.csv", index_col="run")
     assert frame.loc["er · split_toy", "ACC"] == pytest.approx(0.75)
     assert frame.loc["er · split_toy", "ACC_std"] == pytest.approx(0.05)
     assert math.isnan(frame.loc["naive · split_toy", "ACC_ci95"])
@@ -148,9 +160,9 @@ class Loads(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_runs_csv_is_one_tidy_row_for_each_run(tmp_path):
-    write_report([sweep(tmp_path)])
-    frame = pd.read_csv(tmp_path / "runs.csv")
+def test_runs_csv_is_one_tidy_row_for_each_run(written):
+    _, root = written
+    frame = pd.read_csv(root / "runs.csv")
     assert frame["seed"].tolist() == [0, 1, 2, 0]
     assert frame["ACC"].tolist() == pytest.approx([0.7, 0.75, 0.8, 0.5])
     assert frame["min-ACC"].tolist() == pytest.approx([0.25, 0.25, 0.25, 0.0])
@@ -159,12 +171,12 @@ def test_runs_csv_is_one_tidy_row_for_each_run(tmp_path):
     assert frame["strategy.er.capacity"].isna().tolist() == [False, False, False, True]
     assert not frame.columns.duplicated().any()
     for folder, final in zip(frame["folder"], frame["ACC"], strict=True):
-        assert json.loads((tmp_path / folder / "metrics.json").read_text())["metrics"]["ACC"] == final
+        assert json.loads((root / folder / "metrics.json").read_text())["metrics"]["ACC"] == final
 
 
-def test_html_is_self_contained_and_complete(tmp_path):
-    write_report([sweep(tmp_path)])
-    text = (tmp_path / "report.html").read_text()
+def test_html_is_self_contained_and_complete(written):
+    _, folder = written
+    text = (folder / "report.html").read_text()
     page = Loads()
     page.feed(text)
     assert page.open == []
@@ -184,9 +196,9 @@ def test_html_escapes_what_comes_from_files(tmp_path):
     assert "&lt;b&gt;&amp;" in text
 
 
-def test_terminal_shows_the_table_and_the_files(tmp_path):
+def test_terminal_shows_the_table_and_the_files(written):
     console = Console(width=140, record=True, file=StringIO())
-    write_report([sweep(tmp_path)]).show(console)
+    written[0].show(console)
     text = console.export_text()
     assert "75.0 ± 12.4" in text
     assert "report.html" in text
@@ -377,21 +389,20 @@ def test_marks_of_significance_follow_the_paired_test_with_holms_correction(tmp_
 def test_lower_is_better_where_it_is(tmp_path):
     seeds_of(tmp_path, "keeps", [0.80, 0.82, 0.84])
     seeds_of(tmp_path, "loses", [0.30, 0.31, 0.35])
-    report = write_report([tmp_path])
-    assert set(against_best(report.groups, "FORG")) == {1}
-    assert against_best(report.groups, "FORG")[1] < 0.05
+    found = against_best(groups_in(tmp_path), "FORG")
+    assert set(found) == {1}
+    assert found[1] < 0.05
 
 
 def test_equal_differences_need_no_test(tmp_path):
     seeds_of(tmp_path, "a", [0.5] * 3)
     seeds_of(tmp_path, "b", [0.5] * 3)
     seeds_of(tmp_path, "c", [0.4] * 3)
-    assert against_best(write_report([tmp_path]).groups, "ACC") == {1: 1.0, 2: 0.0}
+    assert against_best(groups_in(tmp_path), "ACC") == {1: 1.0, 2: 0.0}
 
 
-def test_runs_without_common_seeds_get_no_mark(tmp_path):
-    sweep(tmp_path)
-    assert against_best(write_report([tmp_path]).groups, "ACC") == {}
+def test_runs_without_common_seeds_get_no_mark(written):
+    assert against_best(written[0].groups, "ACC") == {}
 
 
 def test_a_schedule_that_biases_is_marked(tmp_path):
@@ -399,7 +410,7 @@ def test_a_schedule_that_biases_is_marked(tmp_path):
     content = json.loads((folder / "metrics.json").read_text())
     content |= {"schedule": "every 5 steps", "biased": ["min-ACC"]}
     (folder / "metrics.json").write_text(json.dumps(content))
-    table = results_table(write_report([tmp_path]).groups)
+    table = results_table(groups_in(tmp_path))
     assert [name for name in table.header if name.endswith("†")] == ["min-ACC ↑ †"]
     assert "† evaluated every 5 steps" in table.caption
 
@@ -515,9 +526,8 @@ def in_chromium(page):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
-def test_the_page_sorts_and_shows_values_in_chromium(tmp_path):
-    write_report([sweep(tmp_path)])
-    seen = in_chromium(tmp_path / "report.html")
+def test_the_page_sorts_and_shows_values_in_chromium(written, tmp_path):
+    seen = in_chromium(Path(shutil.copy(written[1] / "report.html", tmp_path)))
     assert seen["problems"] == []
     assert seen["up"] == sorted(seen["up"])
     assert seen["down"] == sorted(seen["up"], reverse=True)

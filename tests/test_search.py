@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 from pathlib import Path
 
 import pytest
 import yaml
-from forked import Command
-from hydra import compose, initialize_config_module
+from command_line import Command, composed, wait_for
 
 from clkit import ConfigurationError
-from clkit.run import jobs as jobs
 from clkit.run.cli import main
 from clkit.run.folder import attempts
 from clkit.run.train import build_module
@@ -25,18 +22,13 @@ TUNE = ["experiment=tune_er", "trainer=cpu", "trainer.enable_progress_bar=false"
 TUNE += ["data.epochs=1", "model.net.hidden=[8]"]
 
 
-def configure(*overrides: str):
-    with initialize_config_module("clkit.conf", version_base="1.3"):
-        return compose("train", overrides=list(overrides))
-
-
 def test_the_first_experiences_of_a_stream_keep_the_classes_of_the_whole() -> None:
-    _, whole = build_module(configure())
-    module, data = build_module(configure("experiences=2"))
+    _, whole = build_module(composed())
+    module, data = build_module(composed("experiences=2"))
     assert [e.classes for e in data.stream] == [e.classes for e in whole.stream[:2]]
     assert data.stream.n_classes == module.n_classes == 10
     with pytest.raises(ConfigurationError, match="experiences=6 is not possible; split_digits has 5 experiences"):
-        build_module(configure("experiences=6"))
+        build_module(composed("experiences=6"))
 
 
 @pytest.mark.parametrize("value", ["0", "1.5", "all"])
@@ -79,10 +71,8 @@ def test_a_killed_search_goes_on_with_its_study_and_the_trial_that_was_cut_off(t
     long = ["data.epochs=8", "evaluation.every=1", "checkpoint.every_n_steps=null"]
     command = search(tmp_path, "hydra.sweeper.n_trials=4", *long)
     process = Command(command)
-    end = time.monotonic() + 240
-    while len(list(tmp_path.glob("*/attempts.jsonl"))) < 3 or not list(newest(tmp_path).glob("checkpoints/*.ckpt")):
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    wait_for(lambda: len(list(tmp_path.glob("*/attempts.jsonl"))) >= 3)
+    wait_for(lambda: list(newest(tmp_path).glob("checkpoints/*.ckpt")))
     cut_off = newest(tmp_path)
     process.kill()
     assert process.finish().returncode == -signal.SIGKILL

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from forked import Command
+from command_line import SMALL, Command, wait_for
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -26,20 +26,11 @@ from clkit.run.folder import Attempt, Busy, attempt, attempts, fruitless, hold, 
 from clkit.run.sweep import Cell, cells_in, plans, seconds_left
 from clkit.run.sweep_status import show_status
 
-SMALL = ["trainer=cpu", "scenario.n_experiences=2", "data.epochs=1", "evaluation.every=3", "evaluation.subset=50"]
-SMALL += ["logger=none", "model.net.hidden=[8]"]
 LONG = [*SMALL[:2], "data.epochs=30", "evaluation.every=1", *SMALL[4:], "checkpoint.every_n_steps=null"]
 
 
 def sweep(folder: Path, *overrides: str) -> list[str]:
     return ["train", "-m", *overrides, f"hydra.sweep.dir={folder}", "trainer.enable_progress_bar=false"]
-
-
-def wait_for(condition, seconds: float = 240) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.02)
 
 
 def statuses(folder: Path) -> list[str]:
@@ -279,17 +270,20 @@ def wait_for_plan(folder: Path) -> list[str]:
 @pytest.mark.parametrize("launcher", ["joblib", "ray"])
 def test_a_killed_worker_costs_the_steps_since_the_checkpoint_only(tmp_path: Path, launcher: str) -> None:
     pytest.importorskip(f"hydra_plugins.hydra_{launcher}_launcher")
-    command = sweep(tmp_path / "runs", *LONG, "seed=0,1", f"hydra/launcher={launcher}")
-    process = Command(command)
+    arguments = sweep(tmp_path / "runs", *LONG, "seed=0,1", f"hydra/launcher={launcher}")
+    command = [sys.executable, "-m", "clkit", *arguments]
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, **quiet)
     run = tmp_path / "runs" / wait_for_plan(tmp_path / "runs")[0]
     wait_for(lambda: in_second_experience(run))
     os.kill(attempts(run)[-1].pid, signal.SIGKILL)
+    said, _ = process.communicate(timeout=300)
     if launcher == "joblib":
-        stopped = process.finish()
-        assert stopped.returncode == 2
-        assert "The same command does what is missing" in stopped.stderr
-        process = Command(command)
-    process.succeed()
+        assert process.returncode == 2
+        assert "The same command does what is missing" in said
+        process = subprocess.run(command, timeout=300, **quiet)
+        said = process.stdout
+    assert process.returncode == 0, said
     first, second = attempts(run)
     assert (first.outcome, second.outcome) == (None, "finished")
     assert second.step == first.steps[0]

@@ -7,14 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
-from forked import Command
-from hydra import compose, initialize_config_module
+from command_line import SMALL, Command, composed, wait_for
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -22,19 +20,14 @@ from clkit import ConfigurationError, ResetOptimizer, StabilityGap, StreamCheckp
 from clkit.run.checkpoint import latest_checkpoint, step_of
 from clkit.run.cli import main
 from clkit.run.config_check import check
-from clkit.run.jobs import task as task  # registers the resolver of run names
 from clkit.run.plugins import choices
 from clkit.run.train import build, fingerprint, run
 from clkit.strategies import EWC, ExperienceReplay
 from clkit.testing import small_language_module, small_tokenizer
 
-QUICK = ["trainer=cpu", "scenario.n_experiences=2", "data.epochs=1", "evaluation.every=3", "evaluation.subset=50"]
-SMALL = [*QUICK, "logger=none", "model.net.hidden=[8]"]
-
 
 def configure(*overrides: str) -> DictConfig:
-    with initialize_config_module("clkit.conf", version_base="1.3"):
-        return compose("train", overrides=[*SMALL, *overrides])
+    return composed(*SMALL, *overrides)
 
 
 def every_config() -> list[str]:
@@ -58,9 +51,7 @@ NEEDED = {"styles": ["scenario=instructions", "model=causal_lm"]}
 
 @pytest.mark.parametrize("override", every_config())
 def test_every_config_fits_the_signature_of_its_class(override: str) -> None:
-    with initialize_config_module("clkit.conf", version_base="1.3"):
-        needed = NEEDED.get(override.partition("=")[0], [])
-        check(compose("train", overrides=[*needed, override, "folder=here"]))
+    check(composed(*NEEDED.get(override.partition("=")[0], []), override, "folder=here"))
 
 
 def our_callbacks(trainer: pl.Trainer) -> list[type]:
@@ -196,11 +187,9 @@ def test_a_sweep_runs_all_jobs_and_reports_the_failed(
 
 
 def stop_in_the_second_experience(process: Command | subprocess.Popen[str], folder: Path, sent: signal.Signals) -> None:
-    while not list(folder.glob("checkpoints/step=*.ckpt")):
-        time.sleep(0.01)
+    wait_for(lambda: list(folder.glob("checkpoints/step=*.ckpt")))
     in_first = (folder / "history.csv").stat().st_size
-    while (folder / "history.csv").stat().st_size == in_first:
-        time.sleep(0.001)
+    wait_for(lambda: (folder / "history.csv").stat().st_size > in_first)
     # as a scheduler does: to all processes of the job
     os.kill(process.pid, sent) if sent is signal.SIGINT else os.killpg(process.pid, sent)
 
@@ -334,12 +323,10 @@ def test_the_protocols_of_7b_models_run_dry_on_a_tiny_llama(tmp_path: Path, expe
             (root / f"{split}.json").write_text(json.dumps(items))
     small_language_module(adapter=None).net.save_pretrained(tmp_path / "llama")
     small_tokenizer().save_pretrained(tmp_path / "llama")
-    with initialize_config_module("clkit.conf", version_base="1.3"):
-        small = ["trainer=cpu", "logger=none", "data.epochs=1", "data.steps=2", "data.batch_size=2"]
-        small += ["model.dtype=float32", "trainer.precision=32", "callbacks.answers.max_new_tokens=4"]
-        paths = [f"model.net={tmp_path}/llama", f"data_root={tmp_path}"]
-        config = compose("train", overrides=[f"experiment={experiment}", *small, *paths])
-    run(config, tmp_path / "run")
+    small = ["trainer=cpu", "logger=none", "data.epochs=1", "data.steps=2", "data.batch_size=2"]
+    small += ["model.dtype=float32", "trainer.precision=32", "callbacks.answers.max_new_tokens=4"]
+    paths = [f"model.net={tmp_path}/llama", f"data_root={tmp_path}"]
+    run(composed(f"experiment={experiment}", *small, *paths), tmp_path / "run")
     found = json.loads((tmp_path / "run" / "answers.json").read_text())
     assert found["experiences"] == tasks
     assert len(found["score"]["matrix"]) == 8

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import pytorch_lightning as pl
 import torch
-from hydra import compose, initialize_config_module
+from command_line import composed
 from hydra.utils import instantiate
 from plain import QUIET, UserModule, make_module, make_stream
 
@@ -67,8 +67,7 @@ def test_a_pattern_without_a_parameter_is_refused_with_the_nearest_names():
 
 
 def test_the_config_trains_the_papers_part_of_a_vit():
-    with initialize_config_module("clkit.conf", version_base="1.3"):
-        callback = instantiate(compose("train", overrides=["callbacks=qkv_only"]).callbacks.qkv_only)
+    callback = instantiate(composed("callbacks=qkv_only").callbacks.qkv_only)
     with torch.device("meta"):
         module = build_network("vit_base_patch16_224", (3, 224, 224), 200)
     callback.setup(None, module, "fit")

@@ -1,22 +1,46 @@
-"""``clkit`` in a process of its own, forked from a server that has imported PyTorch once."""
+"""``clkit train`` as tests use it: its configuration, and processes that need not import PyTorch again."""
 
 from __future__ import annotations
 
-import atexit
 import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+from hydra import compose, initialize_config_module
+from omegaconf import DictConfig
+
+from clkit.run import jobs as jobs  # registers the resolvers
+
+QUICK = ["trainer=cpu", "scenario.n_experiences=2", "data.epochs=1", "evaluation.every=3", "evaluation.subset=50"]
+SMALL = [*QUICK, "logger=none", "model.net.hidden=[8]"]
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["clkit.run.train", "clkit.run.jobs", "clkit.report", "clkit.testing"])
 
 
+def composed(*overrides: str) -> DictConfig:
+    """The configuration of ``clkit train OVERRIDES``."""
+    with initialize_config_module("clkit.conf", version_base="1.3"):
+        return compose("train", overrides=list(overrides))
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 240) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.005)
+
+
 class Command:
-    """A running ``clkit ARGUMENTS``, the leader of its process group."""
+    """A running ``clkit ARGUMENTS``, the leader of its process group, forked from a server.
+
+    Not for what leaves worker processes to be ended with Python: multiprocessing waits for them first.
+    """
 
     def __init__(
         self, arguments: Sequence[str], cwd: str | Path | None = None, env: Mapping[str, str] | None = None
@@ -72,5 +96,4 @@ def _main(arguments: list[str], cwd: str, env: dict[str, str], out: str, err: st
         code = main()
     except SystemExit as stop:  # argparse
         code = stop.code
-    atexit._run_exitfuncs()
     sys.exit(code)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clkit.run.cli import main
+from clkit.run.explain import explain
 from clkit.run.jobs import run_name
 
 OVERRIDES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=300)
@@ -79,6 +81,8 @@ def test_train_help_is_hydras(tmp_path: Path) -> None:
         ("data.epochs=???", "epochs"),
         ("seed=-1", "seed=-1 is not possible"),
         ("resume=maybe", "use true or false"),
+        ("trainer.limit_train_batches=2", "add it with +trainer.limit_train_batches=VALUE"),
+        ("model.optimizer._target_=torch.optim.Adam", "taken out with ~model.optimizer.momentum"),
     ],
 )
 def test_a_mistake_is_answered_in_one_line_with_exit_code_2(train, override: str, hint: str) -> None:
@@ -121,6 +125,12 @@ def test_a_value_that_cannot_work_is_answered_in_one_sentence(train, override: s
     assert said in answer
     assert len(answer.strip().splitlines()) == 1
     assert "Traceback" not in answer
+
+
+def test_a_full_disk_and_a_logger_without_a_key_are_one_sentence_each() -> None:
+    refused = type("UsageError", (Exception,), {"__module__": "wandb.errors"})("api_key not configured (no-tty)")
+    assert "run wandb login" in str(explain(refused))
+    assert "Make room" in str(explain(OSError(errno.ENOSPC, "No space left on device")))
 
 
 def test_the_traceback_of_a_mistake_is_shown_on_demand(train, monkeypatch: pytest.MonkeyPatch) -> None:

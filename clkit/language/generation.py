@@ -20,7 +20,7 @@ from clkit.distributed import holds_shards, own_share
 from clkit.errors import ConfigurationError, check_whole
 from clkit.evaluation.subsets import choose
 from clkit.evaluation.token_scores import is_encoder_decoder, language_model, positions
-from clkit.files import result_folder, write_atomically
+from clkit.files import result_folder, set_aside, write_atomically
 from clkit.language.answers import score_answer
 from clkit.language.dataset import InstructionDataset, Pad
 from clkit.language.models import transformers
@@ -169,6 +169,12 @@ class AnswerScores(Callback):
                     f"{self.max_new_tokens} that is more than the {most} positions of {type(model).__name__}; lower "
                     "max_new_tokens (callbacks.answers.max_new_tokens), or the stream's max_length."
                 )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # answers of an earlier run in the folder
+        if trainer.is_global_zero and trainer.global_step == 0:
+            for name in ("answers", "answers.csv", "answers.json"):
+                set_aside(self.dir / name)
 
     def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
         with untouched(trainer, module), self._shown(module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 _DEFINITIONS = {
     "ACC": (True, "Mean accuracy of all learned experiences at the end of the last one, on the full test sets."),
@@ -23,6 +24,13 @@ _DEFINITIONS = {
     "recovery_steps": (False, "Optimizer steps from a boundary until an old experience is back within 2 points."),
     "n_missing": (False, "Old experiences without any evaluation after their end; min-ACC leaves them out."),
 }
+_WINDOWED = ("WF", "WP")
+
+
+def names(windows: Iterable[int]) -> list[str]:
+    """Return the names of all metrics of a run with these windows."""
+    plain = [name for name in _DEFINITIONS if name not in _WINDOWED]
+    return [*plain, *(f"{name}{window}" for name in _WINDOWED for window in windows)]
 
 
 def define(metric: str) -> str:

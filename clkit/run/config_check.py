@@ -47,7 +47,10 @@ def _check_call(config: Any, path: str) -> None:
         if key.startswith("_") and key.endswith("_"):
             continue
         if key not in parameters and not open_ended:
-            raise ConfigurationError(f"There is no setting {path}.{key}; {suggest(key, parameters)}")
+            raise ConfigurationError(
+                f"There is no setting {path}.{key} of {config['_target_']}; {suggest(key, parameters).rstrip('.')}. "
+                f"One that another class has left over is taken out with ~{path}.{key}."
+            )
         value = config[key]
         if key in hints and not _fits(value, hints[key]):
             raise ConfigurationError(f"{path}.{key}={value!r} is not possible; it takes {_wanted(hints[key])}.")

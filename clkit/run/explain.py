@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import os
 import re
 import sys
 import traceback
 from collections.abc import Iterator
+from typing import Any
 
 from clkit.errors import ConfigurationError, suggest
 
@@ -55,6 +57,10 @@ def explain(error: BaseException) -> str | None:
             return f"{cause.filename}: {cause.strerror}; choose another path."
         if isinstance(cause, ConfigurationError) or type(cause).__name__ == "MisconfigurationException":
             return one_line(cause)
+        if type(cause).__module__.startswith("wandb") and type(cause).__name__ in ("UsageError", "AuthenticationError"):
+            return (
+                f"Weights & Biases does not log ({one_line(cause)}); run wandb login, or use logger.wandb.offline=true."
+            )
         plugin = re.match(r"Unknown plugin class : 'hydra_plugins\.hydra_(\w+?)_", str(cause))
         if plugin is not None and plugin[1] in _EXTRAS:
             return f"This needs the package hydra-{plugin[1]}-...: pip install clkit[{_EXTRAS[plugin[1]]}]."
@@ -67,6 +73,11 @@ def explain(error: BaseException) -> str | None:
             options = cause.options or [choice.name for choice in choices(group)]
             return f"There is no {group} called {name!r}; {suggest(name, (o for o in options if o[0] != '_'))}"
         if isinstance(error, ConfigCompositionException) and isinstance(cause, unknown_key):
+            if _is_taken(cause):
+                return (
+                    f"There is no setting {cause.full_key} in the config, but {cause.parent_node['_target_']} takes "
+                    f"it: add it with +{cause.full_key}=VALUE."
+                )
             siblings = [str(key) for key in cause.parent_node or () if key not in ("hydra", "_target_")]
             return f"There is no setting {cause.full_key}; {suggest(str(cause.key), siblings)}"
     if isinstance(error, OverrideParseException):
@@ -79,6 +90,16 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, user_errors):
         return " ".join(one_line(cause) for cause in causes if str(cause))
     return None
+
+
+def _is_taken(error: Any) -> bool:
+    """Tell whether what a config's node builds has the parameter that the node lacks."""
+    from hydra.utils import get_object
+
+    try:
+        return str(error.key) in inspect.signature(get_object(error.parent_node["_target_"])).parameters
+    except Exception:
+        return False
 
 
 def _refusal(error: BaseException, cause: BaseException) -> str:

@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from clkit.errors import ConfigurationError
+from clkit.errors import ConfigurationError, suggest
 from clkit.report.definitions import higher_is_better
 from clkit.run import plugins
 from clkit.run.claim import owned_by, reads_as_before
@@ -52,6 +52,7 @@ def task(config: DictConfig) -> float | None:
         print(f"Finished before, passed over: {folder}")
         return _objective(config, folder)
 
+    _check_objective(config)
     from clkit.run.train import run
 
     quieten_libraries()
@@ -72,6 +73,21 @@ def task(config: DictConfig) -> float | None:
     return _objective(config, folder)
 
 
+def _searches() -> bool:
+    return not str(HydraConfig.get().sweeper._target_).endswith(".BasicSweeper")
+
+
+def _check_objective(config: DictConfig) -> None:
+    """Refuse a name that is no metric before a trial is trained for it."""
+    from clkit.report.definitions import names
+
+    known = names(config.evaluation.get("windows") or ())
+    if _searches() and config.objective not in known:
+        error = ConfigurationError(f"objective={config.objective} is no metric; {suggest(config.objective, known)}")
+        _codes.append(complain(error))
+        raise error
+
+
 def _is_ours(folder: Path, config: DictConfig) -> bool:
     try:
         return owned_by(folder, config) and reads_as_before(folder, config)
@@ -80,7 +96,7 @@ def _is_ours(folder: Path, config: DictConfig) -> bool:
 
 
 def _objective(config: DictConfig, folder: Path) -> float | None:
-    if str(HydraConfig.get().sweeper._target_).endswith(".BasicSweeper") or not is_rank_zero():
+    if not _searches() or not is_rank_zero():
         return None
     content = json.loads((folder / "metrics.json").read_text())
     metrics = content["metrics"]

@@ -14,7 +14,6 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from clkit.data.datamodule import StreamDataModule
-from clkit.data.hooks import callbacks_of
 from clkit.data.stream import Stream
 from clkit.errors import ConfigurationError, check_whole
 from clkit.files import scratch_in
@@ -90,7 +89,7 @@ def _train(config: DictConfig, folder: Path, checkpoint: Path | None, record: Re
             f"No checkpoint in {folder / 'checkpoints'} can be read; start over with resume=false, or put one back."
         )
     trainer, module, data = build(config, folder)
-    callbacks_of(trainer).append(RunMark(fingerprint(config)))
+    cast(Any, trainer).callbacks.insert(0, RunMark(fingerprint(config)))
     if record is not None:
         note_data(folder, data.stream.fingerprint(), data_root(config))
         data.trainer = trainer

@@ -11,9 +11,9 @@ from pytorch_lightning import LightningModule, Trainer
 from scipy.optimize import nnls
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils._pytree import tree_map_only
 
-from clkit.data.batch import local_share
+from clkit.data.batch import concatenate, local_share
 from clkit.data.stream import Experience
 from clkit.errors import ConfigurationError, check_whole
 from clkit.method.gradient import add_to_gradients, check_automatic, flatten, loss_gradient, with_gradient
@@ -101,7 +101,7 @@ class GEM(Strategy):
         return torch.from_numpy(shifted + self.margin).to(references)
 
     def remembered(self) -> Any:
-        return tree_map(lambda *parts: torch.cat(parts), *self.memories) if self.memories else None
+        return concatenate(self.memories) if self.memories else None
 
     def state_dict(self) -> dict[str, Any]:
         return {"memories": self.memories}

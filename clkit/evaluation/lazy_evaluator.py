@@ -8,7 +8,7 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
-from clkit.data.datasets import sent
+from clkit.data.columns import sent
 from clkit.errors import ConfigurationError
 from clkit.evaluation.evaluator import Evaluator, Result
 from clkit.evaluation.scores import Scorer, accuracy, logits_of

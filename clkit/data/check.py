@@ -60,7 +60,7 @@ def read_few(dataset: Dataset[Any], rows: Tensor, collate_fn: Collate, what: str
 
 @torch.no_grad()
 def check_lone_sample(module: LightningModule, stream: Stream, index: int, collate_fn: Collate) -> None:
-    """Make sure that BatchNorm can take a batch of one sample, which epochs of an experience leave over.
+    """Make sure that BatchNorm can take a batch of one sample, as an experience has.
 
     Raises:
         ConfigurationError: If it cannot.
@@ -80,8 +80,8 @@ def check_lone_sample(module: LightningModule, stream: Stream, index: int, colla
         # what else a forward on one sample says comes up in training, if it does
         if "more than 1 value per channel" in str(error):
             raise ConfigurationError(
-                f"The last batch of an epoch of experience {index} has one sample, of which BatchNorm cannot take a "
-                "variance; use drop_last=True or another batch_size."
+                f"Experience {index} has a batch of one sample, of which BatchNorm cannot take a variance; use another "
+                "batch_size, or drop_last=True."
             ) from error
     finally:
         for buffer, before in kept:
@@ -112,7 +112,7 @@ def _check(stream: Stream, experience: Experience, part: str, dataset: Dataset[A
             "sample, or give the stream no classes."
         )
     known = experience.classes if part == "train" or stream.n_classes is None else range(stream.n_classes)
-    others = sorted(set(labels.tolist()) - set(known))
+    others = sorted(set(torch.unique(labels).tolist()) - set(known))
     if others:
         raise ConfigurationError(
             f"Labels in {where} include {', '.join(map(str, others[:5]))}, but "

@@ -318,15 +318,17 @@ class StreamDataModule(pl.LightningDataModule):
         warn_of_differences(trainer, module, lengths, self.drop_last)
 
     def check_last_batches(self, module: pl.LightningModule) -> None:
-        """Refuse a module that cannot take a last batch of one sample where there is one.
+        """Refuse a module that cannot take a batch of one sample where there is one.
 
         Raises:
             ConfigurationError: If there is.
         """
         for k, dataset in enumerate(self.train_sets):
             over = len(cast(Sequence[Any], dataset)) % (self.batch_size * self._world_size)
-            if self.steps is None and not self.drop_last and -(-over // self._world_size) == 1:
+            left = self.steps is None and not self.drop_last and -(-over // self._world_size) == 1
+            if left or self.batch_size == 1:
                 check_lone_sample(module, self.stream, k, self.collate_fn)
+                return
 
     def train_dataloader(self) -> StreamLoader:
         """Batches of the current epoch of the current experience."""

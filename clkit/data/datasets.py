@@ -193,7 +193,11 @@ def targets_of(dataset: Dataset[Any], rows: Tensor | None = None) -> Tensor:
         labels = torch.cat([targets_of(part) for part in dataset.datasets])
         return labels[rows]
     raw = getattr(dataset, "targets", None)
-    names = [None] * len(rows) if raw is None else np.asarray(list(raw))[rows.numpy()].tolist()
+    names = (
+        [None] * len(rows)
+        if raw is None
+        else np.asarray(raw if isinstance(raw, Tensor) else list(raw))[rows.numpy()].tolist()
+    )
     known: dict[Any, Tensor] = {}
     found = []
     with isolate_rng(include_cuda=False):

@@ -45,7 +45,7 @@ class Clock(Protocol):
         """Warn where several processes do not train as one does."""
 
     def check_last_batches(self, module: LightningModule) -> None:
-        """Refuse a module that cannot take a last batch of one sample where there is one."""
+        """Refuse a module that cannot take a batch of one sample where there is one."""
 
 
 class HookRunner(Callback):

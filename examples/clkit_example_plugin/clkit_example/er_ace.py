@@ -16,6 +16,7 @@ from clkit.data.batch import gather_batch
 from clkit.data.datamodule import stream_data
 from clkit.memory.buffer import ReservoirBuffer, draw_replay
 from clkit.method.forward import outputs
+from clkit.method.setup_checks import check_logits, check_memory
 from clkit.method.strategy import check_pairs
 
 
@@ -57,21 +58,24 @@ class ERACE(Strategy):
         stream = stream_data(trainer).stream
         if not all(experience.classes for experience in stream):
             raise ConfigurationError(f"ERACE masks classes, but stream {stream.name!r} has none; use ExperienceReplay.")
+        check_memory(trainer, self.buffer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_logits(trainer, pl_module, "ERACE", "use ExperienceReplay", all_classes=True)
         self.buffer.to(pl_module.device)
 
     def on_experience_start(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
         self.seen = stream_data(trainer).stream.classes_seen(experience.index)
 
     def loss_term(self, trainer: Trainer, module: LightningModule, batch: Any, loss: Tensor) -> Tensor:
-        x, y, *task = batch
-        new = masked_cross_entropy(outputs(module, x, *task), y, gather_batch(trainer, y))
+        inputs_of = stream_data(trainer).stream.inputs_of
+        y = batch[1]
+        new = masked_cross_entropy(outputs(module, *inputs_of(batch)), y, gather_batch(trainer, y))
         replayed = move_data_to_device(draw_replay(trainer, self.buffer, batch, self.batch_size), module.device)
         if replayed is None:
             return new - loss
-        x, y, *task = replayed
-        return new + masked_cross_entropy(module(x, *task), y, self.seen) - loss
+        old = masked_cross_entropy(module(*inputs_of(replayed)), replayed[1], self.seen)
+        return new + old - loss
 
     @torch.no_grad()
     def on_train_batch_end(

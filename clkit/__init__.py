@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from clkit.lazy_exports import lazy_exports
+from clkit.lightning_name import follow_lightning
 
 if TYPE_CHECKING:
     from clkit.data.datamodule import StreamDataModule as StreamDataModule
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from clkit.models.classifier import Classifier as Classifier
     from clkit.run.checkpoint import StreamCheckpoint as StreamCheckpoint
     from clkit.run.progress import StreamProgress as StreamProgress
+
+follow_lightning()
 
 __version__ = "0.1.0"
 

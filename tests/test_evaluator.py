@@ -513,6 +513,17 @@ def test_modes_exclude_each_other():
         StabilityGap(lazy=True, snapshots=4)
 
 
+def test_two_evaluations_in_one_folder_are_refused(tmp_path):
+    gaps = [StabilityGap(every=every, name=str(every), dir=tmp_path, plot=False) for every in (1, 5)]
+    with pytest.raises(ConfigurationError, match="Two StabilityGaps write into"):
+        fit(gaps[0], make_module(), callbacks=gaps[1:])
+
+
+def test_a_history_before_the_first_fit_is_one_sentence():
+    with pytest.raises(ConfigurationError, match="no history before the first fit"):
+        print(StabilityGap().history)
+
+
 def test_several_evaluations_side_by_side(tmp_path):
     gaps = [StabilityGap(every=every, name=f"every {every}", plot=False) for every in (1, 5)]
     data = StreamDataModule(make_stream(), batch_size=8, epochs=2)

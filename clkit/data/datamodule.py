@@ -31,6 +31,7 @@ from clkit.data.loader import StreamLoader
 from clkit.data.stream import Experience, Stream
 from clkit.distributed import warn_of_differences
 from clkit.errors import ConfigurationError, check_whole
+from clkit.lightning_name import both_names
 from clkit.rng import private_rng
 
 
@@ -83,6 +84,11 @@ class StreamDataModule(pl.LightningDataModule):
         keep_memory: bool = False,
     ) -> None:
         super().__init__()
+        if both_names():
+            rank_zero_warn(
+                "lightning.pytorch was imported after clkit, which then uses pytorch_lightning; a Trainer or module of "
+                "one does not know those of the other ('Expected a parent'). Import lightning.pytorch first."
+            )
         for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0), ("num_workers", num_workers, 0)):
             check_whole(name, value, least)
         self.stream, self.batch_size, self.seed = stream, batch_size, seed

@@ -10,6 +10,8 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
+from clkit.data.datamodule import stream_data
+
 
 class Divergence:
     """Keeps the optimizer step from which on every loss was not finite, without waiting for the device.
@@ -33,11 +35,11 @@ class Divergence:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if not isinstance(loss, Tensor):
             return
-        finite = loss.detach().isfinite().all()
+        step, finite = stream_data(trainer).step, loss.detach().isfinite().all()
         since = self._since.to(finite.device)
-        self._since = torch.where(finite, -1, torch.where(since < 0, trainer.global_step, since))
+        self._since = torch.where(finite, -1, torch.where(since < 0, step, since))
         if self.stop and not trainer.strategy.reduce_boolean_decision(bool(finite)):
-            rank_zero_warn(f"The loss is not finite after step {trainer.global_step}: the fit ends (stop_on_nan).")
+            rank_zero_warn(f"The loss is not finite after step {step}: the fit ends (stop_on_nan).")
             trainer.should_stop = True
 
     def state_dict(self) -> dict[str, int]:

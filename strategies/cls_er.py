@@ -21,7 +21,7 @@ from clkit.method.evaluation_mode import evaluation_mode
 from clkit.method.forward import logit_distance, outputs
 from clkit.method.parameters import averageable, grown
 from clkit.method.setup_checks import check_classes, check_logits, check_memory
-from clkit.method.statistics import Statistics
+from clkit.method.statistics import Statistics, horizon
 from clkit.method.strategy import Strategy, check_pairs
 from clkit.rng import private_rng, rng_state, set_rng_state
 
@@ -41,8 +41,7 @@ class CLSER(Strategy):
 
     The averages are of trainable parameters and, in the same way, of floating-point buffers: BatchNorm's running
     statistics are averaged, and the averages answer replayed samples in evaluation mode with those. Both start at the
-    initial weights, which a fit of a few hundred steps does not leave far behind at the published rates: raise
-    ``stable_rate`` or lower ``stable_decay`` there. The method predicts with the stable average; at the end of the fit
+    initial weights. The method predicts with the stable average; at the end of the fit
     it is put into the module. ``StabilityGap(view="plastic")`` evaluates the other one, ``view="live"`` the weights in
     training.
 
@@ -58,8 +57,9 @@ class CLSER(Strategy):
         weight: :math:`\lambda`, at least 0 (0 trains as experience replay does).
         plastic_rate: :math:`r_P` in [0, 1].
         stable_rate: :math:`r_S` in [0, 1], below :math:`r_P` in the paper.
-        plastic_decay: :math:`\alpha_P` in [0, 1).
-        stable_decay: :math:`\alpha_S` in [0, 1).
+        plastic_decay: :math:`\alpha_P` in [0, 1); when ``None`` such that the average remembers a quarter of an
+            experience's steps, and 0.999, the paper's value, at most.
+        stable_decay: :math:`\alpha_S` in [0, 1); when ``None``, so for half an experience.
         statistics: BatchNorm's running statistics where an average predicts: ``"recompute"`` each time, on up to 16
             batches of the experience and of each memory, or ``"average"``, like the weights.
         seed: Seed of the memory's and of the updates' own random numbers.
@@ -83,8 +83,8 @@ class CLSER(Strategy):
         weight: float = 0.15,
         plastic_rate: float = 0.3,
         stable_rate: float = 0.1,
-        plastic_decay: float = 0.999,
-        stable_decay: float = 0.999,
+        plastic_decay: float | None = None,
+        stable_decay: float | None = None,
         statistics: Literal["recompute", "average"] = "average",
         seed: int = 0,
         device: str | None = None,
@@ -97,7 +97,7 @@ class CLSER(Strategy):
             if not 0 <= rate <= 1:
                 raise ConfigurationError(f"{name}={rate} is not possible; use a probability from 0 to 1.")
         for name, decay in (("plastic_decay", plastic_decay), ("stable_decay", stable_decay)):
-            if not 0 <= decay < 1:
+            if decay is not None and not 0 <= decay < 1:
                 raise ConfigurationError(f"{name}={decay} is not possible; use a number from 0 to below 1.")
         self.buffer = ReservoirBuffer(capacity, seed=seed, device=device)
         self.batch_size, self.weight = batch_size, weight
@@ -122,6 +122,8 @@ class CLSER(Strategy):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_logits(trainer, pl_module, "CLSER", "use ExperienceReplay", all_classes=False)
         self.buffer.to(pl_module.device)
+        shares = {"plastic": 0.25, "stable": 0.5}
+        self._horizons = {name: horizon(trainer, share, self.rates[name]) for name, share in shares.items()}
         self.averages = tree_map_only(Tensor, lambda tensor: tensor.to(pl_module.device), self.averages)
         self._begin(averageable(pl_module))
 
@@ -165,7 +167,8 @@ class CLSER(Strategy):
         self._begin(live)
         for (name, average), drawn in zip(self.averages.items(), self.rng.random(2), strict=True):
             if drawn < self.rates[name]:
-                decay = min(self.decays[name], 1 - 1 / (data.steps_taken + 1))
+                chosen = self.decays[name]
+                decay = min(self._horizons[name] if chosen is None else chosen, 1 - 1 / (data.steps_taken + 1))
                 torch._foreach_lerp_([average[key] for key in live], list(live.values()), 1 - decay)
 
     def _view(self, name: str, module: LightningModule) -> AbstractContextManager[None]:

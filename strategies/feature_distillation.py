@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
 from clkit.data.datamodule import stream_data
 from clkit.data.forward_record import LayerCall, record_layers, unwatch, watch
-from clkit.errors import ConfigurationError
+from clkit.errors import ConfigurationError, check_choice
 from clkit.method.distillation import Distillation, ask
 from clkit.method.forward import layer_call
 from clkit.method.setup_checks import few_outputs
@@ -19,13 +19,16 @@ from clkit.method.strategy import check_pairs
 class FeatureDistillation(Distillation):
     r"""Keep the features that the last model had for the current data.
 
-    .. math:: \mathcal L = \mathcal L_{task} + \alpha\, \|\phi_\theta(x) - \phi_{\theta^*}(x)\|_2^2
+    .. math:: \mathcal L = \mathcal L_{task}
+        + \alpha\, \tfrac1F \|\phi_\theta(x) - \phi_{\theta^*}(x)\|_2^2
 
-    :math:`\phi_{\theta^*}` is the model at the end of the last experience, in evaluation mode. The square is summed
-    over all features of a sample; its mean over samples is added.
+    :math:`\phi_{\theta^*}` is the model at the end of the last experience, in evaluation mode, and :math:`F` the
+    number of features of a sample, so :math:`\alpha` means the same for any width; its mean over samples is added.
+    The paper sums over the features (``reduction="sum"``): its :math:`\alpha` is ours divided by :math:`F`.
 
     Args:
         alpha: Weight of the distillation, at least 0.
+        reduction: ``"mean"`` or ``"sum"`` over the features.
         layer: Name of the submodule whose output is :math:`\phi`, shape ``[B, ...]``; the input of the last linear
             layer when ``None``.
 
@@ -36,8 +39,12 @@ class FeatureDistillation(Distillation):
     Reference: FeatKD of Smith et al., *A Closer Look at Rehearsal-Free Continual Learning*, arXiv 2203.17269.
     """
 
-    def __init__(self, alpha: float = 1.0, *, layer: str | None = None) -> None:
+    def __init__(
+        self, alpha: float = 10.0, *, reduction: Literal["mean", "sum"] = "mean", layer: str | None = None
+    ) -> None:
         super().__init__(alpha)
+        check_choice("reduction", reduction, ("mean", "sum"))
+        self.reduction = reduction
         self.layer = layer
         self._layer: nn.Module | None = None
 
@@ -94,7 +101,8 @@ class FeatureDistillation(Distillation):
             ask(module, self.teacher, *inputs)
         new = self._features(layer_call(module, self._layer, *inputs))
         old = self._features(calls.get(self._layer))
-        return self.alpha * (new - old).square().sum(dim=1).mean()
+        squares = (new - old).square()
+        return self.alpha * (squares.mean() if self.reduction == "mean" else squares.sum(dim=1).mean())
 
     def _features(self, call: LayerCall | None) -> Tensor:
         if call is None:

@@ -10,6 +10,7 @@ import torch
 from lightning_fabric.utilities import move_data_to_device
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
@@ -24,7 +25,7 @@ from clkit.errors import ConfigurationError, check_choice, check_whole
 from clkit.evaluation.drift import ModuleDrift
 from clkit.evaluation.prefix import PrefixTable
 from clkit.memory.buffer import ReservoirBuffer
-from clkit.method.forward import outputs, task_loss, task_loss_and_outputs
+from clkit.method.forward import frozen_statistics, outputs, task_loss, task_loss_and_outputs
 from clkit.method.gradient import check_automatic
 from clkit.method.module_kinds import Part, only, select
 from clkit.method.optimizer import forget_state
@@ -82,11 +83,12 @@ class _Finetuning(Strategy):
         self.phases += 1
         size = size_of(memory)
         chosen = self._choose(trainer, module)
-        base = self.lr if self.lr is not None else 0.5 * trainer.optimizers[0].param_groups[0]["lr"]
+        base = self._rate(trainer)
         before = [tensor.detach().clone() for part in chosen for tensor in part.tensors.values()]
         with only(module, chosen) as params, _own_gradients(params):
             optimizer = torch.optim.SGD(params, lr=base, momentum=self.momentum)
             replayed = self._prefix(module, memory, size)
+            start = self._loss(module, memory, size, replayed)
             for step in range(self.steps):
                 rows = torch.from_numpy(rng.choice(size, self.batch_size, replace=size < self.batch_size))
                 rows = local_share(trainer, rows)
@@ -100,13 +102,35 @@ class _Finetuning(Strategy):
                     nn.utils.clip_grad_norm_(params, self.clip)
                 optimizer.param_groups[0]["lr"] = base * (1 - step / self.steps)
                 optimizer.step()
+            gained = sum_over_processes(trainer, start - self._loss(module, memory, size, replayed))
         after = [tensor for part in chosen for tensor in part.tensors.values()]
-        if not all(torch.stack([tensor.isfinite().all() for tensor in after])):
-            rank_zero_warn(f"{type(self).__name__} takes back a phase that did not stay finite; use a smaller lr.")
+        if not (gained >= 0 and all(torch.stack([tensor.isfinite().all() for tensor in after]))):
+            rank_zero_warn(
+                f"{type(self).__name__} takes back a phase that raised the loss on the memory, or did not stay finite; "
+                "use a smaller lr."
+            )
             with torch.no_grad():
                 torch._foreach_copy_([tensor.detach() for tensor in after], before)
         if self.restart:
             forget_state(trainer, params)
+
+    @torch.no_grad()
+    def _loss(self, module: LightningModule, memory: Any, size: int, replayed: Callable[[Tensor], Any]) -> Tensor:
+        """Return the mean loss on up to eight batches of the memory, the same ones each time in a phase."""
+        chosen = private_rng(self.seed, 31, self.phases).permutation(size)[: 8 * self.batch_size]
+        total = torch.zeros((), device=module.device)
+        with isolate_rng(), frozen_statistics(module):
+            for rows in torch.split(torch.from_numpy(chosen), self.batch_size):
+                batch = tree_map(lambda held, rows=rows: held[sent(rows, held.device)], memory)
+                with replayed(rows):
+                    total += len(rows) * self.phase_loss(module, move_data_to_device(batch, module.device)).float()
+        return total / len(chosen)
+
+    def _rate(self, trainer: Trainer) -> float:
+        if self.lr is not None:
+            return self.lr
+        optimizer = trainer.optimizers[0]
+        return 0.5 * float(optimizer.param_groups[0]["lr"]) if isinstance(optimizer, torch.optim.SGD) else 0.05
 
     def _prefix(self, module: LightningModule, memory: Any, size: int) -> Callable[[Tensor], Any]:
         """What a phase's forward on some rows runs in: frozen first modules are computed once for all rows."""
@@ -141,6 +165,8 @@ class FPF(_Finetuning):
     the preset until it has seen two experiences. Otherwise kinds joined by ``+`` (``norm``, ``first``, ``head``,
     ``all``), or a list of name patterns.
 
+    A phase that raises the loss on the memory is taken back, with a warning.
+
     The paper's own step numbers and rates are not public; the defaults are clkit's.
 
     Args:
@@ -148,7 +174,8 @@ class FPF(_Finetuning):
         steps: Steps in a phase, at least 0.
         batch_size: Samples of a step, drawn uniformly; with replacement from a smaller memory.
         when: ``"end"``, after the last experience, or ``"experience"``, after each.
-        lr: First learning rate; half of the main optimizer's current one when ``None``.
+        lr: First learning rate; when ``None``, half of the main optimizer's current one if that is plain SGD, and 0.05
+            otherwise, as an adaptive optimizer's rate says nothing about SGD's.
         momentum: Of the phase's SGD.
         clip: Largest gradient norm; not clipped when ``None``.
         restart: Forget the main optimizer's state (momentum) of the chosen modules after a phase.
@@ -206,8 +233,9 @@ class KFPF(_Finetuning):
     experience, one phase as in FPF finetunes the chosen modules on the memory, a reservoir of every batch so far. The
     last phase follows the last step. With ``distillation`` above 0 (k-FPF-KD) a phase minimises
 
-    .. math:: \mathcal L + \lambda \, \tfrac1B \sum \lVert h_\theta(x) - z \rVert_2^2
+    .. math:: \mathcal L + \lambda \, \tfrac1{BC} \sum \lVert h_\theta(x) - z \rVert_2^2
 
+    (the paper sums over the :math:`C` classes, ``reduction="sum"``: its :math:`\lambda` is ours divided by :math:`C`),
     where :math:`z` are the logits of the training forward in which :math:`x` came; the module's ``forward(x)`` must
     then return logits, shape ``[B, C]``.
 
@@ -218,7 +246,8 @@ class KFPF(_Finetuning):
         steps: Steps in a phase, at least 0.
         batch_size: Samples of a step, drawn uniformly; with replacement from a smaller memory.
         distillation: :math:`\lambda`, at least 0.
-        lr: First learning rate of a phase; half of the main optimizer's current one when ``None``.
+        reduction: ``"mean"`` or ``"sum"`` over the classes.
+        lr: First learning rate of a phase; when ``None`` as for :class:`FPF`.
         momentum: Of the phase's SGD.
         clip: Largest gradient norm; not clipped when ``None``.
         restart: Forget the main optimizer's state (momentum) of the chosen modules after a phase.
@@ -240,6 +269,7 @@ class KFPF(_Finetuning):
         steps: int = 100,
         batch_size: int = 32,
         distillation: float = 0.0,
+        reduction: Literal["mean", "sum"] = "mean",
         lr: float | None = None,
         momentum: float = 0.0,
         clip: float | None = None,
@@ -251,7 +281,8 @@ class KFPF(_Finetuning):
         check_whole("k", k, 0)
         if distillation < 0:
             raise ConfigurationError(f"distillation={distillation} is not possible; use 0 or more.")
-        self.k, self.distillation = k, distillation
+        check_choice("reduction", reduction, ("mean", "sum"))
+        self.k, self.distillation, self.reduction = k, distillation, reduction
         self.buffer = ReservoirBuffer(capacity, seed=seed, device=device)
         self._logits: Tensor | None = None
         self._last_step = 0
@@ -294,7 +325,8 @@ class KFPF(_Finetuning):
         *pair, old = batch
         inputs = stream_data(module.trainer).stream.inputs_of(pair)
         loss, new = task_loss_and_outputs(module, tuple(pair), inputs, own_backward=True)
-        return loss + self.distillation * mse_loss(new.float(), old.float(), reduction="sum") / len(old)
+        distance = mse_loss(new.float(), old.float(), reduction=self.reduction)
+        return loss + self.distillation * (distance if self.reduction == "mean" else distance / len(old))
 
     def remembered(self) -> Any:
         held = self.buffer.contents()

@@ -32,10 +32,13 @@ class GDumb(Strategy):
     are then trained on the memory as it is after experience :math:`k`. Nothing else is carried over, so what is
     evaluated before an experience's end shows a network in the middle of its training, not forgetting.
 
-    An epoch has only as many samples as the memory: the paper trains 256 of them.
+    The epochs are GDumb's own, as the memory is much smaller than the data: the paper trains 256. An epoch of the
+    trainer holds as many of them as it takes to reach that number within the experience.
 
     Args:
         capacity: :math:`M`, at least 1.
+        epochs: Times that the memory is gone through in an experience, at least; as often as the data module says when
+            ``None``, or when that counts steps.
         seed: Seed of the memory's own random numbers.
 
     Raises:
@@ -48,11 +51,14 @@ class GDumb(Strategy):
     renews_weights = True
     replaces_data = True
 
-    def __init__(self, capacity: int = 200, *, seed: int = 0) -> None:
+    def __init__(self, capacity: int = 200, *, epochs: int | None = 50, seed: int = 0) -> None:
         check_whole("capacity", capacity, 1)
-        self.capacity, self.seed = capacity, seed
+        if epochs is not None:
+            check_whole("epochs", epochs, 1)
+        self.capacity, self.epochs, self.seed = capacity, epochs, seed
         self.initial: dict[str, Tensor] | None = None
         self._data: StreamDataModule | None = None
+        self._sizes: list[int] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -65,7 +71,13 @@ class GDumb(Strategy):
         check_together(trainer, "GDumb")
         parts = [experience.train for experience in data.stream]
         memories = balanced_memories([targets_of(part) for part in parts], self.capacity, self.seed)
-        data.train_sets = [Subset(ConcatDataset(parts[: k + 1]), memory) for k, memory in enumerate(memories)]
+        wanted = self.epochs if self.epochs is not None and data.steps is None else 1
+        passes = [-(-wanted // epochs) for epochs in data.epochs]
+        self._sizes = [len(memory) for memory in memories]
+        data.train_sets = [
+            Subset(ConcatDataset(parts[: k + 1]), memory * n)
+            for k, (memory, n) in enumerate(zip(memories, passes, strict=True))
+        ]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_whole_head(trainer, pl_module, "GDumb")
@@ -81,8 +93,9 @@ class GDumb(Strategy):
     def remembered(self) -> Any:
         if self._data is None:
             return None
-        memory = self._data.train_sets[self._data.experience.index]
-        batch = read_samples(memory, torch.arange(len(memory)), collate_fn=self._data.collate_fn)  # type: ignore[arg-type]
+        k = self._data.experience.index
+        rows = torch.arange(self._sizes[k])
+        batch = read_samples(self._data.train_sets[k], rows, collate_fn=self._data.collate_fn)
         return batch if self._data.trainer is None else to_device(self._data.trainer, batch)
 
     def state_dict(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from clkit.method.forward import task_loss
 from clkit.method.hidden_states import capture, find_blocks
 from clkit.method.parameters import averageable, swapped
 from clkit.method.setup_checks import check_memory
-from clkit.method.statistics import Statistics
+from clkit.method.statistics import Statistics, horizon
 from clkit.method.strategy import Strategy
 
 
@@ -50,7 +50,8 @@ class InterpolatedLoRA(Strategy):
     Args:
         capacity: Samples in memory.
         batch_size: Samples replayed in a step and process; as many as the new batch has when ``None``.
-        decay: :math:`\lambda` in [0, 1]; 0.999 for streams of more than 2000 steps.
+        decay: :math:`\lambda` in [0, 1]; when ``None`` such that the slow learner remembers a fifth of an
+            experience's steps, and 0.999 at most. Published: 0.99, and 0.999 for streams of more than 2000 steps.
         gamma: :math:`\gamma`, at least 0.
         form: ``"mse"`` or ``"one_sided"``.
         layers: Blocks whose outputs are compared: ``"all"``, ``"last"``, or patterns of module paths.
@@ -75,7 +76,7 @@ class InterpolatedLoRA(Strategy):
         capacity: int = 500,
         *,
         batch_size: int | None = None,
-        decay: float = 0.99,
+        decay: float | None = None,
         gamma: float = 1.0,
         form: Literal["mse", "one_sided"] = "mse",
         layers: str | Sequence[str] = "all",
@@ -85,7 +86,7 @@ class InterpolatedLoRA(Strategy):
         seed: int = 0,
         device: str | None = None,
     ) -> None:
-        if not 0 <= decay <= 1:
+        if decay is not None and not 0 <= decay <= 1:
             raise ConfigurationError(f"decay={decay} is not possible; use a number from 0 to 1, such as 0.99.")
         if gamma < 0:
             raise ConfigurationError(f"gamma={gamma} is not possible; use 0 or more.")
@@ -101,6 +102,7 @@ class InterpolatedLoRA(Strategy):
         self.buffer = ReservoirBuffer(capacity, seed=seed, device=device)
         self.slow: dict[str, Tensor] = {}
         self.k = 0
+        self._horizon = 0.99
         self._replayed: Any = None
         self._targets: list[Tensor] = []
 
@@ -115,6 +117,8 @@ class InterpolatedLoRA(Strategy):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.buffer.to(pl_module.device)
+        if self.decay is None:
+            self._horizon = horizon(trainer, share=0.2)
         if self.slow:
             self.slow = tree_map_only(Tensor, lambda tensor: tensor.to(pl_module.device), self.slow)
         else:
@@ -170,7 +174,8 @@ class InterpolatedLoRA(Strategy):
     def interpolate(self, fast: Mapping[str, Tensor]) -> None:
         """Move the slow weights by one step towards the fast ones of the same names."""
         self.k += 1
-        weight = min(1 - 1 / (self.k + 1), self.decay) if self.ramp else self.decay
+        decay = self._horizon if self.decay is None else self.decay
+        weight = min(1 - 1 / (self.k + 1), decay) if self.ramp else decay
         live = [fast[name].detach().float() for name in self.slow]
         torch._foreach_lerp_(list(self.slow.values()), live, 1 - weight)
 

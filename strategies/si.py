@@ -74,7 +74,8 @@ class SynapticIntelligence(QuadraticPenalty):
         if self.penalty is not None:
             # Lightning divides each accumulated term by the full number, also where an epoch ends before it
             share = self._n_terms / trainer.accumulate_grad_batches
-            gradient -= share * 2 * self.strength * self.penalty.importance * (weights - self.penalty.anchor)
+            importance = self.stable_importance(trainer, pl_module)
+            gradient -= share * 2 * self.strength * importance * (weights - self.penalty.anchor)
         self._step, self._n_terms = (gradient, weights), 0
 
     @torch.no_grad()

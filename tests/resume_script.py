@@ -61,7 +61,7 @@ def build_strategies(name: str) -> list:
         "joint": lambda: [strategies.Joint()],
         "derpp": lambda: [strategies.DER(16, beta=0.5)],
         "cls_er": lambda: [strategies.CLSER(16, plastic_rate=0.8, stable_rate=0.5, stable_decay=0.8)],
-        "gdumb": lambda: [strategies.GDumb(40)],
+        "gdumb": lambda: [strategies.GDumb(40, epochs=None)],
         "gem": lambda: [strategies.GEM(8)],
         "agem": lambda: [strategies.AGEM(8, batch_size=8)],
         "ewc": lambda: [strategies.EWC(10.0)],

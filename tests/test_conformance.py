@@ -36,7 +36,7 @@ STRATEGIES = {
     "der": (lambda: strategies.DER(16), 16 * (SAMPLE + 6 * 4)),
     "derpp": (lambda: strategies.DER(16, beta=0.5), 16 * (SAMPLE + 6 * 4)),
     "gem": (lambda: strategies.GEM(8), 3 * 8 * SAMPLE),
-    "gdumb": (lambda: strategies.GDumb(24), WEIGHTS),
+    "gdumb": (lambda: strategies.GDumb(24, epochs=None), WEIGHTS),
     "cls_er": (lambda: strategies.CLSER(16), 16 * SAMPLE + 2 * WEIGHTS),
     "ilora": (lambda: strategies.InterpolatedLoRA(16), 16 * SAMPLE + WEIGHTS),
     "er+fpf": (lambda: [strategies.ExperienceReplay(16), strategies.FPF(steps=3)], 16 * SAMPLE),

@@ -23,7 +23,7 @@ class Recording(FeatureDistillation):
     """Computes each term once more by a teacher of its own and plain slices of the network."""
 
     def __init__(self, *args, part=slice(-1), **options):
-        super().__init__(*args, **options)
+        super().__init__(*args, reduction="sum", **options)
         self.part, self.terms = part, []
 
     def loss_term(self, trainer, module, batch, loss):
@@ -138,6 +138,9 @@ def test_two_layers_at_once_add_up():
     class Second(FeatureDistillation):
         pass
 
+    def one(kind, layer):
+        return kind(1.0, reduction="sum", layer=layer)
+
     class Both(FeatureDistillation):
         def loss_term(self, trainer, module, batch, loss):
             if self.teacher is None:
@@ -147,7 +150,7 @@ def test_two_layers_at_once_add_up():
             terms = [((teacher.net[:n](batch[0]) - module.net[:n](batch[0])) ** 2).sum(1).mean() for n in (2, 4)]
             return sum(terms)
 
-    actual = fit([FeatureDistillation(layer="net.1"), Second(layer="net.3")])
+    actual = fit([one(FeatureDistillation, "net.1"), one(Second, "net.3")])
     torch.testing.assert_close(weights(actual), weights(fit([Both()])), rtol=1e-5, atol=1e-6)
 
 
@@ -171,3 +174,23 @@ def test_unusable_settings_and_modules_are_refused():
     stream = Stream.from_datasets(parts, parts, classes=[(0, 1), (2, 3)])
     with pytest.raises(ConfigurationError, match="FeatureDistillation needs .* but the stream gives dict"):
         fit([FeatureDistillation()], stream=stream)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_by_hand_with_both_reductions(reduction):
+    """Those of the first four features that are above 0 move by 1, in both samples."""
+
+    class Probe(pl.Callback):
+        def on_experience_start(self, trainer, module, experience):
+            if experience.index == 1:
+                with torch.no_grad():
+                    module.net[1].bias[:4] += 1
+                x = torch.full((2, 6), 1e3) * torch.sign(module.net[1].weight[0])
+                self.term = strategy.loss_term(trainer, module, (x, None), None).item()
+                moved = (module.net[1](x)[:, :4] > 1).sum().item()
+                self.expected = 2.0 * moved / 2 / (16 if reduction == "mean" else 1)
+
+    strategy, probe = FeatureDistillation(2.0, reduction=reduction), Probe()
+    fit([strategy, probe])
+    assert probe.expected > 0
+    assert probe.term == pytest.approx(probe.expected, rel=1e-2)

@@ -38,13 +38,15 @@ def test_replay_counts_the_replayed_samples(tmp_path):
 def test_phases_of_k_fpf_on_all_modules(tmp_path):
     phases = 4 * 10 * 16 * (FORWARD + BACKWARD)
     strategy = KFPF(4, steps=10, batch_size=16, select="all", distillation=0.5)
-    assert count(tmp_path, strategy)["total"] == 3 * 2 * 40 * (FORWARD + BACKWARD) + phases
+    # the loss of up to 8 batches of the memory, which has 56, 120, 176 and 200 samples, before and after each phase
+    probes = 2 * (56 + 120 + 128 + 128) * FORWARD
+    assert count(tmp_path, strategy)["total"] == 3 * 2 * 40 * (FORWARD + BACKWARD) + phases + probes
 
 
 def test_a_phase_that_stops_at_the_head_and_is_too_short_to_cache_the_rest(tmp_path):
     replay = count(tmp_path / "er", ExperienceReplay(100))["experiences"]
     fpf = count(tmp_path / "fpf", ExperienceReplay(100), FPF(steps=10, batch_size=10))["experiences"]
-    assert fpf == [*replay[:2], replay[2] + 10 * 10 * (FORWARD + HEAD_ONLY)]
+    assert fpf == [*replay[:2], replay[2] + 10 * 10 * (FORWARD + HEAD_ONLY) + 2 * 80 * FORWARD]
 
 
 def test_a_long_phase_computes_the_frozen_part_of_the_memory_once(tmp_path):

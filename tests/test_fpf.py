@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -58,16 +59,17 @@ def test_triggers_are_distinct_even_and_end_with_the_stream(steps, k):
     assert min(gaps) >= 1
 
 
-def test_distillation_by_hand():
+@pytest.mark.parametrize(("reduction", "term"), [("mean", 0.25), ("sum", 0.5)])
+def test_distillation_by_hand(reduction, term):
     class Fixed(UserModule):
         def forward(self, x):
             return x
 
-    strategy = KFPF(distillation=0.5)
+    strategy = KFPF(distillation=0.5, reduction=reduction)
     module = Fixed()
     batch = (torch.tensor([[1.0, 0.0]]), torch.tensor([0]), torch.zeros(1, 2))
     module.trainer = pl.Trainer(**QUIET)
-    assert float(strategy.phase_loss(module, batch)) == pytest.approx(0.813262, abs=1e-6)
+    assert float(strategy.phase_loss(module, batch)) == pytest.approx(0.313262 + term, abs=1e-6)
     same = (*batch[:2], batch[0])
     assert float(strategy.phase_loss(module, same)) == pytest.approx(0.313262, abs=1e-6)
 
@@ -201,6 +203,29 @@ def test_a_phase_that_explodes_is_taken_back():
     with pytest.warns(UserWarning, match="takes back a phase"):
         actual = fit([replay, FPF("all", lr=1e30, steps=20)])
     assert torch.equal(weights(actual), weights(fit([ExperienceReplay(30)])))
+
+
+def test_a_phase_that_ends_above_its_start_is_taken_back_though_finite():
+    class Ascends(FPF):
+        """Its gradient points the wrong way, so its loss rises."""
+
+        def phase_loss(self, module, batch):
+            loss = super().phase_loss(module, batch)
+            return loss.detach() + (loss.detach() - loss)
+
+    replay = ExperienceReplay(30)
+    with pytest.warns(UserWarning, match="raised the loss on the memory"):
+        actual = fit([replay, Ascends("all", lr=0.01, steps=40)])
+    assert torch.equal(weights(actual), weights(fit([ExperienceReplay(30)])))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "lr", "expected"),
+    [(torch.optim.SGD, None, 0.1), (torch.optim.Adam, None, 0.05), (torch.optim.AdamW, 0.3, 0.3)],
+)
+def test_the_rate_of_a_phase_does_not_come_from_an_adaptive_optimizer(optimizer, lr, expected):
+    trainer = SimpleNamespace(optimizers=[optimizer(make_module().parameters(), lr=0.2)])
+    assert FPF(lr=lr)._rate(trainer) == expected
 
 
 def test_a_memory_of_one_class_is_skipped():

@@ -81,7 +81,7 @@ def test_every_experience_starts_at_the_initial_network_with_a_fresh_optimizer()
             sizes.append(len(trainer.datamodule.train_sets[experience.index]))
 
     torch.manual_seed(0)
-    module = fit([GDumb(20), Probe()], Normed(), epochs=2)
+    module = fit([GDumb(20, epochs=None), Probe()], Normed(), epochs=2)
     assert sizes == [20, 20, 20]
     assert len(starts) == 3
     for start in starts:
@@ -91,14 +91,14 @@ def test_every_experience_starts_at_the_initial_network_with_a_fresh_optimizer()
 
 
 def test_the_memory_does_not_depend_on_the_training():
-    first, second = GDumb(20), GDumb(20)
+    first, second = GDumb(20, epochs=None), GDumb(20, epochs=None)
     fit([first], epochs=2)
     fit([second], epochs=3, seed=1)
     assert torch.equal(first.remembered()[0], second.remembered()[0])
 
 
 def test_what_it_remembers_is_what_it_trains_on():
-    gdumb, sets = GDumb(12), []
+    gdumb, sets = GDumb(12, epochs=None), []
 
     class Probe(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -122,3 +122,20 @@ def test_a_stream_without_classes_is_refused():
 def test_a_bad_value_is_refused():
     with pytest.raises(ConfigurationError, match="capacity=0"):
         GDumb(0)
+
+
+@pytest.mark.parametrize(("wanted", "epochs", "passes"), [(7, 2, 4), (7, 7, 1), (3, 5, 1), (None, 2, 1)])
+def test_the_memory_is_gone_through_as_often_as_asked_in_an_experience(wanted, epochs, passes):
+    seen = []
+
+    class Probe(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append((trainer.datamodule.experience.index, batch[0]))
+
+    gdumb = GDumb(12, epochs=wanted)
+    fit([gdumb, Probe()], stream=make_stream(2), epochs=epochs)
+    for k in range(2):
+        samples = torch.cat([x for index, x in seen if index == k])
+        _, times = samples.unique(dim=0, return_counts=True)
+        assert times.tolist() == [passes * epochs] * 12
+    assert len(gdumb.remembered()[0]) == 12

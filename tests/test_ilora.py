@@ -349,7 +349,7 @@ def test_a_stopped_capture_leaves_out_the_rest():
 
 
 def test_the_slow_learner_starts_as_a_copy_and_then_moves():
-    strategy, module = InterpolatedLoRA(), make_module()
+    strategy, module = InterpolatedLoRA(decay=0.99), make_module()
     start = copy.deepcopy(dict(module.named_parameters()))
     strategy.on_train_start(None, module)
     assert all(torch.equal(strategy.slow[name], start[name]) for name in start)

@@ -19,7 +19,7 @@ class Still(UserModule):
 
 
 def importance_of(net, x, y=None, n_experiences=1, **options):
-    mas = MAS(**options)
+    mas = MAS(**{"relative": False, **options})
     part = InMemoryDataset(x, torch.arange(len(x)) % 2 if y is None else y)
     stream = Stream.from_datasets(
         [part] * n_experiences, [part] * n_experiences, kind="domain-incremental", n_classes=2
@@ -88,3 +88,23 @@ def test_what_it_cannot_work_with_is_refused():
     trainer = pl.Trainer(max_epochs=3, callbacks=[MAS()], **QUIET)
     with pytest.raises(ConfigurationError, match="MAS needs .* but the stream gives dict"):
         trainer.fit(Still(nn.Linear(6, 6)), datamodule=StreamDataModule(stream, batch_size=8))
+
+
+class Copies(nn.Module):
+    """Its outputs several times over, and larger."""
+
+    def __init__(self, net, copies, factor):
+        super().__init__()
+        self.net, self.copies, self.factor = net, copies, factor
+
+    def forward(self, x):
+        return self.factor * self.net(x).repeat(1, self.copies)
+
+
+@pytest.mark.parametrize(("copies", "factor"), [(7, 1.0), (1, 12.0), (3, 0.1)])
+def test_relative_importance_depends_neither_on_the_number_of_outputs_nor_on_their_size(copies, factor):
+    torch.manual_seed(0)
+    weight, x = torch.randn(2, 3), torch.randn(5, 3)
+    expected = importance_of(linear(weight), x) / (x @ weight.T).square().sum(dim=1).mean()
+    net = Copies(linear(weight.clone()), copies, factor)
+    torch.testing.assert_close(importance_of(net, x, relative=True), expected)

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import pytorch_lightning as pl
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain import QUIET, UserModule, make_module, make_stream, weights
 from torch import nn
@@ -21,6 +23,9 @@ ALL = {
 }
 
 
+NO_TRAINER = SimpleNamespace(optimizers=[])
+
+
 class Weights(pl.LightningModule):
     def __init__(self, values):
         super().__init__()
@@ -36,7 +41,7 @@ def fit(callbacks, module=None, stream=None, **settings):
 
 
 def penalty_at(strategy, module):
-    term = strategy.loss_term(None, module, None, None)
+    term = strategy.loss_term(NO_TRAINER, module, None, None)
     (gradient,) = torch.autograd.grad(term, [module.w])
     return term.item(), gradient.tolist()
 
@@ -109,7 +114,7 @@ def test_only_the_named_parameters_are_held(name):
         first.weight += 0.1
         head.weight += 0.1
     held, free = torch.autograd.grad(
-        strategy.loss_term(None, module, None, None), [first.weight, head.weight], allow_unused=True
+        strategy.loss_term(NO_TRAINER, module, None, None), [first.weight, head.weight], allow_unused=True
     )
     assert held.abs().sum() > 0
     assert free is None
@@ -195,3 +200,30 @@ def test_qkv_mode_trains_qkv_and_head_and_holds_qkv_alone(name):
     assert {key for key in parameters if not torch.equal(parameters[key], before[key])} == trained
     assert set(optimizers[0].state) == {parameters[key] for key in trained}
     assert len(strategy.penalty.anchor) == sum(parameters[key].numel() for key in trained if "qkv" in key)
+
+
+positive = st.floats(1e-3, 1e3)
+
+
+@settings(deadline=None)
+@given(positive, positive, positive, st.sampled_from(["ewc", "mas", "si", "l2"]))
+def test_a_step_of_sgd_lands_on_the_old_weights_at_most_and_is_exact_below(strength, importance, lr, name):
+    module, strategy = Weights([3.0, 3.0]), ALL[name]()
+    strategy.strength = strength
+    strategy.penalty = Quadratic.around(torch.tensor([1.0, 1.0]), torch.tensor([importance, 0.0]))
+    optimizer = torch.optim.SGD(module.parameters(), lr=lr)
+    term = strategy.loss_term(SimpleNamespace(optimizers=[optimizer]), module, None, None)
+    term.backward()
+    optimizer.step()
+    plain = 1 - 2 * strategy.factor * strength * importance * lr
+    assert module.w[0].item() == pytest.approx(1 + 2 * max(plain, 0.0), abs=1e-3)
+    assert module.w[1].item() == 3.0
+    adam = SimpleNamespace(optimizers=[torch.optim.Adam(module.parameters(), lr=lr)])
+    assert torch.equal(strategy.stable_importance(adam, module), strategy.penalty.importance)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_no_strength_makes_training_diverge(name):
+    strategy = ALL[name](**({"nonnegative": True} if name == "si" else {}))
+    strategy.strength = 1e6
+    assert torch.isfinite(weights(fit([strategy]))).all()

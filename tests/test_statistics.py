@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 
 from clkit import ConfigurationError, StreamDataModule
 from clkit.method.forward import frozen_statistics
+from clkit.method.statistics import horizon
 from clkit.strategies import CLSER, KFPF, EMABalance, InterpolatedLoRA, Naive
 
 AVERAGING = {
@@ -139,3 +142,13 @@ def test_a_finetuning_phase_counts_no_batches():
 def test_lightnings_own_averages_are_warned_of(callback):
     with pytest.warns(UserWarning, match="average within a stream"):
         fit(Naive(), callback)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "share", "rate", "expected"),
+    [(4, 0.5, 1.0, 0.9), (4, 0.5, 0.2, 0.5), (1, 0.1, 1.0, 0.0), (4, 0.0, 0.0, 0.0), (400, 1.0, 1.0, 0.999)],
+)
+def test_an_average_looks_back_over_a_share_of_an_experience(epochs, share, rate, expected):
+    """Five steps an epoch: half of four epochs are ten steps, in a fifth of which it moves."""
+    data = StreamDataModule(make_stream(2), batch_size=8, epochs=epochs)
+    assert horizon(SimpleNamespace(datamodule=data), share, rate) == pytest.approx(expected)

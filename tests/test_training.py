@@ -517,18 +517,18 @@ METHODS = {
         PlainCLSER,
         lambda: [CLSER(20, weight=0.5, plastic_rate=0.8, stable_rate=0.5, plastic_decay=0.8, stable_decay=0.9)],
     ),
-    "gdumb": (PlainGDumb, lambda: [GDumb(48)]),
+    "gdumb": (PlainGDumb, lambda: [GDumb(48, epochs=None)]),
     "gem": (PlainGEM, lambda: [GEM(10)]),
     "agem": (PlainAGEM, lambda: [AGEM(10, batch_size=8)]),
     "ewc": (PlainEWC, lambda: [EWC(10.0)]),
     "lwf": (PlainLwF, lambda: [LwF()]),
-    "kfpf": (PlainKFPF, lambda: [KFPF(4, capacity=20, steps=3, batch_size=10, distillation=0.5)]),
+    "kfpf": (PlainKFPF, lambda: [KFPF(4, capacity=20, steps=3, batch_size=10, distillation=0.5, reduction="sum")]),
     "lwf_bce": (PlainBinaryLwF, lambda: [LwF(form="bce")]),
-    "features": (PlainFeatures, lambda: [FeatureDistillation(0.5)]),
+    "features": (PlainFeatures, lambda: [FeatureDistillation(0.5, reduction="sum")]),
     "l2": (PlainL2, lambda: [L2Anchor(0.5)]),
     "l2_from_start": (PlainL2FromStart, lambda: [L2Anchor(0.5, from_start=True)]),
     "si": (PlainSI, lambda: [SynapticIntelligence(0.5)]),
-    "mas": (PlainMAS, lambda: [MAS(0.1)]),
+    "mas": (PlainMAS, lambda: [MAS(0.1, relative=False)]),
 }
 
 

@@ -33,7 +33,7 @@ SMALL = {
     "derpp": ["capacity=16"],
     "er": ["capacity=16"],
     "fpf": ["steps=3", "when=experience"],
-    "gdumb": ["capacity=24"],
+    "gdumb": ["capacity=24", "epochs=null"],
     "gem": ["samples_per_experience=8"],
     "ilora": ["capacity=16"],
     "kfpf": ["k=3", "capacity=16", "steps=3"],

@@ -12,6 +12,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import SGD
 
 from clkit.data.datamodule import stream_data
 from clkit.data.loader import choose_rows, read_samples
@@ -53,6 +54,11 @@ class QuadraticPenalty(Strategy):
 
     A subclass sets ``penalty``, the sum, from :meth:`weights` and its own importance :math:`\Omega`; until then
     nothing is added.
+
+    A step of SGD with rate :math:`\eta` on this penalty alone overshoots the old value where
+    :math:`2 s \lambda \Omega_j \eta > 1`, and diverges above 2. There :math:`\Omega_j` counts as
+    :math:`1 / (2 s \lambda \eta)`, with which the step lands on it; everywhere else, and with other optimizers, it is
+    exact.
 
     Args:
         strength: :math:`\lambda`, at least 0.
@@ -98,7 +104,7 @@ class QuadraticPenalty(Strategy):
     def loss_term(self, trainer: Trainer, module: LightningModule, batch: Any, loss: Tensor) -> Tensor | None:
         if self.penalty is None or self.strength == 0:
             return None
-        importance, anchor, offset = self.penalty
+        _, anchor, offset = self.penalty
         weights = flat(self.held(module).values())
         if len(weights) != len(anchor):
             raise ConfigurationError(
@@ -106,8 +112,27 @@ class QuadraticPenalty(Strategy):
                 "requires_grad and the shapes of all parameters the same over the stream (a head with all its outputs "
                 "from the start), or leave those that change out with only=[...]."
             )
-        distance = weights - anchor
-        return self.factor * self.strength * ((importance * distance.square()).sum() + offset)
+        importance = self.stable_importance(trainer, module)
+        return self.factor * self.strength * ((importance * (weights - anchor).square()).sum() + offset)
+
+    def stable_importance(self, trainer: Trainer, module: LightningModule) -> Tensor:
+        """Return the importance with which no step of SGD overshoots the old values, ``[P]`` or a scalar."""
+        assert self.penalty is not None
+        rates = {
+            parameter: float(group["lr"])
+            for optimizer in trainer.optimizers
+            if isinstance(optimizer, SGD)
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        held = list(self.held(module).values())
+        steps = [2 * self.factor * self.strength * rates.get(parameter, 0.0) for parameter in held]
+        limits = [1 / step if step > 0 else torch.inf for step in steps]
+        importance = self.penalty.importance
+        if len(set(limits)) == 1:
+            return importance.clamp(max=limits[0])
+        each = [importance.new_tensor(limit).expand(p.numel()) for p, limit in zip(held, limits, strict=True)]
+        return torch.minimum(importance, torch.cat(each))
 
     def state_dict(self) -> dict[str, Any]:
         return {"penalty": None if self.penalty is None else tuple(self.penalty)}

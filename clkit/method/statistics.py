@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from lightning_fabric.utilities import move_data_to_device
-from pytorch_lightning import LightningModule
+from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -86,6 +86,17 @@ class Statistics:
                     norm.momentum = 1 / count
                 task_loss(module, batch)
         torch.clear_autocast_cache()
+
+
+def horizon(trainer: Trainer, share: float, rate: float = 1.0) -> float:
+    r"""Return the decay with which an average remembers a share of an experience's steps, at most 0.999.
+
+    An average that is moved in a share ``rate`` of the steps with decay :math:`\alpha` looks back over
+    :math:`1 / (r (1 - \alpha))` of them.
+    """
+    data = stream_data(trainer)
+    updates = rate * share * data.total_steps / len(data.stream)
+    return min(1 - 1 / max(updates, 1.0), 0.999)
 
 
 def _batches(module: LightningModule) -> Iterator[Any]:

@@ -121,7 +121,7 @@ class _Finetuning(Strategy):
         total = torch.zeros((), device=module.device)
         with isolate_rng(), frozen_statistics(module):
             for rows in torch.split(torch.from_numpy(chosen), self.batch_size):
-                batch = tree_map(lambda held, rows=rows: held[sent(rows, held.device)], memory)
+                batch = take(memory, rows)
                 with replayed(rows):
                     total += len(rows) * self.phase_loss(module, move_data_to_device(batch, module.device)).float()
         return total / len(chosen)

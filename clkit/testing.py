@@ -192,7 +192,8 @@ def small_instructions(n_experiences: int = 3, n: int = 24) -> Stream:
                 Record((("user", text),), answer, {"instruction": asks})
                 for text, answer in zip(texts, chosen, strict=True)
             ]
-            parts.append(InstructionDataset(records, tokenizer, labels="content" if parts else "answer"))
+            data = InstructionDataset(records, tokenizer)
+            parts.append(data.for_scores() if parts else data)
         experiences.append(Experience(k, name, *parts))
     return Stream(experiences, name="instructions", kind="instruction", collate_fn=Pad())
 

@@ -134,9 +134,10 @@ class Instructions(Stream):
                     template_options=template_options,
                     name=f"{task}/{split}",
                     metric=metric,
-                    labels="answer" if split == "train" else "content",
                 )
                 data[split].n_bad = found.n_bad
+                if split != "train":
+                    data[split] = data[split].for_scores()
             experiences.append(Experience(index, task, data["train"], data["test"], data.get("eval")))
         super().__init__(experiences, name=name, kind="instruction", collate_fn=Pad(side))
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from clkit import ConfigurationError, StabilityGap, StreamDataModule
+from clkit import ConfigurationError, Experience, StabilityGap, Stream, StreamDataModule
 from clkit.evaluation.token_scores import token_accuracy
-from clkit.language.dataset import InstructionDataset
+from clkit.language.dataset import InstructionDataset, Pad
 from clkit.language.records import Record
 from clkit.scenarios import Instructions
 
@@ -66,7 +66,8 @@ WORDS = st.text(st.sampled_from("ab <>think/\n.1"), min_size=1, max_size=12).fil
 def test_labels_are_the_answer_with_its_end_and_content_is_the_answer_alone(name, pairs):
     tokenizer = letters(TEMPLATES[name] if name else None)
     records = [ask(*pair) for pair in pairs]
-    learned, scored = (InstructionDataset(records, tokenizer, labels=kind) for kind in ("answer", "content"))
+    learned = InstructionDataset(records, tokenizer)
+    scored = learned.for_scores()
     for i, record in enumerate(records):
         assert torch.equal(learned[i]["input_ids"], scored[i]["input_ids"])
         ids, labels = learned[i]["input_ids"], learned[i]["labels"]
@@ -95,6 +96,12 @@ class Knows(pl.LightningModule):
         self.favourite, self.size = favourite, size
         self.net = self.Net(self)
         self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def training_step(self, batch, batch_idx):
+        return self.weight.sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([self.weight], lr=0.0)
 
     class Net(torch.nn.Module):
         def __init__(self, outer):
@@ -160,6 +167,23 @@ def test_a_cut_prompt_keeps_the_marks_its_beginning_and_its_end(name, n, max_len
     assert torch.equal(whole[0]["input_ids"][whole[0]["labels"] != -100], cut[0]["input_ids"][cut[0]["labels"] != -100])
 
 
+def test_a_stream_made_by_hand_is_scored_by_content_too(tmp_path):
+    tokenizer = letters(THINK)
+    data = InstructionDataset([ask("say a", "a")], tokenizer)
+    stream = Stream([Experience(0, "task", data, data)], name="own", kind="instruction", collate_fn=Pad())
+    gap = fit_nothing(stream, Knows(tokenizer.convert_tokens_to_ids("<|end|>"), len(tokenizer)), tmp_path)
+    for phase in ("step", "end"):
+        assert gap.history.select(phase).scores.tolist() == [[0.0]]
+
+
+def fit_nothing(stream, module, folder):
+    gap = StabilityGap(score="token_accuracy", dir=folder, plot=False)
+    data = StreamDataModule(stream, batch_size=2, steps=1)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "accelerator": "cpu"}
+    pl.Trainer(max_epochs=data.total_epochs, callbacks=[gap], **quiet).fit(module, datamodule=data)
+    return gap
+
+
 def test_bad_dropped_and_cut_held_out_samples_are_in_the_metrics(tmp_path):
     root = tmp_path / "tasks"
     for split, n in (("train", 1), ("eval", 2), ("test", 3)):
@@ -169,13 +193,7 @@ def test_bad_dropped_and_cut_held_out_samples_are_in_the_metrics(tmp_path):
     found = {}
     for too_long in ("drop", "cut_prompt"):
         stream = Instructions(tokenizer=letters(THINK), root=root, max_length=60, too_long=too_long, on_error="skip")
-        module = Knows(0, 200)
-        module.training_step = lambda batch, i, own=module: own.weight.sum()
-        module.configure_optimizers = lambda own=module: torch.optim.SGD([own.weight], lr=0.0)
-        gap = StabilityGap(score="token_accuracy", dir=tmp_path, plot=False)
-        data = StreamDataModule(stream, batch_size=2, steps=1)
-        quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "accelerator": "cpu"}
-        pl.Trainer(max_epochs=data.total_epochs, callbacks=[gap], **quiet).fit(module, datamodule=data)
+        fit_nothing(stream, Knows(0, 200), tmp_path)
         content = json.loads((tmp_path / "metrics.json").read_text())["stream"]
         found |= {key: value for key, value in content.items() if key.startswith(("bad", "dropped", "cut"))}
     numbers = {"": {"task": 1}, "_val": {"task": 2}, "_test": {"task": 3}}

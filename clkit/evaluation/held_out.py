@@ -89,9 +89,9 @@ class HeldOut:
 
 
 def held_out(experience: Experience, split: Split) -> Dataset[object]:
-    """Return one of the held-out datasets of an experience."""
+    """Return one of the held-out datasets of an experience, as it is to be scored (its ``for_scores()``, if any)."""
     dataset: Dataset[object] = getattr(experience, split)
-    return dataset
+    return dataset.for_scores() if hasattr(dataset, "for_scores") else dataset
 
 
 def _size(dataset: Dataset[object]) -> int:

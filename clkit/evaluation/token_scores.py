@@ -1,8 +1,9 @@
 """Score functions of language models for the per-iteration evaluation: one forward, no generation.
 
 They count the tokens that have a label. Labels of the end of an answer, or of what a chat template adds to every one,
-would be right for a model that knows nothing but the format; held-out data of
-:class:`~clkit.scenarios.Instructions` has labels for the answer's content alone. Give your own data such labels too.
+would be right for a model that knows nothing but the format. So ``StabilityGap`` scores the content alone of an
+:class:`~clkit.language.dataset.InstructionDataset` (its ``for_scores()``; held-out data of
+:class:`~clkit.scenarios.Instructions` is that already). Label your own held-out data so too, or give it such a method.
 Whether the format is kept is what the strict reading of generated answers tells (``callbacks=answers``).
 """
 

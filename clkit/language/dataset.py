@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 TooLong = Literal["drop", "cut_prompt"]
 Side = Literal["right", "left"]
 Sample = dict[str, Tensor]
-Labels = Literal["answer", "content"]
 
 
 class InstructionDataset(Dataset[Sample]):
@@ -43,9 +43,6 @@ class InstructionDataset(Dataset[Sample]):
         template_options: More variables of the chat template, such as ``enable_thinking`` or ``date_string``.
         name: Name for messages.
         metric: How answers to these records are scored, see :mod:`clkit.language.answers`.
-        labels: What is labelled: the ``"answer"`` with its end, to learn it; or its ``"content"``, to score it: the
-            tokens that the template and the end add are the same for every answer, so that a model which knows nothing
-            else would get them right.
 
     Attributes:
         records: The records that are left, in order.
@@ -71,13 +68,10 @@ class InstructionDataset(Dataset[Sample]):
         template_options: Mapping[str, Any] | None = None,
         name: str = "dataset",
         metric: str = "exact_match",
-        labels: Labels = "answer",
     ) -> None:
         check_whole("max_length", max_length, 2)
         if too_long not in ("drop", "cut_prompt"):
             raise ConfigurationError(f"too_long={too_long!r} is unknown; use drop or cut_prompt.")
-        if labels not in ("answer", "content"):
-            raise ConfigurationError(f"labels={labels!r} is unknown; use answer or content.")
         self.metric, self.tokenizer = metric, tokenizer
         encoder = Encoder(tokenizer, chat, template_options)
         kept: list[tuple[Record, Encoded]] = []
@@ -101,9 +95,8 @@ class InstructionDataset(Dataset[Sample]):
         self.prompt_lengths = np.array([len(found.prompt) for found in encoded])
         self.lengths = np.array([found.length for found in encoded])
         self.ends = sorted({int(found.answer[-1]) for found in encoded})
-        whole_answers = [(0, len(found.answer)) for found in encoded]
-        bounds = whole_answers if labels == "answer" else [found.content for found in encoded]
-        self._labelled = self.prompt_lengths[:, None] + np.array(bounds)
+        self._content = self.prompt_lengths[:, None] + np.array([found.content for found in encoded])
+        self._labelled = np.stack([self.prompt_lengths, self.lengths], axis=1)
         self._starts = np.concatenate([[0], np.cumsum(self.lengths)])
         self._tokens = torch.from_numpy(np.concatenate([part for found in encoded for part in found[:2]]))
 
@@ -125,6 +118,16 @@ class InstructionDataset(Dataset[Sample]):
         labels = torch.full_like(tokens, IGNORED)
         labels[start:end] = tokens[start:end]
         return {"input_ids": tokens, "labels": labels}
+
+    def for_scores(self) -> InstructionDataset:
+        """Return the same samples with labels for the content of each answer alone.
+
+        What the template and the end add is the same for every answer: a model that knows nothing else would get it
+        right. ``StabilityGap`` evaluates this view of held-out data.
+        """
+        view = copy.copy(self)
+        view._labelled = self._content
+        return view
 
     def prompt(self, index: int) -> Tensor:
         """Return the tokens before the answer, ``int64`` ``[S]``."""

@@ -12,7 +12,7 @@ from clkit import ConfigurationError, Experience, StabilityGap, Stream, StreamDa
 from clkit import strategies as s
 from clkit.evaluation.token_scores import answer_loss, token_accuracy
 from clkit.language.generation import AnswerScores
-from clkit.testing import small_instructions
+from clkit.testing import small_instructions, small_language_module
 
 QUIET = {
     **{"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"},
@@ -91,6 +91,21 @@ def test_scores_of_an_encoder_decoder_are_its_own_loss(tmp_path):
         assert float(answer_loss(module, batch).mean()) == pytest.approx(float(output.loss), rel=1e-5)
         right = (output.logits.argmax(-1) == batch["labels"]).float().mean(dim=1)
         assert token_accuracy(module, batch).tolist() == pytest.approx(right.tolist())
+
+
+@pytest.mark.parametrize(
+    "strategy", [s.ExperienceReplay(99), s.AGEM(9, batch_size=2), s.GEM(9), s.InterpolatedLoRA(99)]
+)
+def test_what_is_remembered_is_one_batch_whatever_the_lengths_of_texts(strategy):
+    data = StreamDataModule(small_instructions(3, 9), batch_size=3)
+    module = small_language_module()
+    pl.Trainer(max_epochs=data.total_epochs, callbacks=[strategy], **QUIET).fit(module, datamodule=data)
+    found = strategy.remembered()
+    texts = {
+        tuple(row[mask.bool()].tolist()) for row, mask in zip(found["input_ids"], found["attention_mask"], strict=True)
+    }
+    assert len(found["labels"]) == 27
+    assert texts == {tuple(e.train[i]["input_ids"].tolist()) for e in data.stream for i in range(9)}
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,13 @@ def test_labels_are_the_answer_with_its_end_and_content_is_the_answer_alone(name
             assert prompt.endswith("<|assistant|>\n<think>\n\n</think>\n\n")
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_an_answer_of_which_a_template_leaves_nothing_is_encoded(name):
+    data = InstructionDataset([ask("a", " ")], letters(TEMPLATES[name]))
+    assert (data[0]["labels"] != -100).any()
+    assert (data.for_scores()[0]["labels"] != -100).sum() < (data[0]["labels"] != -100).sum()
+
+
 def test_what_a_template_writes_before_answers_is_said():
     with pytest.warns(UserWarning, match=r"writes '<think>.*' before an answer; .* neither learned nor scored"):
         InstructionDataset([ask("a", "b")], letters(THINK))

@@ -180,7 +180,7 @@ class Encoder:
         begin, end = bounds
         own = np.flatnonzero((at[:, 1] > begin) & (at[:, 0] < end))
         tokens = self._until(tokens, np.flatnonzero(np.isin(tokens, self._special) & (at[:, 0] >= end))[:1])
-        return Encoded(prompt, tokens, (int(own[0]), int(own[-1]) + 1))
+        return Encoded(prompt, tokens, (int(own[0]), int(own[-1]) + 1) if len(own) else (0, len(tokens) - 1))
 
     def _until(self, tokens: Tokens, ends: np.ndarray[Any, Any]) -> Tokens:
         return tokens[: ends[0] + 1] if len(ends) else np.append(tokens, self._eos)

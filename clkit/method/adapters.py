@@ -249,7 +249,8 @@ class AdapterPerExperience(Strategy):
 
     After an experience (before the next one, or at the end of the fit) it calls :meth:`remember`, merges the adapters,
     starts new ones and drops the optimizer's momentum of the old ones. The module must hold plain LoRA adapters of
-    peft; those in training are merged.
+    peft; those in training are merged. A merge keeps the function to the precision of the weights' dtype: bfloat16
+    rounds small updates.
 
     Args:
         seed: Seed of the new adapters.

@@ -7,6 +7,7 @@ import itertools
 import json
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig
 
 from clkit import ConfigurationError, InMemoryDataset, Stream
+from clkit.report.runs import find_runs, group_runs
 from clkit.run import train
 from clkit.run.claim import REPLACED, note_data, owner, refuse_foreign
 from clkit.run.cli import main
@@ -49,6 +51,7 @@ MADE = (
     "flops.json",
 )
 THEIRS = ("notes.txt", "exp1/history.csv", "exp1/run.json", "wandb/x", "history.csv", "checkpoints/my.pt", "csv/a")
+GARBAGE = (b"", b"null", b"\xff\xfe", b'{"runs": 1, "metrics": 2, "experience": 3}')
 command = st.tuples(st.sampled_from([0, 1]), st.booleans(), st.booleans(), st.integers(0, len(MADE)))
 
 
@@ -163,6 +166,36 @@ def test_a_changed_source_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "own_method.py").write_text("rate = 2")
     (change,) = changes(before, code_of(config))
     assert change.startswith("own_method (")
+
+
+def test_a_broken_file_of_one_run_leaves_the_others_readable(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "-m", *SMALL, f"hydra.sweep.dir={tmp_path}", "seed=0,1"]
+    assert main(command) == 0
+    whole, broken = sorted(path.parent for path in tmp_path.glob("*/run.json"))
+    files = [path for path in broken.rglob("*") if path.is_file() and path.suffix not in (".ckpt", ".png", ".lock")]
+    assert len(files) > 8
+    for path in [*files, *tmp_path.glob(".sweeps/*.json")]:
+        content = path.read_bytes()
+        for garbage in (
+            b"",
+            b"{",
+            b"[]",
+            b"null",
+            b"\xff\xfe",
+            b'{"runs": 1, "metrics": 2}',
+            content[: len(content) // 2],
+        ):
+            path.write_bytes(garbage)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                assert main(["sweep", "status", "--once", "--all", str(tmp_path)]) == 0, path
+            assert "2 runs: " in capsys.readouterr().out
+            runs, _ = find_runs([tmp_path])
+            assert whole in [run.directory for run in runs], path
+            group_runs(runs)
+        path.write_bytes(content)
 
 
 def test_a_broken_mark_is_named(tmp_path: Path) -> None:

@@ -172,6 +172,8 @@ def find_runs(directories: Iterable[Path]) -> tuple[list[Run], list[str]]:
             notes += [f"{directory}: {note}" for note in runs[-1].notes]
         except ConfigurationError as error:
             notes.append(str(error))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            notes.append(f"{directory} cannot be read, some file in it is broken: {error!r}")
     if not runs:
         raise ConfigurationError(
             f"No run found in {', '.join(map(str, directories)) or 'no directory'}: a run folder holds a history.csv. "
@@ -245,9 +247,12 @@ def _yaml(path: Path, default: Any) -> Any:
     if not path.is_file():
         return default
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _LOADER) or default
+        content = yaml.load(path.read_text(encoding="utf-8"), _LOADER) or default
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigurationError(f"{path} cannot be read: {error}") from error
+    if type(content) is not type(default):
+        raise ConfigurationError(f"{path} cannot be read: it holds a {type(content).__name__}.")
+    return content
 
 
 def _scenario(config: Mapping[str, Any]) -> str:

@@ -62,6 +62,7 @@ class Attempt:
 
 
 _FIELDS = {each.name for each in fields(Attempt)}
+_BEGUN = {"started", "host", "pid", "job", "step"}
 
 
 def is_finished(folder: Path) -> bool:
@@ -179,7 +180,7 @@ def attempts(folder: Path) -> list[Attempt]:
     """Return the attempts in a folder, oldest first; lines cut off by a kill are passed over."""
     path = folder / _ATTEMPTS
     found: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
             entry = json.loads(line)
         except ValueError:
@@ -187,7 +188,7 @@ def attempts(folder: Path) -> list[Attempt]:
         if not isinstance(entry, dict):
             continue
         entry = {key: value for key, value in entry.items() if key in _FIELDS}
-        if "started" in entry:
+        if entry.keys() >= _BEGUN:
             found.append(entry)
         elif found:
             found[-1].update(entry)

@@ -225,8 +225,9 @@ class StreamDataModule(pl.LightningDataModule):
         self.train_sets = [experience.train for experience in self.stream]
         self._check_length(trainer)
         _warn_of_averaging(trainer)
-        check_samples(self.stream, self.collate_fn)
         _warn_of_stopping(trainer)
+        with isolate_rng():
+            check_samples(self.stream, self.collate_fn)
         trainer.strategy.checkpoint_io = VerifiedCheckpointIO(trainer.strategy.checkpoint_io)
         self._reload_period = cast(Any, trainer).reload_dataloaders_every_n_epochs
         cast(Any, trainer).reload_dataloaders_every_n_epochs = 1

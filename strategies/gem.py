@@ -62,12 +62,12 @@ class GEM(Strategy):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         check_automatic(pl_module, "GEM")
-        check_memory(trainer)
         if self.samples_per_experience < trainer.world_size:
             raise ConfigurationError(
                 f"samples_per_experience={self.samples_per_experience} leaves no sample for some of the "
                 f"{trainer.world_size} processes; use at least {trainer.world_size}."
             )
+        check_memory(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.memories = move_data_to_device(self.memories, pl_module.device)

@@ -36,17 +36,15 @@ _WEIGHTS = CACHE / "vit_digits.pt"
 _LORA = "experiment=lora_digits"
 _ROTATED = ["scenario=rotated_digits", "scenario.angles=[0,80,160]", "data.epochs=2", "evaluation.every=2"]
 _OVERRIDES = {
-    "cls_er": [*(f"strategy.cls_er.{rate}" for rate in ("plastic_decay=0.9", "stable_decay=0.95", "stable_rate=0.5"))],
     "cumulative": ["evaluation.every=5"],
     "ewc": [*_ROTATED, "strategy.ewc.strength=100"],
-    "feature_distillation": [*_ROTATED, "strategy.feature_distillation.alpha=0.03"],
+    "feature_distillation": _ROTATED,
     "fpf": ["strategy.fpf.when=experience"],
-    "ilora": [_LORA, "strategy.ilora.decay=0.95"],
+    "ilora": [_LORA],
     "joint": ["evaluation.every=5"],
-    "kfpf_kd": ["strategy.kfpf_kd.distillation=0.1", "strategy.kfpf_kd.lr=0.02"],
     "l2": _ROTATED,
     "lwf": _ROTATED,
-    "mas": [*_ROTATED, "strategy.mas.strength=0.03"],
+    "mas": _ROTATED,
     "olora": [_LORA],
     "reglora": [_LORA],
     "si": [*_ROTATED, "strategy.si.strength=1"],

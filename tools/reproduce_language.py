@@ -30,7 +30,7 @@ from clkit.run.jobs import file_of
 METHODS = {
     "sequential": ["strategy=naive"],
     "ER": ["strategy=er", "strategy.er.capacity=100"],
-    "I-LoRA": ["strategy=ilora", "strategy.ilora.capacity=100"],
+    "I-LoRA": ["strategy=ilora", "strategy.ilora.capacity=100", "strategy.ilora.decay=0.99"],
     "RegLoRA": ["strategy=reglora"],
     "EMA balance": ["strategy=ema_balance"],
     "joint": ["strategy=joint"],

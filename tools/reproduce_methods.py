@@ -39,7 +39,10 @@ METHODS = {
         "DER++": ["strategy=derpp", "strategy.derpp.capacity=500"],
         "DER++ + FPF": ["strategy=[derpp,fpf]", "strategy.derpp.capacity=500"],
         "k-FPF-CE": ["strategy=kfpf", *(f"strategy.kfpf.{value}" for value in _K)],
-        "k-FPF-KD": ["strategy=kfpf_kd", *(f"strategy.kfpf_kd.{v}" for v in [*_K, "distillation=0.1"])],
+        "k-FPF-KD": [
+            "strategy=kfpf_kd",
+            *(f"strategy.kfpf_kd.{v}" for v in [*_K, "distillation=0.1", "reduction=sum"]),
+        ],
     },
     "lora": {
         "sequential": ["strategy=naive"],
@@ -48,7 +51,7 @@ METHODS = {
         "EMA balance, reference": ["strategy=ema_balance", "logger=csv"],
         "EMA balance, paper": ["strategy=ema_balance", "strategy.ema_balance.preset=paper", "logger=csv"],
         "RegLoRA": ["strategy=reglora"],
-        "I-LoRA": ["strategy=ilora", "strategy.ilora.capacity=200"],
+        "I-LoRA": ["strategy=ilora", "strategy.ilora.capacity=200", "strategy.ilora.decay=0.99"],
         "ER + EMA balance": ["strategy=[er,ema_balance]", "strategy.er.capacity=200"],
     },
 }

@@ -65,8 +65,7 @@ def test_the_experiment_runs_from_files_to_report(smollm2: Path, tmp_path: Path)
         root = tmp_path / "data" / "instructions"
         make_instructions.write(root, name, make_instructions.make(name, {"train": 40, "eval": 8, "test": 8}))
     overrides = [f"model.net={smollm2}", f"data_root={tmp_path}/data", "scenario.tasks=[arithmetic,tumours]"]
-    overrides += ["data.steps=4", "data.batch_size=2", "strategy=er", "callbacks.answers.subset=2", "logger=none"]
-    overrides += ["evaluation.every=4", "evaluation.subset=4"]
+    overrides += ["data.steps=4", "strategy=er", "callbacks.answers.subset=4", "logger=none", "evaluation.every=4"]
     run(composed("experiment=smollm2_instructions", *overrides), tmp_path / "run")
     found = json.loads((tmp_path / "run" / "answers.json").read_text())
     assert (found["experiences"], found["metrics"]) == (["arithmetic", "tumours"], ["number", "exact_match"])

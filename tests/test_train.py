@@ -311,6 +311,7 @@ TRACE = ["C-STANCE", "FOMC", "MeetingBank", "Py150", "ScienceQA", "NumGLUE-cm", 
 COIN = ["ScienceQA", "TextVQA", "ImageNet", "GQA", "VizWiz", "Grounding", "VQAv2", "OCR-VQA"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("experiment", "tasks"), [("trace_llama2_7b", TRACE), ("coin_text_llama2_7b", COIN)])
 def test_the_protocols_of_7b_models_run_dry_on_a_tiny_llama(tmp_path: Path, experiment: str, tasks: list[str]) -> None:
     letters = {"C-STANCE", "FOMC", "ScienceQA"}

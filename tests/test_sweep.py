@@ -238,9 +238,12 @@ def test_two_sweeps_at_once_in_one_folder_train_each_run_once(tmp_path: Path) ->
     assert [len(attempts(path.parent)) for path in tmp_path.glob("*/run.json")] == [1] * 4
 
 
-def run_whole(tmp_path: Path, *overrides: str) -> dict[str, str]:
-    assert main(sweep(tmp_path / "whole", *overrides)) == 0
-    return histories(tmp_path / "whole")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The histories of a sweep that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert main(sweep(folder, *LONG, "seed=0,1")) == 0
+    return histories(folder)
 
 
 def histories(folder: Path) -> dict[str, str]:
@@ -248,7 +251,9 @@ def histories(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_submitit_requeues_a_preempted_run_which_goes_on_from_the_very_step(tmp_path: Path) -> None:
+def test_submitit_requeues_a_preempted_run_which_goes_on_from_the_very_step(
+    tmp_path: Path, whole: dict[str, str]
+) -> None:
     process = Command(sweep(tmp_path / "runs", *LONG, "seed=0,1", "hydra/launcher=local"))
     runs = [tmp_path / "runs" / name for name in wait_for_plan(tmp_path / "runs")]
     wait_for(lambda: in_second_experience(runs[0]))
@@ -258,7 +263,7 @@ def test_submitit_requeues_a_preempted_run_which_goes_on_from_the_very_step(tmp_
     assert (first.outcome, second.outcome) == ("interrupted", "finished")
     assert second.step > first.steps[0]
     assert len(attempts(runs[1])) == 1
-    assert histories(tmp_path / "runs") == run_whole(tmp_path, *LONG, "seed=0,1")
+    assert histories(tmp_path / "runs") == whole
 
 
 def wait_for_plan(folder: Path) -> list[str]:
@@ -268,7 +273,9 @@ def wait_for_plan(folder: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["joblib", "ray"])
-def test_a_killed_worker_costs_the_steps_since_the_checkpoint_only(tmp_path: Path, launcher: str) -> None:
+def test_a_killed_worker_costs_the_steps_since_the_checkpoint_only(
+    tmp_path: Path, launcher: str, whole: dict[str, str]
+) -> None:
     pytest.importorskip(f"hydra_plugins.hydra_{launcher}_launcher")
     arguments = sweep(tmp_path / "runs", *LONG, "seed=0,1", f"hydra/launcher={launcher}")
     command = [sys.executable, "-m", "clkit", *arguments]
@@ -287,7 +294,7 @@ def test_a_killed_worker_costs_the_steps_since_the_checkpoint_only(tmp_path: Pat
     first, second = attempts(run)
     assert (first.outcome, second.outcome) == (None, "finished")
     assert second.step == first.steps[0]
-    assert histories(tmp_path / "runs") == run_whole(tmp_path, *LONG, "seed=0,1")
+    assert histories(tmp_path / "runs") == whole
 
 
 @pytest.mark.slow
@@ -377,7 +384,9 @@ def slurm(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_run_that_slurm_warns_is_saved_and_requeued(tmp_path: Path, slurm: dict[str, str]) -> None:
+def test_a_run_that_slurm_warns_is_saved_and_requeued(
+    tmp_path: Path, slurm: dict[str, str], request: pytest.FixtureRequest
+) -> None:
     needs = ["hydra/launcher=slurm", "hydra.launcher.gpus_per_node=null", "hydra.launcher.cpus_per_task=1"]
     command = sweep(tmp_path / "runs", *LONG, "seed=0,1", *needs, "hydra.launcher.mem_gb=1")
     env = {**os.environ, **slurm}
@@ -397,7 +406,7 @@ def test_a_run_that_slurm_warns_is_saved_and_requeued(tmp_path: Path, slurm: dic
     assert (first.outcome, second.outcome) == ("interrupted", "finished")
     assert (first.job, second.job) == (job, job)
     assert second.step > first.steps[0]
-    assert histories(tmp_path / "runs") == run_whole(tmp_path, *LONG, "seed=0,1")
+    assert histories(tmp_path / "runs") == request.getfixturevalue("whole")
 
 
 def queue_reason(job: str, env: dict[str, str]) -> str:

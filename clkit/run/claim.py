@@ -166,7 +166,8 @@ def claim(folder: Path, config: DictConfig) -> Path | None:
         same = ours and config.resume
         aside = None if there is None else _move_aside(folder, kept, RESULTS if same else (*RESULTS, *RECORDS))
         Owner(own, kept=kept, code=code_of(config)).write(folder)
-    _write_config(folder, config)
+    if not (folder / ".hydra" / "config.yaml").exists():
+        _write_config(folder, config)
     return aside
 
 
@@ -231,9 +232,10 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 def _write_config(folder: Path, config: DictConfig) -> None:
     """Write what Hydra would have written before anything was checked (``hydra.output_subdir`` is null)."""
-    parts: dict[str, Any] = {"config": config}
+    parts: dict[str, Any] = {}
     if HydraConfig.initialized():
         job: Any = HydraConfig.instance().cfg
-        parts |= {"hydra": job, "overrides": job.hydra.overrides.task}
-    for name, part in parts.items():
+        parts = {"hydra": job, "overrides": job.hydra.overrides.task}
+    # the config last: where it is, all are
+    for name, part in {**parts, "config": config}.items():
         write_atomically(folder / ".hydra" / f"{name}.yaml", OmegaConf.to_yaml(part))

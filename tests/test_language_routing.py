@@ -163,7 +163,8 @@ def test_samples_go_to_the_group_of_their_own_instruction(tmp_path):
         for rows, after in ((range(8), weights.after[0]), (range(8, 16), weights.after[1])):
             for name, value in after.items():
                 module.get_parameter(name).copy_(value)
-            total += float(token_accuracy(module.eval(), Pad()([mixed[i] for i in rows])).sum())
+            scored = Pad()([mixed.for_scores()[i] for i in rows])
+            total += float(token_accuracy(module.eval(), scored).sum())
     assert gap.history.select("end").scores[-1, 0] == pytest.approx(total / 16)
 
 

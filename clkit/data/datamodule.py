@@ -446,8 +446,8 @@ def _warn_of_averaging(trainer: pl.Trainer) -> None:
         if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
             rank_zero_warn(
                 f"{type(callback).__name__} knows no experiences and puts its average into the module behind the "
-                "strategies' backs; BatchNorm's statistics and other buffers may not fit it. EMABalance, "
-                "InterpolatedLoRA and CLSER average within a stream."
+                "strategies' backs: metrics are of the weights in training, not of the average that the fit leaves, "
+                "and its BatchNorm statistics may not fit. EMABalance, InterpolatedLoRA and CLSER average in a stream."
             )
 
 

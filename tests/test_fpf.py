@@ -69,6 +69,7 @@ def test_distillation_by_hand(reduction, term):
     module = Fixed()
     batch = (torch.tensor([[1.0, 0.0]]), torch.tensor([0]), torch.zeros(1, 2))
     module.trainer = pl.Trainer(**QUIET)
+    module.trainer.datamodule = StreamDataModule(make_stream(2))
     assert float(strategy.phase_loss(module, batch)) == pytest.approx(0.313262 + term, abs=1e-6)
     same = (*batch[:2], batch[0])
     assert float(strategy.phase_loss(module, same)) == pytest.approx(0.313262, abs=1e-6)

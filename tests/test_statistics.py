@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import pytorch_lightning as pl
 import torch
-from plain import QUIET, UserModule, make_stream
+from plain import QUIET, UserModule, make_module, make_stream
 from torch import nn
 
 from clkit import ConfigurationError, StreamDataModule
@@ -141,7 +141,7 @@ def test_a_finetuning_phase_counts_no_batches():
 @pytest.mark.parametrize("callback", [pl.callbacks.EMAWeightAveraging(), pl.callbacks.StochasticWeightAveraging(0.1)])
 def test_lightnings_own_averages_are_warned_of(callback):
     with pytest.warns(UserWarning, match="average within a stream"):
-        fit(Naive(), callback)
+        fit(Naive(), callback, module=make_module())
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def test_a_finetuning_phase_counts_no_batches():
 
 @pytest.mark.parametrize("callback", [pl.callbacks.EMAWeightAveraging(), pl.callbacks.StochasticWeightAveraging(0.1)])
 def test_lightnings_own_averages_are_warned_of(callback):
-    with pytest.warns(UserWarning, match="average within a stream"):
+    with pytest.warns(UserWarning, match="average in a stream"):
         fit(Naive(), callback, module=make_module())
 
 

@@ -270,8 +270,8 @@ def test_bad_when_is_refused():
         FPF(when="never")
 
 
-def test_drift_chooses_the_modules_once_two_experiences_are_over():
-    drift = ModuleDrift()
+def test_drift_chooses_the_modules_once_two_experiences_are_over(tmp_path):
+    drift = ModuleDrift(dir=tmp_path)
     strategy = KFPF(3, select="drift", steps=1)
     before, after = [], []
     fit([Watch(10, before), Watch(30, before), strategy, Watch(10, after), Watch(30, after), drift], normed())

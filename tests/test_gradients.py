@@ -82,7 +82,7 @@ def test_a_penaltys_gradient_is_zero_at_a_boundary_and_known_after_it(tmp_path):
             force = 0.0 if penalty is None else penalty.importance * (weights(pl_module) - penalty.anchor)
             self.expected.append(float(torch.as_tensor(self.ewc.strength * force).norm()))
 
-    ewc = EWC(100.0)
+    ewc = EWC(10.0)
     by_hand, norms = ByHand(ewc), GradientNorms(dir=tmp_path)
     fit([ewc, by_hand, norms])
     stability = norms.table[:, 4]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -94,11 +95,15 @@ def test_training_is_a_plain_loop_over_the_same_batches(stream):
     optimizer = torch.optim.SGD([p for p in plain.parameters() if p.requires_grad], lr=0.01)
     trainer = fit(stream, [])
     for k in range(3):
-        data.trainer = type(
-            "At",
-            (),
-            {"current_epoch": k, "accumulate_grad_batches": 1, "overfit_batches": 0, "world_size": 1, "global_rank": 0},
-        )()
+        data.trainer = SimpleNamespace(
+            current_epoch=k,
+            accumulate_grad_batches=1,
+            limit_train_batches=1.0,
+            overfit_batches=0,
+            world_size=1,
+            global_rank=0,
+            callbacks=[],
+        )
         for batch in data.train_dataloader():
             logits = plain.net(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
             flat = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)

@@ -193,7 +193,7 @@ def trained(tmp_path_factory):
         folder = tmp_path_factory.mktemp("run")
         config = composed(*SMALL, "checkpoint.keep_ends=true", f"seed={seed}", "scenario.n_experiences=5")
         run(config, folder)
-        (folder / ".hydra").mkdir()
+        (folder / ".hydra").mkdir(exist_ok=True)
         OmegaConf.save(config, folder / ".hydra" / "config.yaml")
         folders.append(folder)
     return folders

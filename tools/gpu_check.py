@@ -9,10 +9,11 @@ Each check prints a line with PASS, FAIL or SKIP; JSON with all numbers comes la
 ``--budget`` seconds any more are skipped. Measurements take turns (A B A B); ratios are between medians.
 
 What waits for the device within a training step is counted. By nature these do: ``GEM`` (its problem is solved on the
-CPU), a class-balanced memory (it sorts samples by label on the CPU), a memory on the CPU, as that of texts always is, a
-phase of ``FPF`` and ``KFPF``, lazy evaluation (it chooses samples by what it finds), ``StabilityGap`` after every
-``flush_every`` evaluations, fp16 (the scaler reads whether gradients overflowed), and models of transformers on batches
-with an ``attention_mask`` (they look whether it masks anything). Nothing else may.
+CPU), a class-balanced memory (it sorts samples by label on the CPU), a memory on the CPU, as that of texts always is,
+a phase of ``FPF`` and ``KFPF``, ``RegLoRA`` on large matrices (a sparse product), lazy evaluation (it chooses samples
+by what it finds), ``StabilityGap`` after every ``flush_every`` evaluations, fp16 (the scaler reads whether gradients
+overflowed), and models of transformers on batches with an ``attention_mask`` (they look whether it masks anything).
+Nothing else may.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ TEXTS: dict[str, Build] = {
     "groups, texts": lambda: [s.InstructionGroups(0.9), s.EMABalance()],
     "ilora, texts": lambda: s.InterpolatedLoRA(16),
 }
-SYNCS = {"er, balanced", "er, memory on the CPU", "gem", "kfpf", "groups, texts", "ilora, texts"}
+SYNCS = {"er, balanced", "er, memory on the CPU", "gem", "kfpf", "reglora, sparse", "groups, texts", "ilora, texts"}
 """Those that wait for the device by nature: see gpu_check.py."""
 
 

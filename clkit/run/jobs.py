@@ -81,8 +81,10 @@ def _check_objective(config: DictConfig) -> None:
     """Refuse a name that is no metric before a trial is trained for it."""
     from clkit.report.definitions import names
 
-    known = names(config.evaluation.get("windows") or ())
-    if _searches() and config.objective not in known:
+    if not _searches():
+        return
+    known = names((config.evaluation or {}).get("windows") or ())
+    if config.objective not in known:
         error = ConfigurationError(f"objective={config.objective} is no metric; {suggest(config.objective, known)}")
         _codes.append(complain(error))
         raise error

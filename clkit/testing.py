@@ -17,7 +17,7 @@ import io
 import itertools
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -38,6 +38,7 @@ from clkit.language.dataset import InstructionDataset, Pad
 from clkit.language.models import CausalLM, transformers
 from clkit.language.records import Record
 from clkit.method.adapters import lora
+from clkit.method.parameters import trainable
 from clkit.method.strategy import Strategy
 from clkit.run.checkpoint import StreamCheckpoint, checkpoints
 
@@ -295,6 +296,13 @@ class _Suite:
         spoilt = self.fit(module=module)
         _same(plain.state_dict(), spoilt.state_dict(), "weights where training_step spoils its batch")
 
+    def order(self) -> None:
+        """What others remember at an experience's end is what the next one starts from."""
+        probe = _Remembers()
+        self.fit(strategies=[probe, *self.strategies()])
+        ends = probe.at_ends[: len(probe.at_starts)]
+        _same(ends, probe.at_starts, "weights that the next experience starts from")
+
     def evaluation(self) -> None:
         """Training with per-iteration evaluation ends in the same bits as without."""
         noisy = {} if self._module is not None else {"noisy": True}
@@ -384,6 +392,19 @@ class _Suite:
             _finite(module, f"with {wanted}")
 
 
+class _Remembers(Strategy):
+    def __init__(self) -> None:
+        self.at_ends: list[Mapping[str, Tensor]] = []
+        self.at_starts: list[Mapping[str, Tensor]] = []
+
+    def on_experience_start(self, trainer: pl.Trainer, module: pl.LightningModule, experience: Experience) -> None:
+        if experience.index > 0:
+            self.at_starts.append(copy.deepcopy(trainable(module)))
+
+    def on_experience_end(self, trainer: pl.Trainer, module: pl.LightningModule, experience: Experience) -> None:
+        self.at_ends.append(copy.deepcopy(trainable(module)))
+
+
 class _Steps(pl.Callback):
     taken = planned = 0
 
@@ -423,6 +444,7 @@ CHECKS = (
     "resume",
     "fresh",
     "batch",
+    "order",
     "evaluation",
     "processes",
     "accumulation",
@@ -449,6 +471,7 @@ def check_strategy(
     - ``resume``: from every checkpoint of a run, with fresh objects, in the same bits;
     - ``fresh``: a second fit with the same object, after a learning-rate search, in the same bits as the first;
     - ``batch``: it sees the stream's batches, whatever ``training_step`` does to them;
+    - ``order``: what others remember at an experience's end is what the next one starts from (``at_end``);
     - ``evaluation``: per-iteration evaluation on or off, the same bits;
     - ``processes``: two processes give what one gives with the same global batch (needs ``fork``);
     - ``accumulation`` and ``bf16``: it trains, with the right number of steps and float32 weights;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -78,6 +79,8 @@ def clkit(*arguments: str, cwd: str | Path | None = None, **env: str) -> subproc
 
 def _main(arguments: list[str], cwd: str, env: dict[str, str], out: str, err: str) -> None:
     os.setsid()
+    # a job in the background is started with Ctrl-C ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)

@@ -138,6 +138,12 @@ class Freezes(Strategy):
         module.net[1].weight.requires_grad_(False)
 
 
+class ReplacesWithoutAWord(Strategy):
+    def on_experience_end(self, trainer, module, experience):
+        with torch.no_grad():
+            module.net[1].weight.mul_(0.5)
+
+
 class OwnProcess(Strategy):
     def loss_term(self, trainer, module, batch, loss):
         return trainer.global_rank * loss
@@ -185,6 +191,7 @@ class HalfWeights(Strategy):
         (Forgets, "resume"),
         (RemembersInItsClass, "fresh"),
         (SeesWhatIsLeft, "batch"),
+        (ReplacesWithoutAWord, "order"),
         (Peeks, "evaluation"),
         (OwnProcess, "processes"),
         (StepsTwice, "accumulation"),

@@ -55,7 +55,7 @@ def fit(kind, strategy):
 @pytest.mark.parametrize("strategy", [EWC, MAS])
 @pytest.mark.parametrize("kind", ["plain", "recurrent", "checkpointed", "reads", "writes"])
 def test_importance_is_that_of_a_loop_over_samples(kind, strategy):
-    held = strategy(0.0)
+    held = EWC(0.0) if strategy is EWC else MAS(0.0, relative=False)
     module, _, (x, y) = fit(kind, held)
     before = held.penalty.importance.clone()
     held.penalty = None

@@ -62,7 +62,7 @@ def test_a_search_looks_at_held_out_training_data_of_the_first_experiences(tmp_p
 
 def test_an_unknown_objective_is_named(tmp_path: Path, capsys) -> None:
     assert main(search(tmp_path, "hydra.sweeper.n_trials=1", "objective=accuracy")) == 2
-    assert "objective=accuracy is no metric; use one of ACC" in capsys.readouterr().err
+    assert "objective=accuracy is no metric; known: AAA, ACC" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from pytorch_lightning import LightningModule, Trainer
@@ -74,7 +75,7 @@ class StreamProgress(ProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        self._loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         now = time.monotonic()
         if self._bar is not None and now - self._refreshed[0] >= self._period:
             self._draw(trainer, now, self._epochs_done(trainer, batch_idx + 1))

@@ -25,7 +25,10 @@ def set_up(callback: pl.Callback, strategy: object = None) -> None:
     trainer.datamodule = StreamDataModule(make_stream(), batch_size=8)
     # a process group of several is not needed to ask
     trainer._accelerator_connector.strategy = strategy
-    callback.setup(trainer, make_module(), "fit")
+    module = make_module()
+    strategy.connect(module)
+    strategy.parallel_devices = [torch.device("cpu")]
+    callback.setup(trainer, module, "fit")
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: strategy.__name__)

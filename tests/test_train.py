@@ -249,7 +249,8 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_history(
 @pytest.mark.slow
 def test_a_signal_to_two_processes_saves_and_the_same_command_goes_on_to_the_same_history(tmp_path: Path) -> None:
     # Lightning starts the second process with the command line of the first
-    command = [sys.executable, "-u", "-m", "clkit", "train", *ENDS_ONLY, "trainer=ddp", "trainer.accelerator=cpu"]
+    overrides = [*ENDS_ONLY, "trainer=ddp", "trainer.accelerator=cpu", "data.drop_last=true"]
+    command = [sys.executable, "-u", "-m", "clkit", "train", *overrides]
     quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     process = subprocess.Popen([*command, f"hydra.run.dir={stopped}"], start_new_session=True, **quiet)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -54,3 +54,10 @@ def suggest(name: str, known: Iterable[str]) -> str:
     if near:
         return f"did you mean {' or '.join(near)}?"
     return f"known: {', '.join(known)}." if known else "there is none."
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """Say which settings are not the same as in a checkpoint; nothing where all are."""
+    return ", ".join(
+        f"{name} ({there.get(name)} there, {here[name]} here)" for name in here if there.get(name) != here[name]
+    )

@@ -30,7 +30,7 @@ from clkit.data.hooks import callbacks_of
 from clkit.data.loader import StreamLoader
 from clkit.data.stream import Experience, Stream
 from clkit.distributed import warn_of_differences
-from clkit.errors import ConfigurationError, check_whole
+from clkit.errors import ConfigurationError, check_whole, differences
 from clkit.lightning_name import both_names
 from clkit.rng import private_rng
 
@@ -414,12 +414,10 @@ class StreamDataModule(pl.LightningDataModule):
         """
         # Lightning's BatchSizeFinder changes the batch size between the start of a fit and this
         own = self._set_up_as or self._identity()
-        differing = [
-            f"{key} ({state_dict.get(key)} there, {own[key]} here)" for key in own if state_dict.get(key) != own[key]
-        ]
+        differing = differences(state_dict, own)
         if differing:
             raise ConfigurationError(
-                f"The checkpoint belongs to another run: {', '.join(differing)} differ(s); "
+                f"The checkpoint belongs to another run: {differing} differ(s); "
                 "resume with the settings it was made with, or start anew."
             )
         if self.trainer is not None and self._runner is not None:

@@ -17,7 +17,7 @@ from clkit.data.datamodule import stream_data
 from clkit.data.fresh_start import FreshStart
 from clkit.data.hooks import callbacks_of
 from clkit.data.stream import Experience, Stream
-from clkit.errors import ConfigurationError, check_choice, check_whole
+from clkit.errors import ConfigurationError, check_choice, check_whole, differences
 from clkit.evaluation.divergence import Divergence
 from clkit.evaluation.evaluator import Evaluator
 from clkit.evaluation.evaluator_choice import EvaluatorChoice
@@ -356,14 +356,11 @@ class StabilityGap(FreshStart):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        there, here = state_dict["settings"], self._settings()
-        differing = [
-            f"{name} ({there.get(name)} there, {here[name]} here)" for name in here if there.get(name) != here[name]
-        ]
+        differing = differences(state_dict["settings"], self._settings())
         if differing:
             raise ConfigurationError(
-                f"The checkpoint's run was evaluated in another way: {', '.join(differing)} differ(s); one history "
-                "cannot hold both, so use the old settings."
+                f"The checkpoint's run was evaluated in another way: {differing} differ(s); one history cannot hold "
+                "both, so use the old settings."
             )
         self._resume_from = state_dict
         self._start_step, self._last_step = state_dict["start_step"], state_dict["last_step"]

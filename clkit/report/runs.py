@@ -217,7 +217,7 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
 
 def config_differences(groups: Sequence[Group]) -> dict[str, list[str]]:
     """Map each dotted config key whose value differs between groups to its value in each of them (not the seed)."""
-    flat = [dict(_flatten(group.runs[0].config)) for group in groups]
+    flat = [dict(flatten(group.runs[0].config)) for group in groups]
     keys = sorted({key for config in flat for key in config} - _NOT_IN_RESULT)
     values = {key: [config.get(key, ABSENT) for config in flat] for key in keys}
     return {key: row for key, row in values.items() if len(set(row)) > 1}
@@ -270,10 +270,11 @@ def _period(history: History) -> int:
     return int(np.diff(steps, prepend=0).max(initial=1))
 
 
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the settings of a nested config by their dotted names, as text."""
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", str(value)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from clkit import __version__
 from clkit.errors import ConfigurationError
 from clkit.files import write_atomically
-from clkit.report.runs import REPLACED
+from clkit.report.runs import REPLACED, flatten
 from clkit.run.folder import LOCK, LOG, is_finished
 from clkit.run.provenance import code_of
 
@@ -214,20 +214,12 @@ def _differences(folder: Path, config: DictConfig, there: Owner) -> str:
     made = f"made with clkit {there.clkit}"
     path = folder / ".hydra" / "config.yaml"
     try:
-        old, new = dict(_flatten(_content(OmegaConf.load(path)))), dict(_flatten(_content(config)))  # type: ignore[arg-type]
+        old, new = dict(flatten(_content(OmegaConf.load(path)))), dict(flatten(_content(config)))  # type: ignore[arg-type]
     except Exception:
         return made
     keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
     shown = [f"{key} ({old.get(key, 'not set')} there, {new.get(key, 'not set')} here)" for key in keys]
     return _some(shown) + f", {made}" if shown else made
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", str(value)
 
 
 def _write_config(folder: Path, config: DictConfig) -> None:

@@ -14,7 +14,7 @@ from clkit.errors import ConfigurationError, check_choice, check_whole
 from clkit.memory.buffer import ClassBalancedBuffer, ReservoirBuffer, draw_replay
 from clkit.method.forward import task_loss
 from clkit.method.setup_checks import check_memory
-from clkit.method.strategy import Strategy
+from clkit.method.strategy import Strategy, gives_token_labels
 
 BUFFERS = {"reservoir": ReservoirBuffer, "class_balanced": ClassBalancedBuffer}
 
@@ -78,6 +78,9 @@ class ExperienceReplay(Strategy):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         check_memory(trainer, self.buffer)
+
+    def adds_loss(self, trainer: Trainer) -> bool:
+        return self.alpha is not None or (self.weigh == "samples" and gives_token_labels(trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.buffer.to(pl_module.device)

@@ -102,3 +102,29 @@ def test_a_bad_value_is_refused(settings):
 def test_an_unknown_buffer_is_refused():
     with pytest.raises(ConfigurationError, match="use reservoir, class_balanced"):
         ExperienceReplay(buffer="fifo")
+
+
+class Manual(UserModule):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+def test_appended_samples_train_a_module_that_optimizes_manually_too():
+    weights = []
+    for kind in (UserModule, Manual):
+        torch.manual_seed(0)
+        module, data = kind(), StreamDataModule(make_stream(3), batch_size=8)
+        trainer = pl.Trainer(max_epochs=data.total_epochs, callbacks=[ExperienceReplay(16)], **QUIET)
+        trainer.fit(module, datamodule=data)
+        weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    assert torch.equal(*weights)
+    trainer = pl.Trainer(max_epochs=3, callbacks=[ExperienceReplay(16, alpha=0.5)], **QUIET)
+    with pytest.raises(ConfigurationError, match="optimizes manually"):
+        trainer.fit(Manual(), datamodule=StreamDataModule(make_stream(3), batch_size=8))

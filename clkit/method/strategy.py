@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from pytorch_lightning import LightningModule, Trainer
 
-from clkit.data.batch import is_text
+from clkit.data.batch import is_text, labels_tokens
 from clkit.data.columns import describe
 from clkit.data.datamodule import stream_data
 from clkit.data.hooks import Hooks, callbacks_of, overrides
@@ -71,8 +71,7 @@ class Strategy(Hooks):
                 manually and the strategy adds a loss term, or the trainer shards weights that it needs whole.
         """
         stream_data(trainer)
-        adds_loss = overrides(self, "loss_term")
-        if adds_loss and not pl_module.automatic_optimization:
+        if not pl_module.automatic_optimization and self.adds_loss(trainer):
             raise ConfigurationError(
                 f"{type(self).__name__} adds a term to the loss, but {type(pl_module).__name__} optimizes manually and "
                 "runs its own backward; set automatic_optimization = True or add the term in your training_step."
@@ -80,6 +79,10 @@ class Strategy(Hooks):
         if not self.works_sharded:
             need_whole_weights(trainer, type(self).__name__)
         self._check_others(callbacks_of(trainer, Strategy))
+
+    def adds_loss(self, trainer: Trainer) -> bool:
+        """Tell whether it adds a term to the loss, which a module that optimizes manually cannot take."""
+        return overrides(self, "loss_term")
 
     def _check_others(self, strategies: list[Strategy]) -> None:
         own = type(self).__name__
@@ -178,6 +181,11 @@ def has_classes(trainer: Trainer) -> bool:
 def gives_texts(trainer: Trainer) -> bool:
     """Tell whether the stream's batches are texts, see :func:`~clkit.data.batch.is_text`."""
     return is_text(_first(trainer))
+
+
+def gives_token_labels(trainer: Trainer) -> bool:
+    """Tell whether the stream's batches are texts with a label for each token."""
+    return labels_tokens(_first(trainer))
 
 
 def _first(trainer: Trainer) -> Any:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from filelock import FileLock
 from language import make_config, make_module, write_tasks
 from peft import PromptTuningConfig, get_peft_model
 from plain import QUIET
@@ -217,6 +218,21 @@ def test_answers_that_the_model_has_no_positions_for_are_refused_before_training
     else:
         trainer.fit(module, datamodule=StreamDataModule(stream))
         assert len(scores.rows) == len(stream) * (len(stream) + 1) // 2
+
+
+def test_answers_of_two_processes_in_one_folder_are_refused(tmp_path):
+    def fit():
+        stream, scores = small_instructions(), AnswerScores(2, max_new_tokens=1, dir=tmp_path)
+        trainer = pl.Trainer(max_epochs=len(stream), limit_train_batches=1, callbacks=[scores], **QUIET)
+        trainer.fit(make_module(), datamodule=StreamDataModule(stream))
+
+    fit()
+    written = (tmp_path / "answers.json").read_bytes()
+    with FileLock(tmp_path / ".answers.lock"), pytest.raises(ConfigurationError, match="in another process"):
+        fit()
+    assert (tmp_path / "answers.json").read_bytes() == written
+    fit()
+    assert not list(tmp_path.rglob(".answers.lock"))
 
 
 def test_other_texts_are_another_stream():

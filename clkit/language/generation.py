@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from filelock import FileLock, Timeout
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
@@ -135,6 +136,7 @@ class AnswerScores(Callback):
         self._own_dir = None if dir is None else Path(dir)
         self.dir = Path()
         self.rows: list[dict[str, Any]] = []
+        self._lock: FileLock | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for experience in stream_data(trainer).stream:
@@ -171,10 +173,31 @@ class AnswerScores(Callback):
                 )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        self.dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock = FileLock(self.dir / ".answers.lock")
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ConfigurationError(
+                f"An AnswerScores in another process writes its answers into {self.dir}; give each a dir of its own."
+            ) from error
         # answers of an earlier run in the folder
-        if trainer.is_global_zero and trainer.global_step == 0:
+        if trainer.global_step == 0:
             for name in ("answers", "answers.csv", "answers.json"):
                 set_aside(self.dir / name)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None and self._lock.is_locked:
+            Path(self._lock.lock_file).unlink(missing_ok=True)
+            self._lock.release()
 
     def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
         with untouched(trainer, module), self._shown(module):

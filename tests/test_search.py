@@ -45,6 +45,7 @@ def study_of(folder: Path):
     return optuna.load_study(study_name="clkit", storage=f"sqlite:///{folder / 'study.db'}")
 
 
+@pytest.mark.slow
 def test_a_search_looks_at_held_out_training_data_of_the_first_experiences(tmp_path: Path) -> None:
     assert main(search(tmp_path, "hydra.sweeper.n_trials=2", "objective=FORG")) == 0
     trials = study_of(tmp_path).trials

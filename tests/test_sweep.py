@@ -66,6 +66,7 @@ def test_finished_runs_are_passed_over_and_new_ones_added(tmp_path: Path, capsys
     assert all(len(attempts(path.parent)) == 1 for path in tmp_path.glob("*/run.json"))
 
 
+@pytest.mark.slow
 def test_a_failing_run_is_tried_up_to_the_limit_and_listed_with_its_log(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -196,6 +197,7 @@ def seed_of(run: Path) -> int:
     return int((run / ".hydra" / "overrides.yaml").read_text().split("seed=")[1].split()[0])
 
 
+@pytest.mark.slow
 def test_reports_and_status_of_a_partial_sweep_say_what_is_missing(tmp_path: Path) -> None:
     assert main(sweep(tmp_path, *SMALL, "seed=0,1,2")) == 0
     one, two, _ = sorted((path.parent for path in tmp_path.glob("*/run.json")), key=seed_of)

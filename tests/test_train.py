@@ -172,6 +172,7 @@ def test_the_fingerprint_is_that_of_the_result() -> None:
     assert (len(same), len(other), same & other) == (1, 3, set())
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_all_jobs_and_reports_the_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

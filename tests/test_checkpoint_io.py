@@ -15,8 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from plain import QUIET, UserModule, make_stream
-from pytorch_lightning.plugins.io import TorchCheckpointIO
+from plain import QUIET, UserModule, make_module, make_stream
+from pytorch_lightning.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
 from clkit import ConfigurationError, StreamCheckpoint, StreamDataModule
 from clkit.data.checkpoint_io import CLOCK, VerifiedCheckpointIO
@@ -149,3 +149,11 @@ def test_a_fit_that_is_cut_short_saves_where_it_stops(tmp_path: Path, stop: str)
     callbacks = [StreamCheckpoint(tmp_path), Stop()]
     pl.Trainer(callbacks=callbacks, **limits, **SAVING).fit(UserModule(), datamodule=data)
     assert [path.name for path in tmp_path.iterdir()] == ["step=000000002.ckpt"]
+
+
+def test_a_plugin_that_writes_files_later_is_refused_before_the_training(tmp_path):
+    options = {**QUIET, "enable_checkpointing": True, "plugins": [AsyncCheckpointIO()]}
+    trainer = pl.Trainer(max_epochs=3, callbacks=[StreamCheckpoint(tmp_path)], **options)
+    with pytest.raises(ConfigurationError, match="AsyncCheckpointIO writes it later"):
+        trainer.fit(make_module(), datamodule=StreamDataModule(make_stream(3), batch_size=8))
+    assert trainer.global_step == 0

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.plugins import AsyncCheckpointIO
 from pytorch_lightning.utilities import rank_zero_warn
 
 from clkit.data.checkpoint_io import verify_checkpoint
@@ -68,6 +70,11 @@ class StreamCheckpoint(Checkpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         stream_data(trainer)
+        if any(isinstance(io, AsyncCheckpointIO) for io in _wrapped(trainer.strategy.checkpoint_io)):
+            raise ConfigurationError(
+                "StreamCheckpoint renames a file once it is written, but AsyncCheckpointIO writes it later; leave the "
+                "plug-in out."
+            )
         if getattr(trainer.strategy, "_save_distributed_checkpoint", False):
             raise ConfigurationError(
                 "StreamCheckpoint writes one file; use ModelParallelStrategy(save_distributed_checkpoint=False)."
@@ -202,3 +209,10 @@ def latest_checkpoint(dir: str | Path) -> Path | None:
         else:
             return path
     return None
+
+
+def _wrapped(io: Any) -> Iterator[Any]:
+    """Yield what writes checkpoints, and what it wraps."""
+    while io is not None:
+        yield io
+        io = getattr(io, "checkpoint_io", None)

@@ -15,6 +15,7 @@ from clkit import StabilityGap, StreamDataModule
 from clkit.distributed import warn_of_differences
 from clkit.evaluation import evaluator
 from clkit.run.rank import is_rank_zero
+from clkit.testing import small_instructions
 
 LAYERS = (nn.BatchNorm1d(2), nn.SyncBatchNorm(2), nn.Linear(2, 2))
 NORM, SYNCED, PLAIN = (nn.Sequential(layer) for layer in LAYERS)
@@ -37,6 +38,17 @@ def test_processes_that_do_not_train_as_one_are_warned_of(processes, lengths, dr
         warn_of_differences(SimpleNamespace(world_size=processes), module, lengths, drops_last)
     assert len(caught) == len(said)
     assert all(text in str(warning.message) for text, warning in zip(said, caught, strict=True))
+
+
+@pytest.mark.parametrize(("processes", "said"), [(1, False), (2, True)])
+def test_means_over_the_tokens_of_a_process_are_warned_of(processes, said):
+    trainer = SimpleNamespace(world_size=processes)
+    for stream, texts in ((small_instructions(), True), (make_stream(), False)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            StreamDataModule(stream, steps=4).warn_of_processes(trainer, PLAIN)
+        assert bool(caught) == (said and texts)
+        assert all("over the tokens of its own texts" in str(warning.message) for warning in caught)
 
 
 @pytest.mark.parametrize(

@@ -21,13 +21,14 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
+from clkit.data.batch import labels_tokens
 from clkit.data.check import check_lone_sample, check_samples
 from clkit.data.checkpoint_io import CLOCK, VerifiedCheckpointIO
 from clkit.data.datasets import lengths_of
 from clkit.data.fresh_start import FreshStart, end_fit, go_on, start_fresh
 from clkit.data.hook_runner import HookRunner
 from clkit.data.hooks import callbacks_of
-from clkit.data.loader import StreamLoader
+from clkit.data.loader import StreamLoader, read_samples
 from clkit.data.stream import Experience, Stream
 from clkit.distributed import warn_of_differences
 from clkit.errors import ConfigurationError, check_whole, differences
@@ -323,6 +324,15 @@ class StreamDataModule(pl.LightningDataModule):
         """Warn where several processes do not train as one does; the trainer's batches are known by then."""
         lengths = [] if self.steps is not None else [len(cast(Sequence[Any], part)) for part in self.train_sets]
         warn_of_differences(trainer, module, lengths, self.drop_last)
+        if trainer.world_size > 1:
+            with isolate_rng():
+                first = read_samples(self.stream[0].train, torch.tensor([0]), collate_fn=self.collate_fn)
+            if labels_tokens(first):
+                rank_zero_warn(
+                    f"Each of {trainer.world_size} processes takes the mean over the tokens of its own texts, so that "
+                    "a step differs from one process's where answers differ in length; compare runs of equally many "
+                    "processes."
+                )
 
     def check_last_batches(self, module: pl.LightningModule) -> None:
         """Refuse a module that cannot take a batch of one sample where there is one.

@@ -125,10 +125,12 @@ class QuadraticPenalty(Strategy):
             for group in optimizer.param_groups
             for parameter in group["params"]
         }
+        importance = self.penalty.importance
+        if not rates:
+            return importance
         held = list(self.held(module).values())
         steps = [2 * self.factor * self.strength * rates.get(parameter, 0.0) for parameter in held]
         limits = [1 / step if step > 0 else torch.inf for step in steps]
-        importance = self.penalty.importance
         if len(set(limits)) == 1:
             return importance.clamp(max=limits[0])
         each = [importance.new_tensor(limit).expand(p.numel()) for p, limit in zip(held, limits, strict=True)]

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from lightning_fabric.utilities import move_data_to_device
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 from torch.utils.data import Dataset
 
 from clkit.data.hooks import callbacks_of
@@ -51,8 +51,7 @@ class Router(Strategy):
         check_whole_head(trainer, pl_module, type(self).__name__)
         if not self.initial:
             self.initial = _copy(pl_module)
-        to = lambda tensor: tensor.to(pl_module.device)  # noqa: E731
-        self.bank, self.initial = tree_map_only(Tensor, to, self.bank), tree_map_only(Tensor, to, self.initial)
+        self.bank, self.initial = move_data_to_device((self.bank, self.initial), pl_module.device)
 
     def enter(self, trainer: Trainer, module: LightningModule, group: str, *, start: str) -> None:
         """Train a group from now on.

@@ -250,6 +250,7 @@ def test_a_forward_that_cannot_be_replayed_is_computed():
     assert not cache.modules
 
 
+@pytest.mark.slow
 def test_an_asynchronous_evaluation_writes_the_same_history(tmp_path, monkeypatch):
     folders, text = [], {}
     original = process_evaluator.scratch

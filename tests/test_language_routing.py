@@ -50,6 +50,7 @@ def test_similarity_is_symmetric_and_within_0_and_1(one, other):
 
 @settings(deadline=None)
 @given(st.lists(sets, min_size=1, max_size=6), st.floats(0, 1))
+@pytest.mark.slow
 def test_groups_are_at_most_as_many_as_tasks_and_matching_again_changes_nothing(tasks, threshold):
     groups = s.InstructionGroups(threshold)
     found = []

@@ -334,6 +334,7 @@ DRIFT = """step,experience,point,module,kind,size,within,across
 """
 
 
+@pytest.mark.slow
 def test_module_drift_is_drawn_with_its_mean_over_seeds(tmp_path):
     for seed, first in enumerate((0.1, 0.3)):
         folder = make_run(tmp_path / f"s{seed}", 0.5, overrides=[f"seed={seed}"], config={"seed": seed})

@@ -43,6 +43,7 @@ def in_second_experience(run: Path) -> bool:
     return bool(steps) and Cell.read(run).step > steps[0] + 2
 
 
+@pytest.mark.slow
 def test_the_plan_names_the_folders_that_hydra_makes(tmp_path: Path) -> None:
     main(sweep(tmp_path / "runs", *SMALL, "seed=range(2)", "strategy=naive,[er,ewc]", "attempts=2"))
     made = {path.parent.name for path in tmp_path.glob("runs/*/run.json")}
@@ -56,6 +57,7 @@ def test_the_plan_names_the_folders_that_hydra_makes(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("runs/*/report.html"))
 
 
+@pytest.mark.slow
 def test_finished_runs_are_passed_over_and_new_ones_added(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(sweep(tmp_path, *SMALL, "seed=0,1")) == 0
     first = {path: path.read_bytes() for path in tmp_path.glob("*/history.csv")}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from itertools import accumulate, pairwise
 from typing import Any, cast
 
 import pytorch_lightning as pl
@@ -29,6 +27,8 @@ from clkit.data.fresh_start import FreshStart, end_fit, go_on, start_fresh
 from clkit.data.hook_runner import HookRunner
 from clkit.data.hooks import callbacks_of
 from clkit.data.loader import StreamLoader, read_samples
+from clkit.data.order import draw_passes, group_by_length
+from clkit.data.plan import Plan
 from clkit.data.stream import Experience, Stream
 from clkit.distributed import warn_of_differences
 from clkit.errors import ConfigurationError, check_whole, differences
@@ -96,9 +96,7 @@ class StreamDataModule(pl.LightningDataModule):
         self.drop_last, self.num_workers, self.pin_memory = drop_last, num_workers, pin_memory
         self.collate_fn = collate_fn or stream.collate_fn
         self.group_by_length = group_by_length
-        self.steps = None if steps is None else _for_each(stream, "steps", steps)
-        self.epochs = _for_each(stream, "epochs", epochs) if self.steps is None else [1] * len(stream)
-        self._ends = list(accumulate(self.epochs))
+        self._plan = Plan(len(stream), epochs, steps)
         self.keep_memory = keep_memory
         self.train_sets: list[Dataset[Any]] = [experience.train for experience in stream]
         self._known_fingerprint = ""
@@ -121,9 +119,19 @@ class StreamDataModule(pl.LightningDataModule):
         return repr(self)
 
     @property
+    def epochs(self) -> list[int]:
+        """Lightning epochs of each experience."""
+        return self._plan.epochs
+
+    @property
+    def steps(self) -> list[int] | None:
+        """Optimizer steps of each experience, where these were given instead of epochs."""
+        return self._plan.steps
+
+    @property
     def total_epochs(self) -> int:
         """Lightning epochs of the whole stream."""
-        return self._ends[-1]
+        return self._plan.total_epochs
 
     @property
     def total_steps(self) -> int:
@@ -142,8 +150,7 @@ class StreamDataModule(pl.LightningDataModule):
         The trainer's limits, its accumulation and a ``GradientAccumulationScheduler`` are taken into account. A module
         that optimizes manually is taken to step on every batch.
         """
-        spans = pairwise([0, *self._ends])
-        return [sum(map(self._epoch_steps, range(first, after))) for first, after in spans]
+        return [sum(map(self._epoch_steps, span)) for span in self._plan.spans]
 
     def _epoch_steps(self, epoch: int) -> int:
         batches = self._limited(self._epoch_batches(epoch))
@@ -151,7 +158,7 @@ class StreamDataModule(pl.LightningDataModule):
 
     def _epoch_batches(self, epoch: int) -> int:
         """Batches of a Lightning epoch, before the trainer's limit."""
-        k = self._experience_at(epoch)
+        k = self._plan.experience(epoch)
         if self.steps is not None:
             return self.steps[k] * self._accumulated(epoch)
         n, size = len(cast(Sequence[Any], self.train_sets[k])), self.batch_size * self._world_size
@@ -168,9 +175,6 @@ class StreamDataModule(pl.LightningDataModule):
         for scheduler in callbacks_of(self.trainer, GradientAccumulationScheduler):
             return scheduler.get_accumulate_grad_batches(epoch)
         return self.trainer.accumulate_grad_batches
-
-    def _experience_at(self, epoch: int) -> int:
-        return min(bisect_right(self._ends, epoch), len(self.stream) - 1)
 
     @property
     def step(self) -> int:
@@ -193,13 +197,12 @@ class StreamDataModule(pl.LightningDataModule):
     @property
     def experience(self) -> Experience:
         """The experience that is being learned."""
-        return self.stream[self._experience_at(self._epoch)]
+        return self.stream[self._plan.experience(self._epoch)]
 
     @property
     def epoch_in_experience(self) -> int:
         """Epochs of the current experience done so far, from 0."""
-        k = self.experience.index
-        return self._epoch - (self._ends[k] - self.epochs[k])
+        return self._plan.within(self._epoch)
 
     @property
     def is_last_epoch(self) -> bool:
@@ -263,8 +266,8 @@ class StreamDataModule(pl.LightningDataModule):
         """
         trainer = cast(Any, self.trainer)
         interval = trainer.val_check_interval
-        for k, end in enumerate(self._ends):
-            whole = self._epoch_batches(end - 1)
+        for k, span in enumerate(self._plan.spans):
+            whole = self._epoch_batches(span[-1])
             batches = self._limited(whole)
             if whole == 0:
                 raise ConfigurationError(
@@ -357,9 +360,9 @@ class StreamDataModule(pl.LightningDataModule):
         if self.steps is None:
             order = torch.from_numpy(seeds.permutation(n))
         else:
-            order = _passes(seeds, n, self._epoch_batches(self._epoch) * self.batch_size * self._world_size)
+            order = draw_passes(seeds, n, self._epoch_batches(self._epoch) * self.batch_size * self._world_size)
         if self.group_by_length:
-            order = _grouped(seeds, order, lengths_of(dataset)[order], self.batch_size * self._world_size)
+            order = group_by_length(seeds, order, lengths_of(dataset)[order], self.batch_size * self._world_size)
         return self._loader(dataset, order, seed=int(seeds.integers(2**31)), drop_last=self.drop_last)
 
     def _val_dataloader(self) -> StreamLoader | list[Any]:
@@ -465,31 +468,3 @@ def _warn_of_stopping(trainer: pl.Trainer) -> None:
             f"{type(callback).__name__} ends the whole fit, not an experience: where {callback.monitor} gets no "
             "better, as after a boundary, the experiences that come later are not learned."
         )
-
-
-def _for_each(stream: Stream, name: str, value: int | Sequence[int]) -> list[int]:
-    values = [value] * len(stream) if isinstance(value, int) else list(value)
-    if len(values) != len(stream):
-        raise ConfigurationError(
-            f"{name} has {len(values)} entries for {len(stream)} experiences; give one number, or one for each."
-        )
-    for entry in values:
-        check_whole(name, entry, 1)
-    return values
-
-
-def _passes(rng: Any, n: int, length: int) -> Tensor:
-    passes = [torch.from_numpy(rng.permutation(n)) for _ in range(-(-length // n))]
-    return torch.cat(passes)[:length]
-
-
-def _grouped(rng: Any, order: Tensor, lengths: Tensor, size: int) -> Tensor:
-    """Sort each run of 50 batches by length and shuffle its batches; a last batch that is not full stays last."""
-    pieces = []
-    for start in range(0, len(order), 50 * size):
-        run = order[start : start + 50 * size]
-        whole = len(run) // size * size
-        # the rest, which drop_last leaves out, is drawn before sorting: otherwise it would be the longest each time
-        batches = run[:whole][lengths[start : start + whole].argsort(stable=True)].view(-1, size)
-        pieces += [batches[torch.from_numpy(rng.permutation(len(batches)))].flatten(), run[whole:]]
-    return torch.cat(pieces)

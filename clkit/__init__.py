@@ -13,6 +13,7 @@ from clkit.lightning_name import follow_lightning
 if TYPE_CHECKING:
     from clkit.data.datamodule import StreamDataModule as StreamDataModule
     from clkit.data.datasets import InMemoryDataset as InMemoryDataset
+    from clkit.data.stop_when import StopWhen as StopWhen
     from clkit.data.stream import Experience as Experience
     from clkit.data.stream import Stream as Stream
     from clkit.errors import ConfigurationError as ConfigurationError
@@ -43,6 +44,7 @@ _PUBLIC = {
     "ResetOptimizer": "clkit.method.optimizer",
     "SaveAdapters": "clkit.method.adapters",
     "StabilityGap": "clkit.evaluation.stability_gap",
+    "StopWhen": "clkit.data.stop_when",
     "Strategy": "clkit.method.strategy",
     "Stream": "clkit.data.stream",
     "StreamCheckpoint": "clkit.run.checkpoint",

@@ -29,6 +29,7 @@ from clkit.data.hooks import callbacks_of
 from clkit.data.loader import StreamLoader, read_samples
 from clkit.data.order import draw_passes, group_by_length
 from clkit.data.plan import Plan
+from clkit.data.stop_when import StopWhen, settings_of
 from clkit.data.stream import Experience, Stream
 from clkit.distributed import warn_of_differences
 from clkit.errors import ConfigurationError, check_whole, differences
@@ -49,6 +50,7 @@ class StreamDataModule(pl.LightningDataModule):
         epochs: Epochs for each experience: one number, or one for each.
         steps: Optimizer steps for each experience instead of epochs: one number, or one for each. Samples are drawn
             from one shuffled pass after another, and every batch is full.
+        stop_when: Ends an experience before that, once its validation gets no better.
         seed: Seed of the sample order, at least 0.
         drop_last: Leave out the last batch of an epoch if it is not full (it is kept, smaller, by default).
         num_workers: Worker processes for datasets that are not held as tensors.
@@ -76,6 +78,7 @@ class StreamDataModule(pl.LightningDataModule):
         *,
         epochs: int | Sequence[int] = 1,
         steps: int | Sequence[int] | None = None,
+        stop_when: StopWhen | None = None,
         seed: int = 0,
         drop_last: bool = False,
         num_workers: int = 0,
@@ -96,7 +99,20 @@ class StreamDataModule(pl.LightningDataModule):
         self.drop_last, self.num_workers, self.pin_memory = drop_last, num_workers, pin_memory
         self.collate_fn = collate_fn or stream.collate_fn
         self.group_by_length = group_by_length
-        self._plan = Plan(len(stream), epochs, steps)
+        self.stop_when = stop_when
+        if not isinstance(stop_when, StopWhen | None):
+            raise ConfigurationError(
+                f"stop_when={stop_when!r} is not possible; use clkit.StopWhen({stop_when!r}), or stop_when=val_loss "
+                "(val_acc) on the command line."
+            )
+        every = None if stop_when is None else stop_when.every_n_steps
+        if stop_when is not None and (steps is None) != (every is None):
+            raise ConfigurationError(
+                f"steps={steps} and {stop_when} do not go together; use StopWhen(every_n_steps=...) with steps, where "
+                "it says how often to look, and none with epochs."
+            )
+        self._plan = Plan(len(stream), epochs, steps, every)
+        self._max_epochs: int | None = None
         self.keep_memory = keep_memory
         self.train_sets: list[Dataset[Any]] = [experience.train for experience in stream]
         self._known_fingerprint = ""
@@ -140,6 +156,8 @@ class StreamDataModule(pl.LightningDataModule):
         Lightning's ``trainer.estimated_stepping_batches`` takes every epoch to be as long as the first.
         """
         last, most = (None, -1) if self.trainer is None else (self.trainer.max_epochs, self.trainer.max_steps)
+        # the trainer's own limit falls where an experience ends early
+        last = last if self._max_epochs is None else self._max_epochs
         total = sum(self._epoch_steps(epoch) for epoch in range(self.total_epochs if last is None else last))
         return total if most < 0 else min(total, most)
 
@@ -158,10 +176,11 @@ class StreamDataModule(pl.LightningDataModule):
 
     def _epoch_batches(self, epoch: int) -> int:
         """Batches of a Lightning epoch, before the trainer's limit."""
-        k = self._plan.experience(epoch)
-        if self.steps is not None:
-            return self.steps[k] * self._accumulated(epoch)
-        n, size = len(cast(Sequence[Any], self.train_sets[k])), self.batch_size * self._world_size
+        steps = self._plan.steps_in(epoch)
+        if steps is not None:
+            return steps * self._accumulated(epoch)
+        dataset = self.train_sets[self._plan.experience(epoch)]
+        n, size = len(cast(Sequence[Any], dataset)), self.batch_size * self._world_size
         return n // size if self.drop_last else -(-n // size)
 
     def _limited(self, batches: int) -> int:
@@ -197,21 +216,42 @@ class StreamDataModule(pl.LightningDataModule):
     @property
     def experience(self) -> Experience:
         """The experience that is being learned."""
-        return self.stream[self._plan.experience(self._epoch)]
+        return self.stream[self._plan.experience(self.planned_epoch)]
 
     @property
     def epoch_in_experience(self) -> int:
         """Epochs of the current experience done so far, from 0."""
-        return self._plan.within(self._epoch)
+        return self._plan.within(self.planned_epoch)
 
     @property
     def is_last_epoch(self) -> bool:
         """Whether the current epoch is the last of its experience."""
-        return self.epoch_in_experience >= self.epochs[self.experience.index] - 1
+        return self._plan.left_after(self.planned_epoch) == 0
 
     @property
-    def _epoch(self) -> int:
-        return self.trainer.current_epoch if self.trainer is not None else 0
+    def planned_epoch(self) -> int:
+        """The current epoch's number in the plan, from 0: Lightning's, and those that :attr:`stop_when` left out."""
+        return self._left_out + (self.trainer.current_epoch if self.trainer is not None else 0)
+
+    @property
+    def _left_out(self) -> int:
+        return 0 if self._runner is None else self._runner.watch.left_out
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the whole stream has been learned."""
+        return self.planned_epoch >= self.total_epochs
+
+    def end_experience(self) -> None:
+        """Let the current epoch be the last of its experience."""
+        assert self._runner is not None
+        self._runner.watch.left_out += self._plan.left_after(self.planned_epoch)
+        self._limit_epochs()
+
+    def _limit_epochs(self) -> None:
+        """Let the trainer end with the stream, which may be shorter than planned."""
+        if self.trainer is not None and self._max_epochs is not None and self._left_out:
+            cast(Any, self.trainer).fit_loop.max_epochs = min(self._max_epochs, self.total_epochs - self._left_out)
 
     def setup(self, stage: str) -> None:
         """Check the trainer against the stream and let it run the experience hooks.
@@ -233,6 +273,10 @@ class StreamDataModule(pl.LightningDataModule):
         with isolate_rng():
             check_samples(self.stream, self.collate_fn)
         trainer.strategy.checkpoint_io = VerifiedCheckpointIO(trainer.strategy.checkpoint_io)
+        if self.stop_when is not None:
+            self.stop_when.check(self.stream, trainer)
+        self._max_epochs = trainer.max_epochs
+        self._limit_epochs()
         self._reload_period = cast(Any, trainer).reload_dataloaders_every_n_epochs
         cast(Any, trainer).reload_dataloaders_every_n_epochs = 1
         cast(Any, trainer).callbacks.insert(0, self._runner)
@@ -243,7 +287,7 @@ class StreamDataModule(pl.LightningDataModule):
         goes_on = trainer.global_step > 0 and self._runner is not None
         (go_on if goes_on or self.keep_memory else start_fresh)(callbacks_of(trainer, FreshStart))
         if not goes_on or self._runner is None:
-            self._runner = HookRunner(self)
+            self._runner = HookRunner(self, self.stop_when)
         self._set_up_as = self._identity()
 
     def teardown(self, stage: str) -> None:
@@ -252,6 +296,9 @@ class StreamDataModule(pl.LightningDataModule):
             self._runner.undo(self.trainer.lightning_module)
             end_fit(callbacks_of(self.trainer, FreshStart))
             cast(Any, self.trainer).reload_dataloaders_every_n_epochs = self._reload_period
+            if self._left_out:
+                cast(Any, self.trainer).fit_loop.max_epochs = self._max_epochs
+            self._max_epochs = None
             own_io = cast(VerifiedCheckpointIO, self.trainer.strategy.checkpoint_io).checkpoint_io
             self.trainer.strategy.checkpoint_io = cast(CheckpointIO, own_io)
 
@@ -295,7 +342,7 @@ class StreamDataModule(pl.LightningDataModule):
                 does, or before an experience where each has its own.
         """
         trainer = cast(Any, self.trainer)
-        if trainer.fit_loop.max_epochs > self.total_epochs:
+        if trainer.fit_loop.max_epochs > self.total_epochs - self._left_out:
             raise ConfigurationError(
                 f"A callback (StochasticWeightAveraging with BatchNorm does so) raised max_epochs to "
                 f"{trainer.fit_loop.max_epochs}, but the stream lasts {self.total_epochs}; leave it out."
@@ -354,16 +401,22 @@ class StreamDataModule(pl.LightningDataModule):
         """Batches of the current epoch of the current experience."""
         overfit = self.trainer is not None and cast(Any, self.trainer).overfit_batches > 0
         k, epoch = self.experience.index, 0 if overfit else self.epoch_in_experience
-        dataset = self.train_sets[k]
-        n = len(cast(Sequence[Any], dataset))
-        seeds = private_rng(self.seed, 1, k, epoch)
+        dataset, span = self.train_sets[k], self._plan.spans[k]
+        n, size = len(cast(Sequence[Any], dataset)), self.batch_size * self._world_size
+        seeds = private_rng(self.seed, 1, k, epoch if self.steps is None else 0)
         if self.steps is None:
             order = torch.from_numpy(seeds.permutation(n))
         else:
-            order = draw_passes(seeds, n, self._epoch_batches(self._epoch) * self.batch_size * self._world_size)
+            order = draw_passes(seeds, n, sum(map(self._epoch_batches, span)) * size)
         if self.group_by_length:
-            order = group_by_length(seeds, order, lengths_of(dataset)[order], self.batch_size * self._world_size)
-        return self._loader(dataset, order, seed=int(seeds.integers(2**31)), drop_last=self.drop_last)
+            order = group_by_length(seeds, order, lengths_of(dataset)[order], size)
+        seed = int(seeds.integers(2**31))
+        if self.steps is not None:
+            # the order is that of the whole experience, however many epochs it is cut into
+            first = sum(map(self._epoch_batches, span[:epoch]))
+            order = order[first * size :][: self._epoch_batches(span[epoch]) * size]
+            seed += first
+        return self._loader(dataset, order, seed=seed, drop_last=self.drop_last)
 
     def _val_dataloader(self) -> StreamLoader | list[Any]:
         """Validation batches of the current experience; nothing when it has no validation set."""
@@ -406,6 +459,7 @@ class StreamDataModule(pl.LightningDataModule):
             "stream": self._fingerprint(),
             "epochs": self.epochs,
             "steps": self.steps,
+            "stop_when": settings_of(self.stop_when),
             "global_batch_size": self.batch_size * self._world_size,
             "seed": self.seed,
             "drop_last": self.drop_last,
@@ -435,6 +489,7 @@ class StreamDataModule(pl.LightningDataModule):
             )
         if self.trainer is not None and self._runner is not None:
             self._runner.set_clock(self.trainer, state_dict[CLOCK])
+            self._limit_epochs()
 
 
 def stream_data(trainer: pl.Trainer) -> StreamDataModule:
@@ -466,5 +521,6 @@ def _warn_of_stopping(trainer: pl.Trainer) -> None:
     for callback in callbacks_of(trainer, EarlyStopping):
         rank_zero_warn(
             f"{type(callback).__name__} ends the whole fit, not an experience: where {callback.monitor} gets no "
-            "better, as after a boundary, the experiences that come later are not learned."
+            "better, as after a boundary, the experiences that come later are not learned. To end experiences, use "
+            f"StreamDataModule(stop_when=StopWhen({callback.monitor!r}, mode={callback.mode!r}))."
         )

@@ -10,12 +10,13 @@ from clkit.errors import ConfigurationError, check_whole
 
 
 class Plan:
-    """How long each experience lasts: some Lightning epochs, or one Lightning epoch of some optimizer steps.
+    """How long each experience lasts, in Lightning epochs: passes over its samples, or some optimizer steps each.
 
     Args:
         n_experiences: Number of experiences K.
         epochs: Lightning epochs of each experience: one number, or one for each.
         steps: Optimizer steps of each instead: one number, or one for each.
+        every: Steps of a Lightning epoch where ``steps`` count, fewer in an experience's last; all when ``None``.
 
     Attributes:
         epochs: Lightning epochs of each experience, K numbers.
@@ -26,10 +27,19 @@ class Plan:
     """
 
     def __init__(
-        self, n_experiences: int, epochs: int | Sequence[int] = 1, steps: int | Sequence[int] | None = None
+        self,
+        n_experiences: int,
+        epochs: int | Sequence[int] = 1,
+        steps: int | Sequence[int] | None = None,
+        every: int | None = None,
     ) -> None:
         self.steps = None if steps is None else _for_each(n_experiences, "steps", steps)
-        self.epochs = _for_each(n_experiences, "epochs", epochs) if self.steps is None else [1] * n_experiences
+        self._every = every
+        self.epochs = (
+            _for_each(n_experiences, "epochs", epochs)
+            if self.steps is None
+            else [1 if every is None else -(-number // every) for number in self.steps]
+        )
         self._ends = list(accumulate(self.epochs))
 
     @property
@@ -49,6 +59,17 @@ class Plan:
     def within(self, epoch: int) -> int:
         """Return how many epochs of its experience come before an epoch."""
         return epoch - self.spans[self.experience(epoch)].start
+
+    def left_after(self, epoch: int) -> int:
+        """Return how many epochs of its experience come after an epoch."""
+        return max(self._ends[self.experience(epoch)] - 1 - epoch, 0)
+
+    def steps_in(self, epoch: int) -> int | None:
+        """Return the optimizer steps of an epoch; ``None`` where it is a pass over the samples."""
+        if self.steps is None:
+            return None
+        whole = self.steps[self.experience(epoch)]
+        return whole if self._every is None else min(self._every, whole - self._every * self.within(epoch))
 
 
 def _for_each(n_experiences: int, name: str, value: int | Sequence[int]) -> list[int]:

@@ -225,10 +225,14 @@ class StabilityGap(FreshStart):
         self._divergence.watch(trainer, outputs)
         new = range(self._last_step + 1, step + 1)
         self._last_step = step
-        due = self._agreed(trainer, any(self.schedule.due(at - self._start_step) for at in new))
-        is_last = trainer.is_last_batch and data.is_last_epoch
-        if due or (is_last and step > self._evaluated_step):
+        if self._agreed(trainer, any(self.schedule.due(at - self._start_step) for at in new)):
             self._evaluate(pl_module, step, data.experience.index)
+
+    def before_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
+        """Evaluate the last step, which only the validation after it may have made the last."""
+        step = stream_data(trainer).step
+        if step > self._evaluated_step:
+            self._evaluate(module, step, experience.index)
 
     def _agreed(self, trainer: Trainer, due: bool) -> bool:
         """One answer for all processes where it depends on the clock."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from clkit.method.optimizer import ResetOptimizer as ResetOptimizer
     from clkit.method.strategy import Strategy as Strategy
     from clkit.method.train_only import TrainOnly as TrainOnly
+    from clkit.metrics.history import History as History
     from clkit.models.classifier import Classifier as Classifier
     from clkit.run.checkpoint import StreamCheckpoint as StreamCheckpoint
     from clkit.run.progress import StreamProgress as StreamProgress
@@ -39,6 +40,7 @@ _PUBLIC = {
     "Experience": "clkit.data.stream",
     "Flops": "clkit.evaluation.flops",
     "GradientNorms": "clkit.evaluation.gradients",
+    "History": "clkit.metrics.history",
     "InMemoryDataset": "clkit.data.datasets",
     "ModuleDrift": "clkit.evaluation.drift",
     "ResetOptimizer": "clkit.method.optimizer",

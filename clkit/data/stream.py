@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any, Literal, cast, get_args, overload
 
 import numpy as np
@@ -24,11 +25,12 @@ from clkit.data.datasets import (
     targets_of,
 )
 from clkit.errors import ConfigurationError, check_choice
+from clkit.notebook import html_table
 
 Kind = Literal["class-incremental", "task-incremental", "domain-incremental", "instruction", "task-free"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Experience:
     """One step of a stream: the data that arrives together.
 
@@ -50,6 +52,16 @@ class Experience:
     val: Dataset[Any] | None = None
     classes: tuple[int, ...] = ()
     task: int | None = None
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{size} {split}" for split, size in self._sizes().items() if size is not None)
+        classes = f", classes {_few(self.classes)}" if self.classes else ""
+        task = "" if self.task is None else f", task {self.task}"
+        return f"{type(self).__name__}({self.index}, {self.name!r}, {sizes}{classes}{task})"
+
+    def _sizes(self) -> dict[str, int | None]:
+        sets = {"train": self.train, "val": self.val, "test": self.test}
+        return {split: None if part is None else _size(part) for split, part in sets.items()}
 
 
 class Stream(Sequence[Experience]):
@@ -210,6 +222,14 @@ class Stream(Sequence[Experience]):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, {len(self)} experiences, {self.kind}, {self.n_classes} classes)"
 
+    def _repr_html_(self) -> str:
+        head = ["", "experience", "train", "val", "test", "classes"]
+        rows = [
+            [e.index, e.name, *("" if size is None else size for size in e._sizes().values()), _listed(e.classes)]
+            for e in self
+        ]
+        return f"<p>{escape(repr(self))}</p>{html_table(head, rows)}"
+
     @property
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one model input, without the batch dimension."""
@@ -298,7 +318,12 @@ def _numbered_from(dataset: Dataset[Any] | None, k: int, offset: int) -> Any:
 
 
 def _few(classes: tuple[int, ...]) -> str:
-    return str(classes) if len(classes) <= 10 else f"({', '.join(map(str, classes[:9]))}, ..., {classes[-1]})"
+    return f"({_listed(classes)})"
+
+
+def _listed(classes: tuple[int, ...]) -> str:
+    shown = [*classes] if len(classes) <= 10 else [*classes[:9], "...", classes[-1]]
+    return ", ".join(map(str, shown))
 
 
 def _check_set(dataset: Any, empty: str, where: str) -> None:

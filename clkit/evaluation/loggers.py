@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
@@ -48,7 +48,7 @@ def log_figure(loggers: Sequence[Logger], name: str, figure: Figure, step: int) 
     save(figure, drawn, "png")
     image = Image.open(drawn).convert("RGB")
     for logger in loggers:
-        experiment: Any = logger.experiment
+        experiment: Any = cast(Any, logger).experiment
         if isinstance(logger, TensorBoardLogger):
             experiment.add_image(name, np.asarray(image), step, dataformats="HWC")
         elif isinstance(logger, WandbLogger):

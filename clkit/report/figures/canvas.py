@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import matplotlib
 import numpy as np
@@ -65,6 +65,11 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def figure_of(axes: Axes) -> Figure:
+    """Return the figure that axes are in, directly or in a part of it."""
+    return cast(Figure, axes.figure.figure)
 
 
 def save(figure: Figure, file: str | Path | IO[Any], format: str | None = None) -> None:

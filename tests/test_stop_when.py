@@ -283,6 +283,11 @@ def test_steps_need_to_know_how_often_and_epochs_do_not(arguments):
         StreamDataModule(with_val(), **{"stop_when": StopWhen(), **arguments})
 
 
+def test_printing_the_datamodule_tells_the_rule():
+    data = StreamDataModule(with_val(), epochs=7, stop_when=StopWhen(patience=2))
+    assert "epochs=7 an experience unless StopWhen(monitor='val_loss', mode='min', patience=2" in repr(data)
+
+
 def test_a_name_alone_is_no_rule():
     with pytest.raises(ConfigurationError, match=r"use clkit.StopWhen\('val_loss'\)"):
         StreamDataModule(with_val(), stop_when="val_loss")

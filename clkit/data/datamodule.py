@@ -125,9 +125,10 @@ class StreamDataModule(pl.LightningDataModule):
     def __repr__(self) -> str:
         unit, each = ("epochs", self.epochs) if self.steps is None else ("steps", self.steps)
         length = str(each[0]) if len(set(each)) == 1 else str(each)
+        stop = "" if self.stop_when is None else f" unless {self.stop_when}"
         return (
-            f"{type(self).__name__}({self.stream!r}, batch_size={self.batch_size}, {unit}={length} an experience, "
-            f"seed={self.seed}; {self.total_epochs} Lightning epochs, {self.total_steps} optimizer steps)"
+            f"{type(self).__name__}({self.stream!r}, batch_size={self.batch_size}, {unit}={length} an experience"
+            f"{stop}, seed={self.seed}; {self.total_epochs} Lightning epochs, {self.total_steps} optimizer steps)"
         )
 
     def __str__(self) -> str:

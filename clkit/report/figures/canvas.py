@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import matplotlib
 import numpy as np
@@ -69,7 +69,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 def figure_of(axes: Axes) -> Figure:
     """Return the figure that axes are in, directly or in a part of it."""
-    return cast(Figure, axes.figure.figure)
+    return axes.figure.figure
 
 
 def save(figure: Figure, file: str | Path | IO[Any], format: str | None = None) -> None:

@@ -44,7 +44,7 @@ def test_the_page_for_ones_own_trainer_runs(tmp_path, monkeypatch):
     torch.manual_seed(0)
     names = run_blocks("docs/users/own_trainer.md")
     assert (tmp_path / "replay" / "stability_gap.png").exists()
-    for folder in ("replay", "accuracy", "probability", "mine", "resumed"):
+    for folder in ("replay", "monitored", "stopped", "accuracy", "probability", "mine", "resumed"):
         assert is_finished(tmp_path / folder)
     # what the program was told to do again is done already
     weights = [p.detach().clone() for p in names["train"]().parameters()]

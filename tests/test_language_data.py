@@ -251,11 +251,11 @@ def test_answer_styles_change_training_records_alone(tmp_path):
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=300), st.integers(1, 7))
 def test_grouping_by_length_is_a_permutation_with_less_padding(lengths, size):
-    from clkit.data.datamodule import _grouped
+    from clkit.data.order import group_by_length
     from clkit.rng import private_rng
 
     given_order, n = torch.arange(len(lengths)).flip(0), torch.tensor(lengths)
-    order = _grouped(private_rng(0), given_order, n[given_order], size)
+    order = group_by_length(private_rng(0), given_order, n[given_order], size)
     assert sorted(order.tolist()) == list(range(len(lengths)))
 
     def padded(chosen):

@@ -17,6 +17,7 @@ GROUPS = {
     "scenarios": "scenario",
     "models": "model",
     "schedules": "schedule",
+    "stopping": "stop_when",
     "callbacks": "callbacks",
     "experiments": "experiment",
     "trainers": "trainer",

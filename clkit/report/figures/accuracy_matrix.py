@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from clkit.report.figures.canvas import new_figure, style, wrapped
+from clkit.report.figures.canvas import figure_of, new_figure, style, wrapped
 
 
 def accuracy_matrix_figure(
-    matrix: NDArray[np.float64], names: Sequence[str] | None = None, *, title: str = "", score: str = "accuracy"
+    matrix: NDArray[np.float64],
+    names: Sequence[str] | None = None,
+    *,
+    title: str = "",
+    score: str = "accuracy",
+    ax: Axes | None = None,
 ) -> Figure:
     """Draw the scores at experience ends as a heat map.
 
@@ -21,14 +27,15 @@ def accuracy_matrix_figure(
         names: K names; ``E0``, ``E1``, ... by default.
         title: Title of the figure.
         score: Name of the score, for the colour bar.
+        ax: Where to draw, in a figure of your own; in a new one when ``None``.
     """
     names = names or [f"E{k}" for k in range(len(matrix))]
     with style():
         side = min(2.2 + 0.42 * len(matrix), 8.0)
-        figure = new_figure(side + 0.6, side)
-        axes = figure.subplots()
+        axes = new_figure(side + 0.6, side).subplots() if ax is None else ax
+        figure = figure_of(axes)
         image = axes.imshow(100 * matrix, vmin=0, vmax=100)
-        figure.colorbar(image, label=f"{score} (%)", shrink=0.85).outline.set_visible(False)
+        figure.colorbar(image, ax=axes, label=f"{score} (%)", shrink=0.85).outline.set_visible(False)
         axes.grid(False)
         axes.spines[:].set_visible(False)
         axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")

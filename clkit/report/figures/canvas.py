@@ -67,6 +67,11 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def figure_of(axes: Axes) -> Figure:
+    """Return the figure that axes are in, directly or in a part of it."""
+    return axes.figure.figure
+
+
 def save(figure: Figure, file: str | Path | IO[Any], format: str | None = None) -> None:
     """Write a figure in clkit's style; the same figure gives the same bytes.
 

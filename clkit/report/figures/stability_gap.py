@@ -17,6 +17,7 @@ from clkit.report.figures.canvas import (
     HALO,
     TWO_COLUMNS,
     envelope,
+    figure_of,
     label_lines,
     line_styles,
     merge,
@@ -35,6 +36,7 @@ def stability_gap_figure(
     score: str = "accuracy",
     schedule: str = "every step",
     width: float = TWO_COLUMNS,
+    ax: Axes | None = None,
 ) -> Figure:
     """Draw the score of every experience over the optimizer steps.
 
@@ -50,17 +52,17 @@ def stability_gap_figure(
         score: Name of the score, for the axis.
         schedule: When evaluations took place; named at the axis unless it is ``every step``.
         width: Width in inches, :data:`ONE_COLUMN` or :data:`TWO_COLUMNS` for instance.
+        ax: Where to draw, in a figure of your own; in a new one when ``None``.
 
     Returns:
         A figure for ``savefig``, in PNG, SVG or PDF.
     """
     with style():
-        figure = new_figure(width, 3.5)
-        axes = figure.subplots()
+        axes = new_figure(width, 3.5).subplots() if ax is None else ax
         _draw(axes, [histories] if isinstance(histories, History) else histories, names, boundaries, score)
         axes.set_xlabel(_steps_label(schedule))
         axes.set_title(wrapped(title, width), pad=20)
-    return figure
+    return figure_of(axes)
 
 
 def comparison_figure(

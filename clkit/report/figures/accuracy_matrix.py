@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from clkit.report.figures.canvas import new_figure, style, wrapped
+from clkit.report.figures.canvas import contrast, new_figure, spoken, style, wrapped
 
 
 def accuracy_matrix_figure(
@@ -28,7 +29,7 @@ def accuracy_matrix_figure(
         figure = new_figure(side + 0.6, side)
         axes = figure.subplots()
         image = axes.imshow(100 * matrix, vmin=0, vmax=100)
-        figure.colorbar(image, label=f"{score} (%)", shrink=0.85).outline.set_visible(False)
+        figure.colorbar(image, label=f"{spoken(score)} (%)", shrink=0.85).outline.set_visible(False)
         axes.grid(False)
         axes.spines[:].set_visible(False)
         axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
@@ -39,6 +40,7 @@ def accuracy_matrix_figure(
         if len(matrix) <= 12:
             for (row, column), value in np.ndenumerate(100 * matrix):
                 if np.isfinite(value):
-                    color = "white" if value > 60 else "black"
+                    cell = to_hex(image.to_rgba(np.array([value]))[0])
+                    color = max(("#F5F7FA", "#12171D"), key=lambda ink: contrast(ink, cell))
                     axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color)
     return figure

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from io import StringIO
@@ -84,14 +84,24 @@ class Table:
         ]
         return "\n".join(lines) + "\n"
 
-    def html(self) -> str:
-        """Return a sortable table with its caption."""
-        header = "".join(f'<th tabindex="0"{_tooltip(name)}>{escape(name)}</th>' for name in self.header)
-        rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>\n" for row in self.rows)
+    def html(self, marks: Mapping[tuple[int, int], str] | None = None) -> str:
+        """Return a table that sorts, under its caption, with more attributes of some cells, by row and column."""
+        marks = marks or {}
+        header = "".join(
+            f'<th scope="col"{_tooltip(name)}><button type="button">{escape(name) or "&nbsp;"}</button></th>'
+            for name in self.header
+        )
+        rows = []
+        for number, (label, *cells) in enumerate(self.rows):
+            first = f'<th scope="row" title="{escape(label)}"{marks.get((number, 0), "")}>{escape(label)}</th>'
+            numbered = enumerate(cells, start=1)
+            rest = (f"<td{marks.get((number, column), '')}>{escape(cell)}</td>" for column, cell in numbered)
+            rows.append(f"<tr>{first}{''.join(rest)}</tr>\n")
         kind = "numeric" if self.numeric else "text"
         return (
-            f'<table class="{kind}"><caption>{escape(self.caption)}</caption>\n'
-            f"<thead><tr>{header}</tr></thead>\n<tbody>\n{rows}</tbody></table>\n"
+            f'<p class="caption">{escape(self.caption)}</p>\n'
+            f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(self.caption)}">'
+            f'<table class="{kind}"><thead><tr>{header}</tr></thead>\n<tbody>\n{"".join(rows)}</tbody></table></div>\n'
         )
 
 
@@ -122,17 +132,25 @@ def results_table(groups: Sequence[Group], metrics: Sequence[str] | None = None)
         worse = tests[metric].get(position, 1.0) < LEVEL
         return group.estimate(metric).text(scale(metric)) + ("*" if worse else "")
 
+    most = max(len(group.counted) for group in groups)
     rows = tuple(
-        (_mark(group), str(len(group.counted)), *(cell(position, group, metric) for metric in metrics))
+        (
+            _mark(group),
+            *([str(len(group.counted))] if most > 1 else []),
+            *(cell(position, group, metric) for metric in metrics),
+        )
         for position, group in enumerate(groups)
     )
     marked = any(p < LEVEL for test in tests.values() for p in test.values())
-    most = max(len(group.counted) for group in groups)
     over = "one seed" if most == 1 else "mean over seeds" if most == 2 else "mean ± 95% t-interval over seeds"
     biased = {name for group in groups for name in group.counted[0].summary.get("biased", ())}
     header = (f"{title(metric)} †" if metric in biased else title(metric) for metric in metrics)
     note = f"; * worse than the best, paired t-test over seeds, Holm-corrected, p < {LEVEL}" if marked else ""
-    return Table(f"Results in percent ({over}{note}){_schedule_note(groups)}", ("run", "seeds", *header), rows)
+    return Table(
+        f"Results in percent ({over}{note}){_schedule_note(groups)}",
+        ("run", *(["seeds"] if most > 1 else []), *header),
+        rows,
+    )
 
 
 _ANSWERS = {

@@ -295,10 +295,9 @@ def _pixels(axes: Axes) -> NDArray[np.float64]:
     """Points ``[N, 2]`` on the curves of some axes, a few pixels apart."""
     found = [np.empty((0, 2))]
     for line in axes.get_lines():
-        corners = (
-            axes.transData.transform(np.asarray(line.get_xydata())) if str(line.get_gid()).startswith(CURVE) else []
-        )
-        if len(corners) > 1:
+        points = np.asarray(line.get_xydata(), dtype=np.float64)
+        if str(line.get_gid()).startswith(CURVE) and len(points) > 1:
+            corners: NDArray[np.float64] = np.array(axes.transData.transform(points), dtype=np.float64)
             way = np.concatenate(([0.0], np.cumsum(np.hypot(*np.diff(corners, axis=0).T))))
             at = np.arange(0, way[-1], 3.0)
             x, y = (np.interp(at, way, column) for column in corners.T)

@@ -51,6 +51,15 @@ def test_the_page_for_ones_own_trainer_runs(tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(names["train"]().parameters(), weights, strict=True))
 
 
+@pytest.mark.parametrize(("page", "folder"), [("start", "first"), ("coming_from", "moved")])
+def test_the_pages_for_newcomers_run(page, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    run_blocks(f"docs/{page}.md")
+    assert is_finished(tmp_path / folder)
+    assert (tmp_path / folder / "report.html").exists() == (page == "start")
+
+
 def test_the_page_for_language_models_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -90,6 +99,16 @@ def test_every_strategy_has_a_page_with_its_paper_and_configuration():
         assert config in page
         assert set(re.findall(r"arXiv \d{4}\.\d{5}", config)) <= set(re.findall(r"arXiv \d{4}\.\d{5}", page))
         assert f"strategy={name}" in page or name in ("fpf", "instruction_groups")
+
+
+def test_pages_of_methods_have_the_methods_names_as_titles():
+    titles = {choice.name: docs_hooks.method(choice) for choice in docs_hooks.strategies()}
+    assert titles["er"] == "Experience replay"
+    assert titles["ewc"] == "Elastic weight consolidation"
+    assert titles["derpp"] == "DER++"
+    assert len(set(titles.values())) == len(titles)
+    for name, page in docs_hooks.pages().items():
+        assert page.startswith(f"# {titles[name[len('methods/') : -len('.md')]]}\n")
 
 
 def render(text: str) -> str:

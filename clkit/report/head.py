@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from clkit.metrics.functional import Statistics
-from clkit.report.runs import PLANS, Group, Run
+from clkit.report.runs import PLANS, Group, Run, missing_runs
 from clkit.report.significance import LEVEL, against_best
 
 _SHOWN = 3
@@ -43,7 +43,10 @@ def facts(groups: Sequence[Group], directories: Sequence[Path]) -> dict[str, str
     hosts = sorted({str(attempt["host"]) for tried in attempts.values() for attempt in tried if "host" in attempt})
     versions = [run.summary.get("versions", {}) for run in runs]
     packages = [f"{name} {_several(v.get(name) for v in versions)}" for name in ("clkit", "torch", "python")]
+    ended = sum(run.complete or run.diverged is not None for run in runs)
+    planned = len(runs) + sum(len(missing_runs(Path(folder))) for folder in directories)
     found = {
+        "Runs": f"{ended} of {planned} finished" if ended < planned else "",
         "Date": _dates(starts),
         "Command": "\n".join(_commands(runs, directories)),
         "Machine": _list(hosts),
@@ -57,7 +60,9 @@ def numbers(groups: Sequence[Group]) -> list[Number]:
     """Return the best setting's final accuracy, its lead or its lowest accuracies, and its deepest fall."""
     sound = [group for group in groups if not group.diverged and np.isfinite(group.estimate("ACC").mean)]
     if not sound:
-        return []
+        steps = [run.diverged for group in groups for run in group.counted if run.diverged is not None]
+        note = f"the loss was not finite from step {min(steps)} on: scores are those of chance" if steps else ""
+        return [Number("diverged" if steps else "no result yet", "–", "", note)]
     best = max(sound, key=lambda group: group.estimate("ACC").mean)
     score = best.counted[0].summary["score"].replace("_", " ")
     seeds = f"mean of {len(best.counted)} seeds" if len(best.counted) > 1 else "one seed"

@@ -160,7 +160,7 @@ def configuration(group: Group) -> str:
 
 def _number(number: Number) -> str:
     return (
-        f'<div class="number"><b>{escape(number.label)}</b><strong>{escape(number.value)} '
+        f'<div class="number"><em>{escape(number.label)}</em><strong>{escape(number.value)} '
         f"<small>{escape(number.unit)}</small></strong><span>{escape(number.note)}</span></div>\n"
     )
 

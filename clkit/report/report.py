@@ -14,6 +14,7 @@ from rich.text import Text
 from clkit.files import write_atomically
 from clkit.metrics.connectivity_file import read_lines
 from clkit.metrics.drift_file import Drift
+from clkit.metrics.history import History
 from clkit.report import html, tables
 from clkit.report.figures import (
     TWO_COLUMNS,
@@ -242,13 +243,18 @@ def _figures(groups: Sequence[Group], width: float) -> dict[str, Figure]:
         drift = _drift(groups[0], width)
         own = {"stability_gap": _gap(groups[0], width), "zoom": _zoom(groups[0], width)}
         return own if drift is None else {**own, "drift": drift}
-    histories = {group.label: [run.history for run in group.counted] for group in shown}
-    names = {group.label: group.runs[0].experiences for group in shown}
+    histories = {tables.marked(group): _sound(group) for group in shown}
+    names = {tables.marked(group): group.runs[0].experiences for group in shown}
     found = {
         "stability_gap": comparison_figure(histories, names, score=score, width=width),
         "overlay": overlay_figure(histories, score=score, width=width),
     }
     return found | _scatters(groups, width)
+
+
+def _sound(group: Group) -> list[History]:
+    """The histories of the runs that did not diverge, or of all if none is left."""
+    return [run.history for run in group.counted if run.diverged is None] or [run.history for run in group.counted]
 
 
 def _scatters(groups: Sequence[Group], width: float) -> dict[str, Figure]:
@@ -303,9 +309,10 @@ def _rest(group: Group, width: float, *, themed: bool) -> str:
 
 
 def _gap(group: Group, width: float) -> Figure:
-    run, n = group.counted[0], len(group.counted)
-    title = group.label if n == 1 else f"{group.label} · mean of {n} seeds, 95% interval"
-    histories = [run.history for run in group.counted]
+    run, histories = group.counted[0], _sound(group)
+    title = tables.marked(group)
+    if len(histories) > 1:
+        title += f" · mean of {len(histories)} seeds" + (", 95% interval" if len(histories) > 2 else "")
     score, schedule = run.summary["score"], run.summary.get("schedule", "every step")
     return stability_gap_figure(histories, run.experiences, title=title, score=score, schedule=schedule, width=width)
 

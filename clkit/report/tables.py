@@ -135,17 +135,17 @@ def results_table(groups: Sequence[Group], metrics: Sequence[str] | None = None)
     most = max(len(group.counted) for group in groups)
     rows = tuple(
         (
-            _mark(group),
+            marked(group),
             *([str(len(group.counted))] if most > 1 else []),
             *(cell(position, group, metric) for metric in metrics),
         )
         for position, group in enumerate(groups)
     )
-    marked = any(p < LEVEL for test in tests.values() for p in test.values())
+    worse = any(p < LEVEL for test in tests.values() for p in test.values())
     over = "one seed" if most == 1 else "mean over seeds" if most == 2 else "mean ± 95% t-interval over seeds"
     biased = {name for group in groups for name in group.counted[0].summary.get("biased", ())}
     header = (f"{title(metric)} †" if metric in biased else title(metric) for metric in metrics)
-    note = f"; * worse than the best, paired t-test over seeds, Holm-corrected, p < {LEVEL}" if marked else ""
+    note = f"; * worse than the best, paired t-test over seeds, Holm-corrected, p < {LEVEL}" if worse else ""
     return Table(
         f"Results in percent ({over}{note}){_schedule_note(groups)}",
         ("run", *(["seeds"] if most > 1 else []), *header),
@@ -170,7 +170,7 @@ def answers_table(groups: Sequence[Group]) -> Table:
         if found:
             cells = [Estimate.of(_defined(run["score"][key]) for run in found) for key in _ANSWERS.values()]
             strict = Estimate.of(_defined(run["strict"]["op"]) for run in found)
-            rows.append((_mark(group), str(len(found)), *map(str, cells), str(strict)))
+            rows.append((marked(group), str(len(found)), *map(str, cells), str(strict)))
     caption = (
         "Generated answers in percent: final mean score (OP), its change since each task was learned (BWT), mean score "
         "right after learning (MFT), mean over the stream (MAA); strict: the format counts too"
@@ -183,7 +183,7 @@ def comparison_table(groups: Sequence[Group]) -> Table:
     metrics = [m for m in metric_names(groups) if m in HEADLINES]
     tests = {metric: against_best(groups, metric) for metric in metrics}
     rows = tuple(
-        (_mark(group), *(f"{tests[m][position]:.3f}" if position in tests[m] else "–" for m in metrics))
+        (marked(group), *(f"{tests[m][position]:.3f}" if position in tests[m] else "–" for m in metrics))
         for position, group in enumerate(groups)
         if any(position in test for test in tests.values())
     )
@@ -289,7 +289,10 @@ def _schedule_note(groups: Sequence[Group]) -> str:
     return f"; † evaluated {' or '.join(schedules)}: compare only with the same schedule" if schedules else ""
 
 
-def _mark(group: Group) -> str:
+def marked(group: Group) -> str:
+    """The label of a group, and what is wrong with it."""
+    if group.diverged and len(group.counted) == 1:
+        return f"{group.label} (diverged)"
     if group.diverged:
         return f"{group.label} ({group.diverged} of {len(group.counted)} diverged)"
     return group.label if group.counted[0].complete else f"{group.label} (unfinished)"

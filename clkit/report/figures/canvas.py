@@ -151,7 +151,7 @@ def smoothed(values: NDArray[np.float64], experience: NDArray[np.int64]) -> NDAr
     for k in np.unique(experience):
         rows = np.flatnonzero(experience == k)
         i, n = np.arange(len(rows)), len(rows)
-        half = np.minimum(i // 4, n // 25)
+        half = np.minimum(i // 8, n // 25)
         total, stop = np.concatenate(([0.0], np.cumsum(values[rows]))), np.minimum(i + half + 1, n)
         smooth[rows] = (total[stop] - total[i - half]) / (stop - i + half)
         noise.append(np.abs(smooth[rows] - values[rows])[half > 1])
@@ -296,6 +296,7 @@ def _pixels(axes: Axes) -> NDArray[np.float64]:
     found = [np.empty((0, 2))]
     for line in axes.get_lines():
         points = np.asarray(line.get_xydata(), dtype=np.float64)
+        points = points[np.isfinite(points).all(axis=1)]
         if str(line.get_gid()).startswith(CURVE) and len(points) > 1:
             corners: NDArray[np.float64] = np.array(axes.transData.transform(points), dtype=np.float64)
             way = np.concatenate(([0.0], np.cumsum(np.hypot(*np.diff(corners, axis=0).T))))

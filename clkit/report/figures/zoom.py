@@ -109,7 +109,8 @@ def _zoom(
     mark: dict[str, Any] = {"color": color, "mec": "white", "mew": 0.8, "zorder": 6, "clip_on": False}
     axes.plot(at[lowest], series[lowest], "o", markersize=4.5, **mark)
     axes.set(xlim=(-span[0], right), ylim=(0, 102))
-    fall = f"−{100 * gap['depth'][worst]:.0f}"
+    depth = round(100 * gap["depth"][worst])
+    fall = f"−{depth}" if depth > 0 else "no fall"
     notes = [Note(axes, (float(at[lowest]), float(series[lowest])), (f"{names[worst]} {fall}", fall), color)]
     if recovery > 0:
         back = float(series[np.searchsorted(at, recovery)])

@@ -6,17 +6,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from clkit.report.figures.canvas import contrast, new_figure, spoken, style, wrapped
+from clkit.report.figures.canvas import contrast, figure_of, new_figure, spoken, style, wrapped
 
 _NUMBERED = 12
 
 
 def accuracy_matrix_figure(
-    matrix: NDArray[np.float64], names: Sequence[str] | None = None, *, title: str = "", score: str = "accuracy"
+    matrix: NDArray[np.float64],
+    names: Sequence[str] | None = None,
+    *,
+    title: str = "",
+    score: str = "accuracy",
+    ax: Axes | None = None,
 ) -> Figure:
     """Draw the scores at experience ends as a heat map.
 
@@ -25,15 +31,16 @@ def accuracy_matrix_figure(
         names: K names; ``E0``, ``E1``, ... by default.
         title: Title of the figure.
         score: Name of the score, for the colour bar.
+        ax: Where to draw, in a figure of your own; in a new one when ``None``.
     """
     names = names or [f"E{k}" for k in range(len(matrix))]
     with style():
         few = len(matrix) <= _NUMBERED
         side = 2.2 + 0.42 * len(matrix) if few else 5.0
-        figure = new_figure(side + 0.6, side)
-        axes = figure.subplots()
+        axes = new_figure(side + 0.6, side).subplots() if ax is None else ax
+        figure = figure_of(axes)
         image = axes.imshow(100 * matrix, vmin=0, vmax=100)
-        figure.colorbar(image, label=f"{spoken(score)} (%)", shrink=0.85).outline.set_visible(False)
+        figure.colorbar(image, ax=axes, label=f"{spoken(score)} (%)", shrink=0.85).outline.set_visible(False)
         axes.grid(False)
         axes.spines[:].set_visible(False)
         ticks = range(0, len(names), -(-len(names) // 40))

@@ -82,6 +82,11 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def figure_of(axes: Axes) -> Figure:
+    """Return the figure that axes are in, directly or in a part of it."""
+    return axes.figure.figure
+
+
 def save(
     figure: Figure, file: str | Path | IO[Any], format: str | None = None, *, transparent: bool | None = None
 ) -> None:
@@ -261,8 +266,7 @@ def place(notes: Sequence[Note]) -> None:
     """Write each text inside its axes, over no other text and as little of the curves as can be; else leave it out."""
     if not notes:
         return
-    figure: Any = notes[0].axes.figure
-    figure.draw_without_rendering()
+    figure_of(notes[0].axes).draw_without_rendering()
     taken = {note.axes: [text.get_window_extent() for text in note.axes.texts if text.get_text()] for note in notes}
     drawn = {note.axes: _pixels(note.axes) for note in notes}
     for note in notes:

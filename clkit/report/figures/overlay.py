@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from clkit.metrics.history import History
@@ -14,6 +15,7 @@ from clkit.report.figures.canvas import (
     TWO_COLUMNS,
     draw_curve,
     envelope,
+    figure_of,
     label_lines,
     legend,
     legend_height,
@@ -28,7 +30,12 @@ _SHORT = 24
 
 
 def overlay_figure(
-    groups: Mapping[str, Sequence[History]], *, title: str = "", score: str = "accuracy", width: float = TWO_COLUMNS
+    groups: Mapping[str, Sequence[History]],
+    *,
+    title: str = "",
+    score: str = "accuracy",
+    width: float = TWO_COLUMNS,
+    ax: Axes | None = None,
 ) -> Figure:
     """Draw the mean score over the experiences seen, one line with its 95% t-band for each name.
 
@@ -37,11 +44,12 @@ def overlay_figure(
         title: Title of the figure.
         score: Name of the score, for the axis.
         width: Width in inches.
+        ax: Where to draw, in a figure of your own; in a new one when ``None``.
     """
     with style():
         labelled = max(map(len, groups)) <= _SHORT
-        figure = new_figure(width, 3.2 + (0.0 if labelled else legend_height(groups, width)))
-        axes = figure.subplots()
+        height = 3.2 + (0.0 if labelled else legend_height(groups, width))
+        axes = new_figure(width, height).subplots() if ax is None else ax
         styles, last, end = line_styles(len(groups)), [], 1
         for look, (name, histories) in zip(styles, groups.items(), strict=True):
             steps, experience, mean, half = merge([_averaged(history) for history in histories])
@@ -62,9 +70,11 @@ def overlay_figure(
             axes.axvline(boundary, color=RULE, linewidth=0.8, zorder=1)
         if labelled:
             label_lines(axes, last)
+        elif ax is None:
+            legend(figure_of(axes), width)
         else:
-            legend(figure, width)
-    return figure
+            axes.legend()
+    return figure_of(axes)
 
 
 def _averaged(history: History) -> History:

@@ -22,6 +22,7 @@ from clkit.report.figures.canvas import (
     Note,
     draw_curve,
     envelope,
+    figure_of,
     label_lines,
     line_styles,
     merge,
@@ -33,6 +34,7 @@ from clkit.report.figures.canvas import (
 )
 
 _COLUMNS = 600
+_ROOM = 22  # points, for the experiences' names below a title
 
 
 def stability_gap_figure(
@@ -44,6 +46,7 @@ def stability_gap_figure(
     score: str = "accuracy",
     schedule: str = "every step",
     width: float = TWO_COLUMNS,
+    ax: Axes | None = None,
 ) -> Figure:
     """Draw the score of every experience over the optimizer steps.
 
@@ -61,23 +64,27 @@ def stability_gap_figure(
         score: Name of the score, for the axis.
         schedule: When evaluations took place; named at the axis unless it is ``every step``.
         width: Width in inches, :data:`ONE_COLUMN` or :data:`TWO_COLUMNS` for instance.
+        ax: Where to draw, in a figure of your own, without the lines above a heat map; in a new one when ``None``.
 
     Returns:
         A figure for ``savefig``, in PNG, SVG or PDF.
     """
     histories = [histories] if isinstance(histories, History) else histories
-    many = histories[0].n_experiences > MANY
+    many, height = histories[0].n_experiences > MANY, _map_height(histories[0].n_experiences)
     with style():
-        figure = new_figure(width, 2.0 + _map_height(histories[0].n_experiences) if many else 3.5)
+        if ax is not None:
+            place(_draw(ax, histories, names, boundaries, score, schedule))
+            ax.set_title(wrapped(title, width), pad=_ROOM)
+            return figure_of(ax)
+        figure = new_figure(width, 2.0 + height if many else 3.5)
         figure.suptitle(wrapped(title, width), x=0.01, ha="left", fontweight="bold", fontsize=10)
         if many:
-            ratios = {"height_ratios": [2, _map_height(histories[0].n_experiences)]}
-            extremes, axes = figure.subplots(2, sharex=True, gridspec_kw=ratios)
+            extremes, axes = figure.subplots(2, sharex=True, gridspec_kw={"height_ratios": [2, height]})
             _draw(axes, histories, names, boundaries, score, schedule)
             place(_draw_extremes(extremes, histories, names, boundaries, score))
             extremes.tick_params(labelbottom=False)
         else:
-            draw_stability_gap(figure.subplots(), histories, names, boundaries, score=score, schedule=schedule)
+            place(_draw(figure.subplots(), histories, names, boundaries, score, schedule))
     return figure
 
 
@@ -99,36 +106,10 @@ def comparison_figure(
         notes = []
         for axes, (title, histories) in zip(grid, panels.items(), strict=True):
             notes += _draw(axes, histories, None if names is None else names[title], None, score)
-            axes.set_title(wrapped(title, width), pad=8 if histories[0].n_experiences > MANY else 22)
+            axes.set_title(wrapped(title, width), pad=8 if histories[0].n_experiences > MANY else _ROOM)
             axes.set_xlabel("optimizer steps" if axes is grid[-1] else "")
         place(notes)
     return figure
-
-
-def draw_stability_gap(
-    axes: Axes,
-    histories: History | Sequence[History],
-    names: Sequence[str] | None = None,
-    boundaries: Sequence[int] | None = None,
-    *,
-    score: str = "accuracy",
-    schedule: str = "every step",
-) -> None:
-    """Draw what :func:`stability_gap_figure` shows into axes of one's own; a heat map of more than eight experiences.
-
-    Args:
-        axes: Where to.
-        histories: One history, or one for each seed.
-        names: K names; ``E0``, ``E1``, ... by default.
-        boundaries: Last step of each experience; by default read off the first history.
-        score: Name of the score, for the axis.
-        schedule: When evaluations took place; named at the axis unless it is ``every step``.
-    """
-    with style():
-        notes = _draw(
-            axes, [histories] if isinstance(histories, History) else histories, names, boundaries, score, schedule
-        )
-        place(notes)
 
 
 def _draw(
@@ -232,7 +213,7 @@ def _draw_map(
     axes.spines[:].set_visible(False)
     # the corner of what is not learned yet
     bar = axes.inset_axes((0.03, 0.2, 0.3, 0.03))
-    scale = axes.figure.colorbar(image, cax=bar, orientation="horizontal", ticks=[0, 50, 100])
+    scale = figure_of(axes).colorbar(image, cax=bar, orientation="horizontal", ticks=[0, 50, 100])
     scale.set_label(f"{spoken(score)} (%)", fontsize=8)
     scale.outline.set_visible(False)
     bar.tick_params(labelsize=7)

@@ -1,13 +1,11 @@
 import json
 import math
 import re
-import shutil
 import subprocess
 import sys
 from html import unescape
 from html.parser import HTMLParser
 from io import StringIO
-from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -482,78 +480,6 @@ def test_training_time_against_accuracy(tmp_path):
     report = write_report([tmp_path])
     assert {"time.png", "time.svg"} <= {path.name for path in report.files}
     assert [run.seconds for group in report.groups for run in group.runs] == [70, 70, 10, 10]
-
-
-CHECK = """
-<script>
-  window.problems = [];
-  window.onerror = message => window.problems.push(message);
-  window.onload = () => {
-    const table = document.querySelector("table"), header = table.tHead.rows[0].cells[2];
-    const column = () => [...table.tBodies[0].rows].map(row => parseFloat(row.cells[2].textContent));
-    header.click();
-    const up = column();
-    header.click();
-    const down = column();
-    const figure = document.querySelector("figure[data-panels]");
-    figure.scrollIntoView();
-    const area = figure.querySelector("svg").getBoundingClientRect();
-    const panels = JSON.parse(figure.dataset.panels), [left, top, right, bottom] = panels[0].box;
-    const where = {
-      clientX: area.left + area.width * (left + 0.75 * (right - left)),
-      clientY: area.top + area.height * (top + 0.5 * (bottom - top)), bubbles: true,
-    };
-    figure.dispatchEvent(new PointerEvent("pointerenter", where));
-    figure.dispatchEvent(new PointerEvent("pointermove", where));
-    const tip = figure.querySelector(".tip")?.innerText;
-    figure.dispatchEvent(new PointerEvent("pointerleave", where));
-    const gone = figure.querySelector(".tip") === null;
-    const result = document.createElement("pre");
-    result.id = "result";
-    result.textContent = JSON.stringify({ up, down, tip, gone, problems: window.problems });
-    document.body.append(result);
-  };
-</script>
-"""
-
-
-def in_chromium(page):
-    """Open a page, try sorting and hovering, and return what was seen."""
-    page.write_text(page.read_text().replace("<head>", f"<head>{CHECK}", 1))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={page.parent / 'profile'}"]
-    command = ["chromium", *options, "--virtual-time-budget=5000", "--dump-dom", page.as_uri()]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    found = re.search(r'<pre id="result">(.*?)</pre>', run.stdout, re.DOTALL)
-    assert found, run.stderr[-2000:]
-    return json.loads(unescape(found[1]))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
-def test_the_page_sorts_and_shows_values_in_chromium(written, tmp_path):
-    seen = in_chromium(Path(shutil.copy(written[1] / "report.html", tmp_path)))
-    assert seen["problems"] == []
-    assert seen["up"] == sorted(seen["up"])
-    assert seen["down"] == sorted(seen["up"], reverse=True)
-    assert seen["gone"]
-    # three quarters along four steps
-    assert seen["tip"].splitlines()[0] == "step 3"
-    assert "cats: 25.0" in seen["tip"]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
-def test_a_page_of_two_hundred_runs_stays_usable(tmp_path):
-    for setting in range(40):
-        seeds_of(tmp_path, f"method{setting}", [0.5 + 0.01 * seed + 0.005 * setting for seed in range(5)])
-    report = write_report([tmp_path])
-    assert len(report.groups) == 40
-    page = tmp_path / "report.html"
-    assert page.stat().st_size < 20 * 2**20
-    seen = in_chromium(page)
-    assert seen["problems"] == []
-    assert len(seen["up"]) == 40
-    assert seen["up"] == sorted(seen["up"])
 
 
 def test_a_second_evaluation_of_a_run_is_a_line_of_its_own(tmp_path):

@@ -1,12 +1,17 @@
 """What the headline methods claim, on real data: sweeps over seeds 0 to 4, and their tables.
 
-    python tools/reproduce_methods.py fpf|lora [--data-root data] [--unpack-debian] [--jobs 2]
+    python tools/reproduce_methods.py TASK [--data-root data] [--unpack-debian] [--jobs 2]
 
 - ``fpf``: FPF on top of ER and DER++, and k-FPF in place of replay, on split Fashion-MNIST; with counted operations,
   training time, and how far each kind of module moves. k-FPF's number of phases, rate and momentum were chosen on
   seed 100 with 200 steps in a phase and an experience.
+- ``fpf_cnn``: the same on split digits with a small CNN, with the last block, and with all weights as the control.
+- ``fpf_resnet``: k-FPF against ER at as many operations, split Fashion-MNIST, slim ResNet-18, memory of three sizes.
 - ``lora``: LoRA on a ViT pretrained on four classes, over the other six: sequential, ER, the presets of EMA balance,
   I-LoRA and RegLoRA; with the share of tensors on which EMA balance falls back.
+- ``ilora``: on the same stream I-LoRA with the horizon that fits, against ER and averages of the same horizon.
+- ``reglora``, ``reglora_rotated``: RegLoRA where no module is trained whole, against merging alone and against random
+  and the smallest entries: permuted digits, and rotated Fashion-MNIST.
 
 Runs are those of ``clkit train`` in ``--folder``: started again, the command goes on with what is missing.
 """
@@ -20,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 from bench_train import unpack_debian
-from pretrain_vit import pretrain
+from pretrain import pretrain
 from reproduce_stability_gap import groups_of, train
 from rich.console import Console
 

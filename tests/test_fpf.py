@@ -93,7 +93,7 @@ class Watch(pl.Callback):
     [
         ("head", {"net.5.weight", "net.5.bias"}),
         ("norm", {f"net.{i}.{n}" for i in (1, 4) for n in ("weight", "bias", "running_mean", "running_var")}),
- ("last_block+head", {"net.3.weight", "net.3.bias", "net.5.weight", "net.5.bias"}),
+        ("last_block+head", {"net.3.weight", "net.3.bias", "net.5.weight", "net.5.bias"}),
         (["net.4"], {f"net.4.{n}" for n in ("weight", "bias", "running_mean", "running_var")}),
     ],
 )
@@ -308,7 +308,10 @@ def test_published_presets(network, class_incremental, domain_incremental):
             slim_resnet18((3, 32, 32), 10),
             {f"layer4.1.{n}" for n in ("conv1", "bn1", "bn1.stats", "conv2", "bn2", "bn2.stats")},
         ),
-        (tiny_vit((1, 8, 8), 10), {f"blocks.3.{n}" for n in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")}),
+        (
+            tiny_vit((1, 8, 8), 10),
+            {f"blocks.3.{n}" for n in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")},
+        ),
     ],
 )
 def test_the_last_block_is_all_of_the_last_repeated_one_or_the_layer_before_the_head(network, block):

@@ -291,9 +291,7 @@ def test_the_controls_remember_the_smallest_and_random_entries():
     updates = [torch.arange(1.0, 7), -torch.arange(1.0, 17)]
     for select, sign in (("largest", -1), ("smallest", 1)):
         for found, update in zip(remembered(select, updates), updates, strict=True):
-            values = {
-                (i, j): (i + 1) * abs(float(v)) for i in range(16) for j, v in enumerate(update)
-            }
+            values = {(i, j): (i + 1) * abs(float(v)) for i in range(16) for j, v in enumerate(update)}
             order = sorted(values, key=lambda place: (sign * values[place], place))[: len(values) // 4]
             assert found == sorted(i * len(update) + j for i, j in order)
     drawn = remembered("random", updates)
@@ -348,7 +346,15 @@ def test_without_lora_it_says_what_to_do():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"strength": -1.0}, {"percent": 0.0}, {"percent": 101.0}, {"duplicates": "both"}, {"product": "fast"}, {"select": "all"}]
+    "settings",
+    [
+        {"strength": -1.0},
+        {"percent": 0.0},
+        {"percent": 101.0},
+        {"duplicates": "both"},
+        {"product": "fast"},
+        {"select": "all"},
+    ],
 )
 def test_bad_values_are_refused(settings):
     with pytest.raises(ConfigurationError, match=next(iter(settings))):

@@ -18,7 +18,6 @@ from clkit import Classifier, StreamDataModule
 from clkit.models.networks import MLP, tiny_vit
 from clkit.scenarios import Split
 
-
 NETWORKS: dict[str, Callable[..., torch.nn.Module]] = {
     # 4x4 patches an image
     "tiny_vit": lambda shape: tiny_vit(shape, 10, patch_size=shape[-1] // 4),

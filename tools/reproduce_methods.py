@@ -189,11 +189,9 @@ def drift_table(group: Group) -> Table:
 
 
 def averaged_table(groups: Mapping[str, Group]) -> list[Table]:
-    """Metrics of the average that ER goes on from, evaluated at every step, where the other table has the live weights."""
+    """Metrics of the average that ER goes on from, where the other table has those of the live weights."""
     name = "ER + average"
-    found = [
-        compute_metrics(History.read(run.directory / "averaged" / "history.csv")) for run in groups[name].counted
-    ]
+    found = [compute_metrics(History.read(run.directory / "averaged" / "history.csv")) for run in groups[name].counted]
     row = (name, *(str(Estimate.of(metrics[metric] for metrics in found)) for metric in METRICS))
     return [Table("The average itself", ("method", *METRICS), (row,))]
 

@@ -33,6 +33,22 @@ from clkit.report.runs import Group, Run
 from clkit.report.tables import Table
 
 _K = ["capacity=500", "k=3", "steps=300", "lr=0.05", "momentum=0.9"]
+_EMA = "strategy.ema_balance"
+
+
+def _averages(tuned: float) -> dict[str, list[str]]:
+    """The presets of EMA balance and fixed averages, one with the best decay of the stream; the average is evaluated."""
+    presets = {
+        "fixed average, 0.99": [f"{_EMA}.preset=fixed"],
+        f"fixed average, {tuned}": [f"{_EMA}.preset=fixed", f"{_EMA}.decay={tuned}"],
+        "EMA balance, reference": [f"{_EMA}.preset=reference"],
+        "EMA balance, paper": [f"{_EMA}.preset=paper"],
+        "EMA balance, fisher": [f"{_EMA}.preset=fisher"],
+    }
+    averaged = {name: [*overrides, "+evaluation.view=averaged"] for name, overrides in presets.items()}
+    return {"finetuning": ["strategy=naive"], **averaged}
+
+
 METHODS = {
     "fpf": {
         "finetuning": ["strategy=naive"],
@@ -56,6 +72,8 @@ METHODS = {
         "I-LoRA": ["strategy=ilora", "strategy.ilora.capacity=200", "strategy.ilora.decay=0.99"],
         "ER + EMA balance": ["strategy=[er,ema_balance]", "strategy.er.capacity=200"],
     },
+    "ema": _averages(0.998),
+    "ema_permuted": _averages(0.998),
 }
 METRICS = ("ACC", "FORG", "min-ACC", "WC-ACC")
 
@@ -144,6 +162,8 @@ PROTOCOLS = {
         controls=lambda groups: [drift_table(groups["finetuning"])],
     ),
     "lora": Protocol("lora_split", {"fallback": fallback}, prepare=pretrained_vit),
+    "ema": Protocol("ema_rotated", {"fallback": fallback}),
+    "ema_permuted": Protocol("ema_permuted", {"fallback": fallback}),
 }
 
 

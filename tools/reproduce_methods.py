@@ -37,7 +37,7 @@ _EMA = "strategy.ema_balance"
 
 
 def _averages(tuned: float) -> dict[str, list[str]]:
-    """The presets of EMA balance and fixed averages, one with the best decay of the stream; the average is evaluated."""
+    """The presets of EMA balance and fixed averages, one with the best decay of the stream; all evaluated averaged."""
     presets = {
         "fixed average, 0.99": [f"{_EMA}.preset=fixed"],
         f"fixed average, {tuned}": [f"{_EMA}.preset=fixed", f"{_EMA}.decay={tuned}"],

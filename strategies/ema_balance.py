@@ -162,16 +162,31 @@ class EMABalance(Strategy):
         """
         names = list(weights)
         delta = torch._foreach_sub([weights[n].detach().float() for n in names], [self.average[n] for n in names])
-        rule = self._by_element if self.preset == "fisher" else self._by_tensor
-        live, fell_back = rule(names, weights, gradients, delta)
+        live, fell_back = self.live_weights(names, weights, gradients, delta)
         torch._foreach_mul_(delta, live)
         torch._foreach_add_([self.average[name] for name in names], delta)
         return torch.stack([share.mean() for share in live]), torch.stack([share.mean() for share in fell_back])
 
+    def live_weights(
+        self, names: list[str], weights: dict[str, Any], gradients: dict[str, Tensor], delta: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return how much the live values weigh in the step, and where that is the fallback, for each tensor.
+
+        Args:
+            names: Names of the tensors, which the others go by.
+            weights: As in :meth:`update`.
+            gradients: As in :meth:`update`.
+            delta: Way from the average to the live values.
+
+        Returns:
+            Scalars, or tensors of the weights' shapes for ``"fisher"``.
+        """
+        rule = self._by_element if self.preset == "fisher" else self._by_tensor
+        return rule(names, weights, gradients, delta)
+
     def _by_element(
         self, names: list[str], weights: dict[str, Any], gradients: dict[str, Tensor], delta: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """The weight of the live values and whether it is the fallback, for each element."""
         squares = [gradients[name].detach().float() ** 2 for name in names]
         usable = _norms(squares).isfinite().unbind()
         live, fell_back = [], []
@@ -188,7 +203,6 @@ class EMABalance(Strategy):
     def _by_tensor(
         self, names: list[str], weights: dict[str, Any], gradients: dict[str, Tensor], delta: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """The weight of the live values and whether it is the fallback, one for each tensor."""
         gradient = [gradients[name].detach().float() for name in names]
         b = _norms(gradient)
         value = self._value(names, weights, gradient, delta, b)

@@ -7,6 +7,9 @@
   seed 100 with 200 steps in a phase and an experience.
 - ``lora``: LoRA on a ViT pretrained on four classes, over the other six: sequential, ER, the presets of EMA balance,
   I-LoRA and RegLoRA; with the share of tensors on which EMA balance falls back.
+- ``ema``, ``ema_permuted``: the presets of EMA balance on rotated Fashion-MNIST and permuted digits, beside a fixed
+  average of decay 0.99 and one of the best of 0.99, 0.995, 0.998, 0.999 on seed 100; averages are evaluated as such.
+  ``tools/ema_shares.py`` has what is left of an experience's start.
 
 Runs are those of ``clkit train`` in ``--folder``: started again, the command goes on with what is missing.
 """

@@ -12,6 +12,9 @@
 - ``ilora``: on the same stream I-LoRA with the horizon that fits, against ER and averages of the same horizon.
 - ``reglora``: LoRA on all layers of an MLP that knows the digits, permuted digits: RegLoRA at several percents, against
   merging alone, and against random and the smallest entries in place of the largest. Chosen on seed 100: 20 percent.
+- ``ema``, ``ema_permuted``: the presets of EMA balance on rotated Fashion-MNIST and permuted digits, beside a fixed
+  average of decay 0.99 and one of the best of 0.99, 0.995, 0.998, 0.999 on seed 100; averages are evaluated as such.
+  ``tools/ema_shares.py`` has what is left of an experience's start.
 
 Runs are those of ``clkit train`` in ``--folder``: started again, the command goes on with what is missing.
 """
@@ -43,6 +46,22 @@ _K = ["capacity=500", "k=3", "steps=300", "lr=0.05", "momentum=0.9"]
 _ER = ["strategy=er", "strategy.er.capacity=500"]
 # as many operations as ER
 _KFPF = ["strategy=kfpf", "strategy.kfpf.capacity=500", "strategy.kfpf.k=3"]
+_EMA = "strategy.ema_balance"
+
+
+def _averages(tuned: float) -> dict[str, list[str]]:
+    """The presets of EMA balance and fixed averages, one with the best decay of the stream; all evaluated averaged."""
+    presets = {
+        "fixed average, 0.99": [f"{_EMA}.preset=fixed"],
+        f"fixed average, {tuned}": [f"{_EMA}.preset=fixed", f"{_EMA}.decay={tuned}"],
+        "EMA balance, reference": [f"{_EMA}.preset=reference"],
+        "EMA balance, paper": [f"{_EMA}.preset=paper"],
+        "EMA balance, fisher": [f"{_EMA}.preset=fisher"],
+    }
+    averaged = {name: [*overrides, "+evaluation.view=averaged"] for name, overrides in presets.items()}
+    return {"finetuning": ["strategy=naive"], **averaged}
+
+
 METHODS = {
     "fpf": {
         "finetuning": ["strategy=naive"],
@@ -96,6 +115,8 @@ METHODS = {
             *(f"strategy.kfpf_kd.{v}" for v in ("capacity=500", "k=3", "select=norm+last_block+head")),
         ],
     },
+    "ema": _averages(0.998),
+    "ema_permuted": _averages(0.998),
 }
 METRICS = ("ACC", "FORG", "min-ACC", "WC-ACC")
 
@@ -199,6 +220,8 @@ PROTOCOLS = {
     "ilora": Protocol("lora_split", prepare=pretrained(4, 1500), controls=averaged_table),
     "reglora": Protocol("reglora_permuted", prepare=pretrained(10, 450, "digits", "mlp")),
     "fpf_cnn": Protocol("fpf_cnn", {"TFLOP": operations, "seconds": seconds}),
+    "ema": Protocol("ema_rotated", {"fallback": fallback}),
+    "ema_permuted": Protocol("ema_permuted", {"fallback": fallback}),
 }
 
 

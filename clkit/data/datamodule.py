@@ -145,6 +145,12 @@ class StreamDataModule(pl.LightningDataModule):
         spans = pairwise([0, *self._ends])
         return [sum(map(self._epoch_steps, range(first, after))) for first, after in spans]
 
+    @property
+    def planned_steps(self) -> list[int]:
+        """Optimizer steps of each experience, as far as the trainer goes through the stream."""
+        ends = [min(end, self.total_steps) for end in accumulate(self.experience_steps)]
+        return [end - start for start, end in pairwise([0, *ends])]
+
     def _epoch_steps(self, epoch: int) -> int:
         batches = self._limited(self._epoch_batches(epoch))
         return -(-batches // self._accumulated(epoch))

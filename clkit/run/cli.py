@@ -16,6 +16,8 @@ GROUPS = {
     "strategies": "strategy",
     "scenarios": "scenario",
     "models": "model",
+    "adapters": "adapter",
+    "styles": "styles",
     "schedules": "schedule",
     "callbacks": "callbacks",
     "experiments": "experiment",
@@ -30,12 +32,15 @@ STOPPED = (INTERRUPTED, *(128 + number for number in STOP))
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0, 1 for a bug, 2 for a mistake, or 128 and a signal's number when interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # as with python -m: a method in the current folder can be named in a config, but hides no installed package
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         if arguments[:1] == ["train"]:
             return _train(arguments[1:])
         args = _parser().parse_args(arguments)
         if args.command == "list":
-            return _list(args.group)
+            return _list(args.group, args.config_dir)
         return {"connect": _connect, "report": _report, "sweep": _status}[args.command](args)
     except KeyboardInterrupt:
         print("clkit: interrupted.", file=sys.stderr)
@@ -76,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--all", action="store_true", help="show every run, the finished ones too")
     listing = commands.add_parser("list", help="what can be chosen: strategies, scenarios, models, ...")
     listing.add_argument("group", nargs="?", choices=GROUPS, metavar="GROUP", help=", ".join(GROUPS) + "; default: all")
+    listing.add_argument(
+        "--config-dir", "-cd", type=Path, metavar="DIR", help="list this folder of configs too, as clkit train reads it"
+    )
     return parser
 
 
@@ -92,6 +100,8 @@ def _train(overrides: list[str]) -> int:
             code = INTERRUPTED
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 0
+        except BrokenPipeError:
+            raise
         except Exception as error:
             code = jobs.end_sweep() or complain(error)
         if code in STOPPED and is_rank_zero():
@@ -148,13 +158,17 @@ def _connect(args: argparse.Namespace) -> int:
     return 0
 
 
-def _list(group: str | None) -> int:
+def _list(group: str | None, config_dir: Path | None) -> int:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from clkit.run.plugins import choices
 
+    if config_dir is not None and not config_dir.is_dir():
+        print(f"clkit: {config_dir} is no directory; give a folder of configs.", file=sys.stderr)
+        return 2
     console = Console()
     for title in [group] if group else GROUPS:
         key = GROUPS[title]
@@ -166,8 +180,9 @@ def _list(group: str | None) -> int:
             title=f"{title}: clkit train {key}=NAME",
             title_justify="left",
         )
-        for choice in choices(key):
-            table.add_row(choice.name, choice.description, choice.origin)
+        for choice in choices(key, config_dir):
+            # not as rich's markup: strategy=[er,fpf] would lose its brackets
+            table.add_row(*map(Text, (choice.name, choice.description, choice.origin)))
         console.print(table)
     return 0
 

@@ -15,7 +15,7 @@ from clkit.data.loader import StreamLoader
 from clkit.data.stream import Experience
 from clkit.distributed import own_share
 from clkit.evaluation.scores import Scorer
-from clkit.evaluation.subsets import Subsets, choose
+from clkit.evaluation.subsets import Subsets, choose, sum_dtype
 from clkit.method.evaluation_mode import untouched
 from clkit.method.forward import to_device
 from clkit.method.routing import by_route, route_of
@@ -72,20 +72,31 @@ class HeldOut:
 
     def full_sums(self, scorer: Scorer, seen: range) -> Tensor:
         """Evaluate all held-out data of some experiences: this process's share of :meth:`Subsets.sums`."""
-        trainer, data = self.trainer, stream_data(self.trainer)
-        total = self.full_counts.new_zeros(2, len(self.full_counts))
-        route, views = route_of(trainer), views_of(trainer)
-        with untouched(trainer, self.module):
-            for k in seen:
-                dataset = held_out(data.stream[k], self.split)
-                own = torch.arange(_size(dataset))[own_share(trainer)]
-                for name, rows in by_route(route, data.stream[k], dataset, own).items():
-                    with views[name](self.module):
-                        for batch in StreamLoader(dataset, rows, self.batch_size, collate_fn=data.collate_fn):
-                            values = scorer(self.module, to_device(trainer, batch), seen[-1], k).to(total.dtype)
-                            undefined = values.isnan()
-                            total[:, k] += torch.stack([values.masked_fill(undefined, 0.0).sum(), undefined.sum()])
-        return total
+        return full_sums(self.trainer, self.module, self.split, self.batch_size, scorer, seen)
+
+
+def full_sums(
+    trainer: Trainer, module: LightningModule, split: Split, batch_size: int, scorer: Scorer, seen: range
+) -> Tensor:
+    """Evaluate all held-out data of some experiences, the last of which was learned last.
+
+    Returns:
+        Sums of scores, and numbers of those that are NaN, ``[2, K]``: this process's share.
+    """
+    data = stream_data(trainer)
+    total = torch.zeros(2, len(data.stream), dtype=sum_dtype(module.device), device=module.device)
+    route, views = route_of(trainer), views_of(trainer)
+    with untouched(trainer, module):
+        for k in seen:
+            dataset = held_out(data.stream[k], split)
+            own = torch.arange(_size(dataset))[own_share(trainer)]
+            for name, rows in by_route(route, data.stream[k], dataset, own).items():
+                with views[name](module):
+                    for batch in StreamLoader(dataset, rows, batch_size, collate_fn=data.collate_fn):
+                        values = scorer(module, to_device(trainer, batch), seen[-1], k).to(total.dtype)
+                        undefined = values.isnan()
+                        total[:, k] += torch.stack([values.masked_fill(undefined, 0.0).sum(), undefined.sum()])
+    return total
 
 
 def held_out(experience: Experience, split: Split) -> Dataset[object]:

@@ -53,8 +53,7 @@ class Subsets:
         self._spans = used_spans(self._parts[0]) if self.uniform and is_text(self._parts[0]) else None
         self.sizes, self.batch_size = sizes, batch_size
         self.ends = list(accumulate(sizes))
-        # Metal has no float64
-        self.dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.dtype = sum_dtype(device)
         self.owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(device)
         self.counts = torch.tensor(sizes, dtype=self.dtype, device=device)
         self.views: list[str] | None = None
@@ -107,6 +106,11 @@ class Subsets:
             both = torch.stack([values.masked_fill(undefined, 0.0), undefined.to(self.dtype)], dim=-2)
             total = total.expand(*both.shape[:-1], -1).index_add(-1, self.owner[chunk], both)
         return total
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype that scores are summed in: double precision, which Metal does not have."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _shapes(batch: Any) -> Any:

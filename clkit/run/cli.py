@@ -1,4 +1,4 @@
-"""The command line: ``clkit train``, ``clkit sweep``, ``clkit report``, ``clkit connect``, ``clkit list``."""
+"""The command line: ``clkit train``, and what looks at its runs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parser().parse_args(arguments)
         if args.command == "list":
             return _list(args.group, args.config_dir)
-        return {"connect": _connect, "report": _report, "sweep": _status}[args.command](args)
+        return {"connect": _connect, "eval": _eval, "report": _report, "sweep": _status}[args.command](args)
     except KeyboardInterrupt:
         print("clkit: interrupted.", file=sys.stderr)
         return INTERRUPTED
@@ -63,6 +63,16 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--output", type=Path, metavar="DIR", help="where to write the report")
     report.add_argument("--width", type=float, default=7.1, metavar="INCHES", help="of figures; 3.4 fits one column")
     report.add_argument("--style", type=Path, metavar="FILE", help="matplotlib style file on top of clkit's")
+    evaluate = commands.add_parser("eval", help="what a trained run scores on all of its held-out data")
+    evaluate.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    evaluate.add_argument("--at", type=int, metavar="K", help="weights at the end of experience K, from 0, where kept")
+    evaluate.add_argument("--split", choices=("test", "val"), help="default: that of the run's own evaluation")
+    evaluate.add_argument("--view", metavar="NAME", help="weights to evaluate; default: what the method predicts with")
+    evaluate.add_argument("--accelerator", metavar="NAME", help="cpu, gpu, ...; default: the run's own")
+    evaluate.add_argument("--data-root", type=Path, metavar="DIR", help="where the data are now, if they have moved")
+    evaluate.add_argument(
+        "--output", type=Path, metavar="DIR", help="where to write eval.csv; default: the run's folder"
+    )
     connect = commands.add_parser("connect", help="loss and accuracy on the straight line between weights of a run")
     connect.add_argument(
         "paths",
@@ -155,6 +165,31 @@ def _connect(args: argparse.Namespace) -> int:
     console = Console(soft_wrap=True)
     console.print(connectivity_table(lines).rich())
     console.print(*files, sep="\n", style="dim", highlight=False)
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from clkit.report.tables import Table
+    from clkit.run.explain import complain
+    from clkit.run.jobs import quieten_libraries
+    from clkit.run.trained import evaluate, write
+
+    quieten_libraries()
+    names = ("at", "split", "view", "accelerator", "data_root")
+    try:
+        found = evaluate(args.run, **{name: getattr(args, name) for name in names})
+        chosen = [f"{name}={getattr(args, name)}" for name in names[:3] if getattr(args, name) is not None]
+        file = write(found, args.output or args.run, f"eval{'-' if chosen else ''}{','.join(chosen)}.csv")
+    except Exception as error:
+        return complain(error)
+    rows = tuple((s.name, str(s.n), f"{100 * s.score:.1f}") for s in found.scores)
+    mean = sum(s.score for s in found.scores) / len(found.scores)
+    caption = "{of} in percent on all {split} data, {view} weights after experience {at}".format(**found.of)
+    console = Console(soft_wrap=True)
+    console.print(Table(caption, ("experience", "samples", "score"), (*rows, ("mean", "", f"{100 * mean:.1f}"))).rich())
+    console.print(file, style="dim", highlight=False)
     return 0
 
 

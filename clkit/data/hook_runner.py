@@ -35,6 +35,9 @@ class Clock(Protocol):
     def is_last_epoch(self) -> bool:
         """Whether the current epoch is the last of its experience."""
 
+    def augmented(self, batch: Any) -> Any:
+        """Return a batch with its inputs augmented for the current step."""
+
     def check_plan(self) -> None:
         """Refuse a trainer with which an experience could not be learned to its end."""
 
@@ -66,7 +69,9 @@ class HookRunner(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.stream_clock.check_plan()
-        extend_step(trainer, pl_module, callbacks_of(trainer, Hooks), lambda: self in callbacks_of(trainer))
+        augment = None if self.stream_clock.stream.augment is None else self.stream_clock.augmented
+        strategies = callbacks_of(trainer, Hooks)
+        extend_step(trainer, pl_module, strategies, lambda: self in callbacks_of(trainer), augment)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Lightning skips a loop that has nothing left to train, as after a kill between the last checkpoint and here;
@@ -128,6 +133,9 @@ class HookRunner(Callback):
         if current > self.started:
             self.started = current
             self._run("on_experience_start", trainer, module, current)
+            for config in trainer.lr_scheduler_configs:
+                if hasattr(config.scheduler, "enter"):
+                    config.scheduler.enter(current)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restore_random_state()

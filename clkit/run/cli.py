@@ -17,6 +17,8 @@ GROUPS = {
     "scenarios": "scenario",
     "models": "model",
     "adapters": "adapter",
+    "optimizers": "optimizer",
+    "schedulers": "scheduler",
     "styles": "styles",
     "schedules": "schedule",
     "callbacks": "callbacks",

@@ -151,7 +151,9 @@ def test_the_standard_augmentation_crops_from_a_black_border_and_flips() -> None
     assert None not in found
     assert len(set(found)) == 18
     only = Split("digits", 2, augment="flip").augment(x)
-    assert all(torch.allclose(a, b, atol=1e-6) or torch.allclose(a, b.flip(2), atol=1e-6) for a, b in zip(only, x))
+    assert all(
+        torch.allclose(a, b, atol=1e-6) or torch.allclose(a, b.flip(2), atol=1e-6) for a, b in zip(only, x, strict=True)
+    )
 
 
 def test_a_config_lists_transforms_that_differ_from_image_to_image() -> None:

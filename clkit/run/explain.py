@@ -92,7 +92,7 @@ def explain(error: BaseException) -> str | None:
                 )
             chosen = {place: name for name, place in _PLACES.items()}
             place = str(cause.full_key).rpartition(".")[0]
-            if place in chosen and cause.parent_node is None:
+            if place in chosen and not cause.parent_node:
                 return f"There is no setting {cause.full_key} without a choice: add {chosen[place]}=NAME."
             siblings = [str(key) for key in cause.parent_node or () if key not in ("hydra", "_target_")]
             return f"There is no setting {cause.full_key}; {suggest(str(cause.key), siblings)}"

@@ -43,6 +43,8 @@ def every_config() -> list[str]:
         "experiment",
         "adapter",
         "styles",
+        "optimizer",
+        "scheduler",
     )
     return [f"{group}={choice.name}" for group in groups for choice in choices(group) if choice.origin == "clkit"]
 

@@ -32,9 +32,8 @@ def stream_with(augment, dataset=lambda part: part) -> Stream:
 def fit(stream: Stream, *callbacks: pl.Callback, ckpt_path=None, module=None, **settings):
     module = module or make_module()
     data = StreamDataModule(stream, batch_size=8, **settings)
-    trainer = pl.Trainer(
-        max_epochs=data.total_epochs, callbacks=list(callbacks), **{**QUIET, "enable_checkpointing": 1}
-    )
+    options = {**QUIET, "enable_checkpointing": any(isinstance(c, StreamCheckpoint) for c in callbacks)}
+    trainer = pl.Trainer(max_epochs=data.total_epochs, callbacks=list(callbacks), **options)
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     return module
 
@@ -46,7 +45,7 @@ class Seen:
         self.train: list[torch.Tensor] = []
         self.eval: list[torch.Tensor] = []
         module.net.register_forward_pre_hook(
-            lambda net, args: (self.train if net.training else self.eval).append(args[0].clone())
+            lambda net, args: (self.eval if module.trainer.validating else self.train).append(args[0].clone())
         )
 
 
@@ -87,11 +86,11 @@ def noise(x: torch.Tensor) -> torch.Tensor:
     return x + torch.randn_like(x)
 
 
-@pytest.mark.parametrize("strategy", [lambda: ExperienceReplay(16), lambda: DER(16, beta=0.5), None])
+@pytest.mark.parametrize("strategy", [lambda: DER(16, beta=0.5), None])
 def test_a_resumed_run_augments_as_one_that_was_not_stopped(strategy, tmp_path: Path) -> None:
     def run(folder: str, ckpt_path=None):
         callbacks = [strategy()] if strategy else []
-        checkpoint = StreamCheckpoint(tmp_path / folder, every_n_steps=3, keep=100)
+        checkpoint = StreamCheckpoint(tmp_path / folder, every_n_steps=7, keep=100)
         return fit(stream_with(noise), *callbacks, checkpoint, ckpt_path=ckpt_path, epochs=2)
 
     whole = run("whole")

@@ -37,7 +37,8 @@ def fit(schedule, *, callbacks=(), ckpt_path=None, trainer=(), **data):
     module = Classifier(MLP(stream.input_shape, stream.n_classes, hidden=(8,)), optimizer=ADAM, scheduler=schedule)
     module_data = StreamDataModule(stream, batch_size=8, **{"epochs": [1, 3, 2], **data})
     rates = Rates()
-    settings = {**QUIET, "enable_checkpointing": True, **dict(trainer)}
+    saves = any(isinstance(callback, StreamCheckpoint) for callback in callbacks)
+    settings = {**QUIET, "enable_checkpointing": saves, **dict(trainer)}
     trainer = pl.Trainer(max_epochs=module_data.total_epochs, callbacks=[rates, *callbacks], **settings)
     trainer.fit(module, datamodule=module_data, ckpt_path=ckpt_path, weights_only=True)
     return module, rates.seen, module_data.experience_steps
@@ -113,7 +114,7 @@ def test_a_resumed_run_has_the_rates_and_bits_of_one_that_was_not_stopped(
     tmp_path: Path, span: str, reset: bool
 ) -> None:
     def run(folder: Path, ckpt_path: Path | None = None):
-        callbacks = [StreamCheckpoint(folder, every_n_steps=3, keep=100), *([ResetOptimizer()] if reset else [])]
+        callbacks = [StreamCheckpoint(folder, every_n_steps=7, keep=100), *([ResetOptimizer()] if reset else [])]
         return fit(LearningRate("cosine", warmup=2, span=span), callbacks=callbacks, ckpt_path=ckpt_path)  # type: ignore[arg-type]
 
     whole, rates, steps = run(tmp_path / "whole")

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from clkit.models.classifier import Classifier as Classifier
     from clkit.run.checkpoint import StreamCheckpoint as StreamCheckpoint
     from clkit.run.progress import StreamProgress as StreamProgress
+    from clkit.run.trained import load as load
 
 follow_lightning()
 
@@ -53,6 +54,7 @@ _PUBLIC = {
     "StreamDataModule": "clkit.data.datamodule",
     "StreamProgress": "clkit.run.progress",
     "TrainOnly": "clkit.method.train_only",
+    "load": "clkit.run.trained",
 }
 __all__ = sorted(_PUBLIC)
 __getattr__, __dir__ = lazy_exports(__name__, _PUBLIC)

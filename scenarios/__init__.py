@@ -8,6 +8,7 @@ from clkit.lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
     from .avalanche import AvalancheStream as AvalancheStream
+    from .image_folder import ImageFolder as ImageFolder
     from .instructions import Instructions as Instructions
     from .permuted import Permuted as Permuted
     from .rotated import Rotated as Rotated
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "AvalancheStream": ".avalanche",
+    "ImageFolder": ".image_folder",
     "Instructions": ".instructions",
     "Permuted": ".permuted",
     "Rotated": ".rotated",

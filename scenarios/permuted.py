@@ -12,6 +12,7 @@ from clkit.errors import check_whole
 from clkit.rng import private_rng
 
 from .sources import PERMUTATION, choose, load
+from .transforms import Transforms
 
 KINDS = ("domain-incremental", "task-incremental")
 
@@ -31,6 +32,8 @@ class Permuted(Stream):
         data_root: Folder with the dataset's files in torchvision's layout (not needed for digits).
         download: Download missing files to ``data_root``.
         val_fraction: Share of every class's training images that becomes validation data, in [0, 1).
+        transform: See :class:`~clkit.scenarios.Split`.
+        augment: See :class:`~clkit.scenarios.Split`.
 
     Raises:
         ConfigurationError: If a name is unknown, a number is out of range, or the dataset cannot be read or downloaded.
@@ -50,13 +53,22 @@ class Permuted(Stream):
         data_root: str = "data",
         download: bool = False,
         val_fraction: float = 0.0,
+        transform: Transforms | None = None,
+        augment: str | Transforms | None = None,
     ) -> None:
         choose("kind", kind, KINDS)
         check_whole("n_experiences", n_experiences, 1)
-        images = load(dataset, seed=seed, data_root=data_root, download=download, val_fraction=val_fraction)
-        n_pixels = images.x[0, 0].numel()
+        images = load(
+            dataset,
+            seed=seed,
+            data_root=data_root,
+            download=download,
+            val_fraction=val_fraction,
+            transform=transform,
+            augment=augment,
+        )
         rngs = [private_rng(seed, PERMUTATION, k) for k in range(n_experiences)]
-        orders = [torch.from_numpy(rng.permutation(n_pixels)) for rng in rngs]
+        orders = [torch.from_numpy(rng.permutation(images.n_pixels)) for rng in rngs]
         super().__init__(
             (
                 images.experience(
@@ -70,6 +82,7 @@ class Permuted(Stream):
             name=f"permuted_{dataset}",
             kind=kind,
             n_classes=images.n_classes,
+            augment=images.augment,
         )
 
 

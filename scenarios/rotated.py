@@ -14,6 +14,7 @@ from clkit.errors import ConfigurationError, check_whole
 
 from .permuted import KINDS
 from .sources import choose, load
+from .transforms import Transforms
 
 
 class Rotated(Stream):
@@ -31,6 +32,8 @@ class Rotated(Stream):
         data_root: Folder with the dataset's files in torchvision's layout (not needed for digits).
         download: Download missing files to ``data_root``.
         val_fraction: Share of every class's training images that becomes validation data, in [0, 1).
+        transform: See :class:`~clkit.scenarios.Split`.
+        augment: See :class:`~clkit.scenarios.Split`.
 
     Raises:
         ConfigurationError: If a name is unknown, a number is out of range, or the dataset cannot be read or downloaded.
@@ -49,6 +52,8 @@ class Rotated(Stream):
         data_root: str = "data",
         download: bool = False,
         val_fraction: float = 0.0,
+        transform: Transforms | None = None,
+        augment: str | Transforms | None = None,
     ) -> None:
         choose("kind", kind, KINDS)
         if angles is None:
@@ -56,7 +61,15 @@ class Rotated(Stream):
             angles = [180 * k / n_experiences for k in range(n_experiences)]
         elif isinstance(angles, str) or not all(isinstance(angle, (int, float)) for angle in angles):
             raise ConfigurationError(f"angles={angles!r} is not possible; list one number of degrees per experience.")
-        images = load(dataset, seed=seed, data_root=data_root, download=download, val_fraction=val_fraction)
+        images = load(
+            dataset,
+            seed=seed,
+            data_root=data_root,
+            download=download,
+            val_fraction=val_fraction,
+            transform=transform,
+            augment=augment,
+        )
         super().__init__(
             (
                 images.experience(
@@ -70,6 +83,7 @@ class Rotated(Stream):
             name=f"rotated_{dataset}",
             kind=kind,
             n_classes=images.n_classes,
+            augment=images.augment,
         )
 
 

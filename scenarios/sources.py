@@ -12,10 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clkit.data.augment import Augment
 from clkit.data.datasets import BatchTransform, InMemoryDataset
 from clkit.data.stream import Experience
 from clkit.errors import ConfigurationError, check_whole, suggest
 from clkit.rng import private_rng
+
+from .transforms import Transforms, augmentation, fixed
 
 # Distinct from the tags of the core, so that equal seeds never give equal draws
 TEST_SPLIT, VAL_SPLIT, CLASS_ORDER, PERMUTATION = range(11, 15)
@@ -51,6 +54,8 @@ class Images:
         val: Rows for validation.
         test: Rows for testing.
         normalize: Map from stored images to model inputs, ``float32``, of the same shape.
+        transform: Map of stored images that comes before all else; none when ``None``.
+        augment: Random map of model inputs for training; none when ``None``.
     """
 
     x: Tensor
@@ -59,6 +64,14 @@ class Images:
     val: Tensor
     test: Tensor
     normalize: BatchTransform
+    transform: BatchTransform | None = None
+    augment: Augment | None = None
+
+    @property
+    def n_pixels(self) -> int:
+        """Pixels of a channel, as inputs have them."""
+        image = self.x[:1] if self.transform is None else self.transform(self.x[:1])
+        return image[0, 0].numel()
 
     @property
     def n_classes(self) -> int:
@@ -87,7 +100,9 @@ class Images:
         """
         labels = self.y if labels is None else labels
         belongs = torch.ones_like(self.y, dtype=torch.bool) if of_classes is None else torch.isin(self.y, of_classes)
-        transform = self.normalize if view is None else partial(_in_turn, view, self.normalize)
+        transform = self.normalize if view is None else chained(view, self.normalize)
+        if self.transform is not None:
+            transform = chained(self.transform, transform)
 
         def part(rows: Tensor) -> InMemoryDataset:
             return InMemoryDataset(self.x, labels, indices=rows[belongs[rows]], transform=transform, task=task)
@@ -104,7 +119,14 @@ class Images:
 
 
 def load(
-    dataset: str, *, seed: int = 0, data_root: str = "data", download: bool = False, val_fraction: float = 0.0
+    dataset: str,
+    *,
+    seed: int = 0,
+    data_root: str = "data",
+    download: bool = False,
+    val_fraction: float = 0.0,
+    transform: Transforms | None = None,
+    augment: str | Transforms | None = None,
 ) -> Images:
     """Load a dataset by name: digits, mnist, fashion_mnist, cifar10 or cifar100.
 
@@ -115,6 +137,8 @@ def load(
         data_root: Folder with the files in torchvision's layout.
         download: Download missing files to ``data_root``.
         val_fraction: Share of every class's training images that becomes validation data, in [0, 1).
+        transform: See :class:`Split`.
+        augment: See :class:`Split`.
 
     Raises:
         ConfigurationError: If the name is unknown, a number is out of range or the files cannot be read or downloaded.
@@ -128,10 +152,12 @@ def load(
         train, test = torch.arange(len(y)).tensor_split([n_train])
     else:
         x, y = _read_digits()
-        train, test = _hold_out(y, torch.arange(len(y)), DIGITS_TEST_FRACTION, private_rng(seed, TEST_SPLIT))
-    train, val = _hold_out(y, train, val_fraction, private_rng(seed, VAL_SPLIT))
-    mean, std = (source.peak * torch.tensor(values)[:, None, None] for values in (source.mean, source.std))
-    return Images(x, y, train, val, test, partial(_normalize, mean=mean, scale=1 / std))
+        train, test = hold_out(y, torch.arange(len(y)), DIGITS_TEST_FRACTION, private_rng(seed, TEST_SPLIT))
+    train, val = hold_out(y, train, val_fraction, private_rng(seed, VAL_SPLIT))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (source.mean, source.std))
+    normal = partial(normalize, mean=source.peak * mean, scale=1 / (source.peak * std))
+    change = augmentation(augment, mean, std)
+    return Images(x, y, train, val, test, normal, None if transform is None else fixed(transform, x[:4]), change)
 
 
 def choose(what: str, value: Any, options: Sequence[str]) -> str:
@@ -220,7 +246,8 @@ def _read(source: _Source, root: Path, download: bool) -> tuple[Tensor, Tensor, 
     return x, torch.cat([torch.as_tensor(part.targets) for part in parts]), len(parts[0])
 
 
-def _hold_out(y: Tensor, rows: Tensor, fraction: float, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+def hold_out(y: Tensor, rows: Tensor, fraction: float, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Split rows into two: the rest, and a share of every class of ``y``."""
     held = torch.zeros_like(y, dtype=torch.bool)
     for label in torch.unique(y):
         members = rows[y[rows] == label]
@@ -229,8 +256,14 @@ def _hold_out(y: Tensor, rows: Tensor, fraction: float, rng: np.random.Generator
     return rows[~held[rows]], rows[held[rows]]
 
 
-def _normalize(x: Tensor, *, mean: Tensor, scale: Tensor) -> Tensor:
+def normalize(x: Tensor, *, mean: Tensor, scale: Tensor) -> Tensor:
+    """Return ``(x - mean) * scale``."""
     return (x - mean).mul_(scale)
+
+
+def chained(first: BatchTransform, then: BatchTransform) -> BatchTransform:
+    """Return two maps as one that can be pickled."""
+    return partial(_in_turn, first, then)
 
 
 def _in_turn(first: BatchTransform, then: BatchTransform, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from clkit.data.stream import Kind, Stream
 from clkit.errors import ConfigurationError
 
 from .sources import choose, divide_classes, load, order_classes
+from .transforms import Transforms
 
 KINDS = ("class-incremental", "task-incremental", "domain-incremental")
 
@@ -34,6 +35,11 @@ class Split(Stream):
         data_root: Folder with the dataset's files in torchvision's layout (not needed for digits).
         download: Download missing files to ``data_root``.
         val_fraction: Share of every class's training images that becomes validation data, in [0, 1).
+        transform: Transforms of all stored images, ``uint8`` ``[B, C, H, W]`` before they are normalised, such as
+            ``[torchvision.transforms.v2.Resize(32)]``; the same each time.
+        augment: Random transforms of training images in every step, of replayed ones anew: ``"standard"`` (padded crop
+            and flip), ``"crop"``, ``"flip"``, or a list, such as ``[torchvision.transforms.v2.RandomErasing()]``, that
+            gets one image ``[C, H, W]`` with values in [0, 1]. Memories keep what has not been augmented.
 
     Raises:
         ConfigurationError: If a name is unknown, the classes cannot be divided as asked, a number is out of range, or
@@ -57,9 +63,19 @@ class Split(Stream):
         data_root: str = "data",
         download: bool = False,
         val_fraction: float = 0.0,
+        transform: Transforms | None = None,
+        augment: str | Transforms | None = None,
     ) -> None:
         choose("kind", kind, KINDS)
-        images = load(dataset, seed=seed, data_root=data_root, download=download, val_fraction=val_fraction)
+        images = load(
+            dataset,
+            seed=seed,
+            data_root=data_root,
+            download=download,
+            val_fraction=val_fraction,
+            transform=transform,
+            augment=augment,
+        )
         title = "Split" + dataset.title().replace("_", "")
         order = order_classes(title, images.n_classes, class_order, seed)
         sizes = divide_classes(title, len(order), n_experiences, classes_per_experience)
@@ -87,6 +103,7 @@ class Split(Stream):
             name=f"split_{dataset}",
             kind=kind,
             n_classes=sizes[0] if domains else images.n_classes,
+            augment=images.augment,
         )
 
 
@@ -108,5 +125,10 @@ class SplitDigits(Split):
 def _name(classes: list[int]) -> str:
     if classes == list(range(classes[0], classes[0] + len(classes))):
         return "-".join(str(label) for label in sorted({classes[0], classes[-1]}))
+    return name_of(classes)
+
+
+def name_of(classes: Sequence[int | str]) -> str:
+    """Return the name of an experience that brings these classes."""
     shown = " ".join(str(label) for label in classes[:4])
     return shown if len(classes) <= 4 else f"{shown} +{len(classes) - 4}"

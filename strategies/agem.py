@@ -72,6 +72,7 @@ class AGEM(Strategy):
         if batch is None or not params:
             return
         batch = move_data_to_device(local_share(trainer, batch), pl_module.device)
+        batch = stream_data(trainer).augmented(batch)
         reference = loss_gradient(trainer, pl_module, params, batch)
         gradient = flatten(p.grad for p in params)
         product, norm = gradient @ reference, reference @ reference

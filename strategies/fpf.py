@@ -130,7 +130,9 @@ class _Finetuning(Strategy):
         if self.lr is not None:
             return self.lr
         optimizer = trainer.optimizers[0]
-        return 0.5 * float(optimizer.param_groups[0]["lr"]) if isinstance(optimizer, torch.optim.SGD) else 0.05
+        group = optimizer.param_groups[0]
+        # a schedule may have brought it to 0 at an experience's end
+        return 0.5 * float(group.get("initial_lr", group["lr"])) if isinstance(optimizer, torch.optim.SGD) else 0.05
 
     def _prefix(self, module: LightningModule, memory: Any, size: int) -> Callable[[Tensor], Any]:
         """What a phase's forward on some rows runs in: frozen first modules are computed once for all rows."""
@@ -175,8 +177,8 @@ class FPF(_Finetuning):
         steps: Steps in a phase, at least 0.
         batch_size: Samples of a step, drawn uniformly; with replacement from a smaller memory.
         when: ``"end"``, after the last experience, or ``"experience"``, after each.
-        lr: First learning rate; when ``None``, half of the main optimizer's current one if that is plain SGD, and 0.05
-            otherwise, as an adaptive optimizer's rate says nothing about SGD's.
+        lr: First learning rate; when ``None``, half of the main optimizer's (before its schedule) if that is SGD, and
+            0.05 otherwise, as an adaptive optimizer's rate says nothing about SGD's.
         momentum: Of the phase's SGD.
         clip: Largest gradient norm; not clipped when ``None``.
         restart: Forget the main optimizer's state (momentum) of the chosen modules after a phase.

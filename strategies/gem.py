@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from clkit.data.batch import concatenate, local_share
 from clkit.data.columns import unnamed
+from clkit.data.datamodule import stream_data
 from clkit.data.stream import Experience
 from clkit.errors import ConfigurationError, check_whole
 from clkit.method.gradient import add_to_gradients, check_automatic, flatten, loss_gradient, with_gradient
@@ -80,6 +81,7 @@ class GEM(Strategy):
         if not self.memories or not params:
             return
         shares = [move_data_to_device(local_share(trainer, memory), pl_module.device) for memory in self.memories]
+        shares = [stream_data(trainer).augmented(share) for share in shares]
         references = torch.stack([loss_gradient(trainer, pl_module, params, share) for share in shares])
         gradient = flatten(p.grad for p in params)
         weights = self.weights(gradient, references)

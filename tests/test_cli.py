@@ -260,3 +260,88 @@ def test_run_names_are_readable() -> None:
     assert run_name("") == "default"
     assert run_name("seed=1,strategy=ewc") == "seed=1,strategy=ewc"
     assert run_name("strategy=[er,ewc]").startswith("strategy=er,ewc-")
+
+
+def listed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["list", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_list_has_adapters_and_styles_and_keeps_brackets(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert "lora_lm" in listed(capsys, "adapters")
+    assert "asd" in listed(capsys, "styles")
+    assert "strategy=[er,fpf]" in listed(capsys, "strategies")
+    assert "needs clkit[lora]" in listed(capsys, "adapters")
+
+
+OWN_METHOD = """
+from clkit import Strategy
+
+class Mine(Strategy):
+    def __init__(self, strength=1.0):
+        self.strength = strength
+"""
+
+
+@pytest.fixture
+def own_configs(tmp_path: Path) -> Path:
+    """A folder with a config folder of one's own, and a method beside it that is no installed package."""
+    (tmp_path / "mine_for_clkit.py").write_text(OWN_METHOD)
+    for group, name, text in (
+        ("strategy", "mine", "# @package strategy.mine\n# My [own].\n_target_: mine_for_clkit.Mine\nstrength: 2.0\n"),
+        ("strategy", "_private", "strength: 2.0\n"),
+        ("experiment", "first", "# @package _global_\ndefaults:\n  - override /strategy: mine\n"),
+    ):
+        (tmp_path / "own" / group).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "own" / group / f"{name}.yaml").write_text(text)
+    return tmp_path
+
+
+def test_a_folder_of_ones_own_is_listed_without_its_private_names(
+    own_configs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(own_configs)
+    found = listed(capsys, "--config-dir", "own", "strategies")
+    assert "My [own]." in found
+    assert "_private" not in found
+    assert "derpp" in found
+    assert main(["list", "--config-dir", "none"]) == 2
+    assert "none is no directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--config-dir=own", "hydra.searchpath=[file://own]"])
+def test_a_folder_of_ones_own_and_the_method_beside_it_are_trained(own_configs: Path, option: str) -> None:
+    small = ["trainer=cpu", "experiences=2", "data.steps=2", "evaluation.every=2", "logger=none"]
+    trained = clkit("train", option, "experiment=first", *small, "hydra.run.dir=run", cwd=own_configs)
+    assert trained.returncode == 0, trained.stderr
+    config = (own_configs / "run" / ".hydra" / "config.yaml").read_text()
+    assert "_target_: mine_for_clkit.Mine" in config
+    unknown = clkit("train", option, "strategy=mien", cwd=own_configs)
+    assert "did you mean mine?" in unknown.stderr
+
+
+def test_help_shows_ones_own_groups_and_no_private_names(own_configs: Path) -> None:
+    said = clkit("train", "--config-dir=own", "--help", cwd=own_configs).stdout
+    groups = dict(line.split(": ", 1) for line in said.split("== Config ==")[0].splitlines() if ": " in line)
+    assert "mine" in groups["strategy"].split(", ")
+    assert not [name for names in groups.values() for name in names.split(", ") if name.startswith("_")]
+    assert "defaults" not in groups
+
+
+def test_the_processes_of_a_distributed_run_find_the_same_configs(
+    own_configs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr("clkit.run.train.run", lambda *args, **kwargs: started.append(list(sys.argv)))
+    monkeypatch.chdir(own_configs)
+    assert main(["train", "--config-dir=own", "hydra.searchpath=[pkg://clkit.conf]", "strategy=mine", "seed=3"]) == 0
+    assert started[0][1:] == [
+        "train",
+        f"--config-dir={own_configs / 'own'}",
+        "hydra.searchpath=[pkg://clkit.conf]",
+        "strategy=mine",
+        "seed=3",
+    ]

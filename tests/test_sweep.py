@@ -23,7 +23,7 @@ from clkit.report import write_report
 from clkit.report.runs import missing_runs
 from clkit.run.cli import main
 from clkit.run.folder import Attempt, Busy, attempt, attempts, fruitless, hold, is_held, last_lines
-from clkit.run.sweep import Cell, cells_in, plans, seconds_left
+from clkit.run.sweep import Cell, Plan, cells_in, plans, seconds_left
 from clkit.run.sweep_status import show_status
 
 LONG = [*SMALL[:2], "data.epochs=30", "evaluation.every=1", *SMALL[4:], "checkpoint.every_n_steps=null"]
@@ -181,6 +181,87 @@ def test_status_shows_where_a_run_is_and_when_it_will_be_done(tmp_path: Path) ->
     show_status(tmp_path, Console(file=out, width=120), live=False)
     assert "stopped" in out.getvalue()
     assert "70/100" in out.getvalue()
+
+
+def test_a_resumed_run_is_where_its_checkpoint_is_until_it_writes_itself(tmp_path: Path) -> None:
+    now = time.time()
+    write_run(tmp_path / "a", 70, now)
+    history = tmp_path / "a" / "history.csv"
+    with hold(tmp_path / "a"):
+        os.utime(history, (now - 100, now - 100))  # of the attempt before
+        cell = Cell.read(tmp_path / "a")
+        assert (cell.status, cell.experience, cell.step) == ("running", 1, 10)
+        (tmp_path / "a" / "checkpoints").mkdir()
+        (tmp_path / "a" / "checkpoints" / "step=000000051.ckpt").touch()
+        cell = Cell.read(tmp_path / "a")
+        assert (cell.experience, cell.step) == (2, 51)
+        os.utime(history, (now, now))
+        assert Cell.read(tmp_path / "a").step == 70
+        # evaluations are rare: the checkpoint knows more
+        (tmp_path / "a" / "checkpoints" / "step=000000090.ckpt").touch()
+        assert Cell.read(tmp_path / "a").step == 90
+
+
+def test_a_finished_run_has_done_all_its_steps(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", 100, time.time())
+    (tmp_path / "a" / "metrics.json").write_text('{"complete": true}')
+    (cell,) = cells_in(tmp_path)
+    assert (cell.status, cell.experience, cell.step, cell.steps) == ("done", 2, 100, 100)
+
+
+def age(folder: Path, command: str, **changes: object) -> None:
+    """Let the plan of a command be older than all others, and of a process that is gone."""
+    for path in (folder / ".sweeps").glob("*.json"):
+        plan = json.loads(path.read_text())
+        if plan["command"] == [command]:
+            path.write_text(json.dumps({**plan, **changes}))
+            os.utime(path, (1, 1))
+
+
+def test_what_an_earlier_command_never_started_is_no_ghost(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    Plan(tmp_path, ("wrong",), {"x": ("lr=1",), "y": ("lr=2",)}).save()
+    Plan(tmp_path, ("right",), {"z": ("lr=3",)}).save()
+    assert len(cells_in(tmp_path)) == 3  # both commands run: in this process
+    age(tmp_path, "wrong", pid=gone.pid)
+    assert [cell.folder.name for cell in cells_in(tmp_path)] == ["z"]
+    assert missing_runs(tmp_path) == [tmp_path / "z"]
+    write_run(tmp_path / "y", 70, time.time())
+    assert {cell.folder.name for cell in cells_in(tmp_path)} == {"y", "z"}
+    # the command of a dead process is waited for as long as no other was started in its place
+    age(tmp_path, "right", pid=gone.pid)
+    os.utime(next(p for p in (tmp_path / ".sweeps").iterdir() if "right" in p.read_text()))
+    assert statuses(tmp_path) == ["running", "waiting"]
+
+
+def test_runs_of_a_sweep_below_and_replaced_ones_are_not_counted(tmp_path: Path) -> None:
+    now = time.time()
+    Plan(tmp_path, ("here",), {"a": ("seed=0",)}).save()
+    Plan(tmp_path / "other", ("there",), {"seed=1": ("seed=1",)}).save()
+    for name in ("a", "other/seed=1", "a/.replaced/1", "group/b", "group2/b"):
+        write_run(tmp_path / name, 70, now)
+    assert [cell.folder for cell in cells_in(tmp_path)] == [tmp_path / name for name in ("a", "group/b", "group2/b")]
+    out = io.StringIO()
+    show_status(tmp_path, Console(file=out, width=120), live=False)
+    assert "group2/b" in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        (["data.epochs=[1,2]"], [23, 46]),  # 721 and 717 samples in batches of 32
+        (["data.epochs=[2,1]", "strategy=cumulative"], [46, 45]),  # then all 1438
+        (["data.steps=[7,3]", "trainer.accumulate_grad_batches=2"], [7, 3]),
+        (["data.steps=[7,3]", "trainer.max_epochs=1"], [7, 0]),
+    ],
+)
+def test_the_steps_of_a_run_are_those_that_it_takes(tmp_path: Path, settings: list[str], steps: list[int]) -> None:
+    small = [*SMALL, "data.epochs=1", "trainer.enable_progress_bar=false", *settings]
+    assert main(["train", *small, f"hydra.run.dir={tmp_path / 'run'}"]) == 0
+    (cell,) = cells_in(tmp_path)
+    assert list(cell.tried[-1].steps) == steps
+    assert cell.step == cell.steps == sum(steps)
 
 
 def test_the_time_left_counts_what_waits(tmp_path: Path) -> None:

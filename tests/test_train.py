@@ -17,9 +17,10 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from clkit import ConfigurationError, ResetOptimizer, StabilityGap, StreamCheckpoint, StreamProgress
-from clkit.run.checkpoint import latest_checkpoint, step_of
+from clkit.run.checkpoint import latest_checkpoint
 from clkit.run.cli import main
 from clkit.run.config_check import check
+from clkit.run.folder import step_of
 from clkit.run.plugins import choices
 from clkit.run.train import build, fingerprint, run
 from clkit.strategies import EWC, ExperienceReplay
@@ -42,6 +43,8 @@ def every_config() -> list[str]:
         "experiment",
         "adapter",
         "styles",
+        "optimizer",
+        "scheduler",
     )
     return [f"{group}={choice.name}" for group in groups for choice in choices(group) if choice.origin == "clkit"]
 

@@ -10,6 +10,8 @@ contestants take turns within one training run; numbers are medians, ratios are 
 - cached: with LoRA (peft's) in the last third of the ViT, with the frozen prefix replayed over without.
 - asynchronous: a whole training with evaluation in another process, at the shortest period that it keeps up with, over
   one without evaluation. It needs a second, idle core.
+- memory: 4 x 1000 images of 224 pixels, all decoded on the device, the default limit, and none held; the network is
+  pooling and one layer, so that the difference is as large as it can be, then a ResNet-18 on 4 x 40 of them.
 - history: 100,000 evaluations of 20 experiences, written, read and drawn.
 """
 
@@ -25,6 +27,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from bench_train import unpack_debian
@@ -35,7 +38,7 @@ from torch.utils.data import Subset, TensorDataset
 
 from clkit import Classifier, InMemoryDataset, StabilityGap, Stream, StreamDataModule
 from clkit.metrics.history import History, HistoryWriter
-from clkit.models.networks import MLP, slim_resnet18, tiny_vit
+from clkit.models.networks import MLP, build_network, slim_resnet18, tiny_vit
 from clkit.report.figures import save, stability_gap_figure
 from clkit.scenarios import Split
 
@@ -54,6 +57,7 @@ class TimedGap(StabilityGap):
 
     def __init__(self, rival: Rival | None = None, **settings: object) -> None:
         self.rival = rival
+        self.last = 4
         self.own: list[float] = []
         self.other: list[float] = []
         common = {"subset": SAMPLES, "batch_size": CHUNK, "plot": False, "flush_every": 1, "zero_shot": False}
@@ -63,7 +67,7 @@ class TimedGap(StabilityGap):
         start = time.perf_counter()
         super().on_train_batch_end(trainer, pl_module, *rest)
         middle = time.perf_counter()
-        if trainer.datamodule.experience.index < 4:
+        if trainer.datamodule.experience.index < self.last:
             return
         self.own.append(middle - start)
         if self.rival is not None:
@@ -132,17 +136,22 @@ def fit(net: nn.Module, parts: Parts, callbacks: list[pl.Callback], steps: int) 
         def on_train_batch_start(self, *args: object) -> None:
             times.append(time.perf_counter())
 
+    train(data, Classifier(net, n_classes=10), [Clock(), *callbacks])
+    return times[-1] - times[5]
+
+
+def train(data: StreamDataModule, module: pl.LightningModule, callbacks: list[pl.Callback]) -> None:
+    """Train on one thread of the CPU."""
     trainer = pl.Trainer(
         max_epochs=data.total_epochs,
-        callbacks=[Clock(), *callbacks],
+        callbacks=callbacks,
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(Classifier(net, n_classes=10), datamodule=data)
-    return times[-1] - times[5]
+    trainer.fit(module, datamodule=data)
 
 
 def seconds(build: Callable[[], nn.Module], parts: Parts, rival: Rival, rounds: int) -> tuple[float, float]:
@@ -188,6 +197,30 @@ def asynchronous(build: Callable[[], nn.Module], parts: Parts, rounds: int) -> t
     return period, statistics.median(with_evaluation) / statistics.median(without)
 
 
+LIMITS: dict[str, int | None] = {"all held": None, "default limit": 2**30, "none held": 0}
+
+
+def memory(net: nn.Module, samples: int, rounds: int) -> dict[str, tuple[float, float]]:
+    """Median seconds of an evaluation of four experiences of images, in turns, and MiB held, for each of LIMITS."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(256, (samples, 3, 224, 224), dtype=torch.uint8, generator=generator)
+    y = torch.randint(10, (samples,), generator=generator)
+    sets = [InMemoryDataset(x.clone(), y, transform=lambda x: (x - 127.5) / 73.0) for _ in range(4)]
+    few = [Subset(part, range(4)) for part in sets]
+    stream = Stream.from_datasets(few, sets, n_classes=10, kind="domain-incremental")
+    data = StreamDataModule(stream, batch_size=4, steps=[1, 1, 1, rounds + 1])
+    with tempfile.TemporaryDirectory() as folder:
+        # the last experience alone is timed
+        gaps = {n: TimedGap(dir=f"{folder}/{n}", name=n, subset=None, subset_limit=m) for n, m in LIMITS.items()}
+        for gap in gaps.values():
+            gap.last = 3
+        train(data, Classifier(net, n_classes=10), list(gaps.values()))
+        first, *others = [gap.history.scores for gap in gaps.values()]
+        assert all(np.array_equal(first, other, equal_nan=True) for other in others)
+        held = {n: gap._held_out.subsets.n_bytes / 2**20 for n, gap in gaps.items()}
+        return {n: (statistics.median(gap.own[1:]), held[n]) for n, gap in gaps.items()}
+
+
 def history(evaluations: int = 100_000, experiences: int = 20) -> dict[str, str]:
     """Write, read and draw a long history."""
     with tempfile.TemporaryDirectory() as folder:
@@ -214,12 +247,28 @@ def history(evaluations: int = 100_000, experiences: int = 20) -> dict[str, str]
         }
 
 
+def show_memory(console: Console, rounds: int) -> None:
+    """Measure and print what the limit of held samples saves and costs."""
+    pooled = nn.Sequential(nn.AvgPool2d(32), nn.Flatten(), nn.Linear(147, 10))
+    costs = Table("network", "samples", "limit", "held", "evaluation", "over all held")
+    for name, net, samples in (
+        ("pooling", pooled, 1000),
+        ("ResNet-18", build_network("resnet18", (3, 224, 224), 10), 40),
+    ):
+        found = memory(net, samples, rounds)
+        for limit, (took, held) in found.items():
+            ratio = took / found["all held"][0]
+            costs.add_row(name, f"4 x {samples}", limit, f"{held:.0f} MiB", f"{took:.2f} s", f"{ratio:.2f}")
+    console.print(costs)
+
+
 def main() -> None:
     """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", default="data")
     parser.add_argument("--unpack-debian", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only-memory", action="store_true")
     args = parser.parse_args()
     if args.unpack_debian:
         unpack_debian(Path(args.data_root))
@@ -227,6 +276,9 @@ def main() -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    if args.only_memory:
+        show_memory(Console(), args.rounds)
+        return
     stream = Split("fashion_mnist", data_root=args.data_root)
     parts = [experience.test.batch(torch.arange(SAMPLES)) for experience in stream]
 
@@ -247,6 +299,7 @@ def main() -> None:
     )
     period, ratio = asynchronous(NETWORKS["MLP 784-400-400-10"], parts, 3)
     console.print(f"asynchronous, MLP, every {period} steps: {ratio:.2f} of the training time without evaluation")
+    show_memory(console, args.rounds)
     console.print("history of 100,000 evaluations of 20 experiences:", history())
 
 

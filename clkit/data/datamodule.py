@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from typing import Any, cast
 
 import pytorch_lightning as pl
@@ -19,6 +20,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
+from clkit.data.augment import seeded, with_inputs
 from clkit.data.batch import labels_tokens
 from clkit.data.check import check_lone_sample, check_samples
 from clkit.data.checkpoint_io import CLOCK, VerifiedCheckpointIO
@@ -115,6 +117,7 @@ class StreamDataModule(pl.LightningDataModule):
         self._max_epochs: int | None = None
         self.keep_memory = keep_memory
         self.train_sets: list[Dataset[Any]] = [experience.train for experience in stream]
+        self._augmented, self._augmented_at = 0, (-1, -1)
         self._known_fingerprint = ""
         self._set_up_as: dict[str, Any] = {}
         self._runner: HookRunner | None = None
@@ -170,6 +173,12 @@ class StreamDataModule(pl.LightningDataModule):
         that optimizes manually is taken to step on every batch.
         """
         return [sum(map(self._epoch_steps, span)) for span in self._plan.spans]
+
+    @property
+    def planned_steps(self) -> list[int]:
+        """Optimizer steps of each experience, as far as the trainer goes through the stream."""
+        ends = [min(end, self.total_steps) for end in accumulate(self.experience_steps)]
+        return [end - start for start, end in pairwise([0, *ends])]
 
     def _epoch_steps(self, epoch: int) -> int:
         batches = self._limited(self._epoch_batches(epoch))
@@ -370,6 +379,21 @@ class StreamDataModule(pl.LightningDataModule):
             )
         if planned < self.total_epochs:
             rank_zero_warn(f"max_epochs={planned} ends before the stream does ({self.total_epochs} epochs).")
+
+    def augmented(self, batch: Any) -> Any:
+        """Return a batch with its inputs augmented, as the stream's ``augment`` does it, for the current training step.
+
+        What comes out is a function of the seed, the batch's number, the process, and how many batches have been
+        augmented in this step: a resumed run does the same.
+        """
+        if self.stream.augment is None or self.trainer is None:
+            return batch
+        place = (self.trainer.current_epoch, self.trainer.fit_loop.batch_idx)
+        self._augmented = 1 + (self._augmented if place == self._augmented_at else 0)
+        self._augmented_at = place
+        seeds = private_rng(self.seed, 40, *place, self.trainer.global_rank, self._augmented)
+        with seeded(int(seeds.integers(2**32))):
+            return with_inputs(batch, self.stream.augment)
 
     def warn_of_processes(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Warn where several processes do not train as one does; the trainer's batches are known by then."""

@@ -95,6 +95,22 @@ def read_batch(dataset: Dataset[Any], indices: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor[sent(indices, tensor.device)] for tensor in cast(TensorDataset, dataset).tensors)
 
 
+def in_memory(dataset: Dataset[Any], rows: Tensor) -> InMemoryDataset | None:
+    """Return the samples ``rows`` (``int64``) as they are stored, with the transform that makes inputs of them.
+
+    ``None`` for datasets that store no tensors and have no method ``in_memory(rows)`` that does this.
+    """
+    if isinstance(dataset, InMemoryDataset):
+        chosen = dataset.indices[rows]
+        x, y = (None if part is None else part[sent(chosen, part.device)] for part in (dataset.x, dataset.y))
+        assert x is not None
+        return InMemoryDataset(x, y, transform=dataset.transform, task=dataset.task)
+    if isinstance(dataset, Subset):
+        return in_memory(dataset.dataset, torch.as_tensor(dataset.indices)[rows])
+    own: Callable[[Tensor], InMemoryDataset] | None = getattr(dataset, "in_memory", None)
+    return None if own is None else own(rows)
+
+
 def stored(dataset: Dataset[Any], position: int) -> Tensor | None:
     """Return one part of all samples, ``[N, ...]``, where the dataset holds it as a tensor; ``None`` otherwise."""
     if isinstance(dataset, InMemoryDataset):

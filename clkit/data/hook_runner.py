@@ -39,6 +39,9 @@ class Clock(Protocol):
     def end_experience(self) -> None:
         """Let the current epoch be the last of its experience."""
 
+    def augmented(self, batch: Any) -> Any:
+        """Return a batch with its inputs augmented for the current step."""
+
     def check_plan(self) -> None:
         """Refuse a trainer with which an experience could not be learned to its end."""
 
@@ -78,7 +81,9 @@ class HookRunner(Callback):
         self.stream_clock.check_plan()
         if self.watch.rule is not None:
             self.watch.rule.check_module(pl_module)
-        extend_step(trainer, pl_module, callbacks_of(trainer, Hooks), lambda: self in callbacks_of(trainer))
+        augment = None if self.stream_clock.stream.augment is None else self.stream_clock.augmented
+        strategies = callbacks_of(trainer, Hooks)
+        extend_step(trainer, pl_module, strategies, lambda: self in callbacks_of(trainer), augment)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Lightning skips a loop that has nothing left to train, as after a kill between the last checkpoint and here;
@@ -141,6 +146,9 @@ class HookRunner(Callback):
             self.started = current
             self.watch.begin()
             self._run("on_experience_start", trainer, module, current)
+            for config in trainer.lr_scheduler_configs:
+                if hasattr(config.scheduler, "enter"):
+                    config.scheduler.enter(current)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.watch.rule is None:

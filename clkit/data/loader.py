@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
-from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from clkit.data.augment import seeded
 from clkit.data.batch import plain
 from clkit.data.datasets import can_slice, read_batch
 from clkit.rng import private_rng
@@ -129,9 +127,5 @@ class _SeededBatches(Dataset[Any]):
 
     def __getitem__(self, key: tuple[int, list[int]]) -> Any:
         seed, indices = key
-        with isolate_rng(include_cuda=False):
-            # torch.manual_seed would also reseed the accelerators, which the model draws from
-            torch.default_generator.manual_seed(seed)
-            np.random.seed(seed)
-            random.seed(seed)
+        with seeded(seed):
             return plain(self.collate_fn([self.dataset[i] for i in indices]))

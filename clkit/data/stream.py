@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
+from clkit.data.augment import Augment
 from clkit.data.columns import describe
 from clkit.data.datasets import (
     add_to_labels,
@@ -75,6 +76,8 @@ class Stream(Sequence[Experience]):
         kind: What changes from one experience to the next, and what is known at test time.
         n_classes: Number of classes over the whole stream (the size of the output layer); ``None`` without labels.
         collate_fn: Turns a list of samples into a batch; torch's default when ``None``.
+        augment: Maps training inputs ``x`` ``[B, ...]`` of ``(x, y, ...)`` batches to others, at random, in every
+            training step; strategies remember what has not been augmented, and what they replay is augmented anew.
 
     Raises:
         ConfigurationError: If there is no experience, an index is out of order, or the kind is unknown; if a set is
@@ -89,8 +92,10 @@ class Stream(Sequence[Experience]):
         kind: Kind,
         n_classes: int | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
+        augment: Augment | None = None,
     ) -> None:
         self._experiences = tuple(experiences)
+        self.augment = augment
         self.name, self.kind, self.n_classes, self.collate_fn = name, kind, n_classes, collate_fn
         check_choice("kind", kind, get_args(Kind))
         if not self._experiences:
@@ -217,7 +222,8 @@ class Stream(Sequence[Experience]):
         chosen = self._experiences[index]
         if [e.index for e in chosen] != list(range(len(chosen))):
             raise ConfigurationError(f"A slice of a stream starts at its first experience; got {index}.")
-        return Stream(chosen, name=self.name, kind=self.kind, n_classes=self.n_classes, collate_fn=self.collate_fn)
+        known = {"name": self.name, "kind": self.kind, "n_classes": self.n_classes, "collate_fn": self.collate_fn}
+        return Stream(chosen, **known, augment=self.augment)  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, {len(self)} experiences, {self.kind}, {self.n_classes} classes)"

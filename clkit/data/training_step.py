@@ -14,7 +14,11 @@ from clkit.data.hooks import Hooks, overrides
 
 
 def extend_step(
-    trainer: Trainer, module: LightningModule, strategies: Sequence[Hooks], active: Callable[[], bool]
+    trainer: Trainer,
+    module: LightningModule,
+    strategies: Sequence[Hooks],
+    active: Callable[[], bool],
+    augment: Callable[[Any], Any] | None = None,
 ) -> None:
     """Put the strategies' transforms and loss terms into the module's ``training_step``.
 
@@ -25,12 +29,13 @@ def extend_step(
         module: The module.
         strategies: The strategies, in their order.
         active: Tells whether they act now.
+        augment: Augments the batch before them all.
     """
     transforms = [s.transform_batch for s in strategies if overrides(s, "transform_batch")]
     terms = [s.loss_term for s in strategies if overrides(s, "loss_term")]
     hooks = ("transform_batch", "loss_term", "on_train_batch_start", "on_train_batch_end")
     copied = any(s.reads_batch and any(overrides(s, hook) for hook in hooks) for s in strategies)
-    if not terms and not copied:
+    if not terms and not copied and augment is None:
         return
     own_step = module.training_step
 
@@ -38,6 +43,8 @@ def extend_step(
     def training_step(batch: Any, *args: Any) -> Any:
         if not active():
             return own_step(batch, *args)
+        if augment is not None:
+            batch = augment(batch)
         for transform in transforms:
             batch = transform(trainer, module, batch)
         copies = Copies()

@@ -51,6 +51,10 @@ class EvaluatorChoice:
         """Whether evaluations are of copies of the weights."""
         return self.asynchronous or self.lazy or self.snapshots > 1
 
+    def in_process(self, device: torch.device) -> bool:
+        """Whether evaluations of a module on a device happen in a process of their own."""
+        return self.asynchronous and self.device is None and device.type == "cpu"
+
     def check(self, trainer: Trainer) -> None:
         """Refuse a trainer whose weights cannot be evaluated so.
 
@@ -79,7 +83,7 @@ class EvaluatorChoice:
                 "snapshots cannot follow; leave them out."
             )
         parts = (trainer, module, subsets, scorer)
-        if self.asynchronous and self.device is None and module.device.type == "cpu":
+        if self.in_process(module.device):
             return ProcessEvaluator(
                 *parts, use_prefix=self.prefix_cache, limit=self.prefix_cache_limit, queue=self.queue
             )

@@ -66,6 +66,9 @@ class StabilityGap(FreshStart):
         zero_shot: Also evaluate each experience before it is learned, for forward transfer and learning-curve area.
         windows: Window lengths, in evaluations, of the windowed metrics.
         batch_size: Samples in one evaluation forward.
+        subset_limit: Most bytes of the subsets to hold on the device as the network takes them; no limit when ``None``.
+            What is beyond stays beside the device as it is stored (images as ``uint8``), and is decoded and sent in
+            chunks of ``batch_size``; results are the same. ``asynchronous=True`` in another process holds all.
         prefix_cache: Compute the outputs of the frozen first part of the network only once
             (:class:`~clkit.evaluation.prefix.FrozenPrefix`); results are the same.
         prefix_cache_limit: Most bytes to keep for that.
@@ -105,6 +108,7 @@ class StabilityGap(FreshStart):
         zero_shot: bool = True,
         windows: Sequence[int] = (10, 100),
         batch_size: int = 500,
+        subset_limit: int | None = 2**30,
         prefix_cache: bool = True,
         prefix_cache_limit: int = 2**31,
         snapshots: int = 1,
@@ -124,6 +128,8 @@ class StabilityGap(FreshStart):
         for setting, value in least.items():
             if value is not None:
                 check_whole(setting, value, 1)
+        if subset_limit is not None:
+            check_whole("subset_limit", subset_limit, 0)
         for setting, chosen, known in (("split", split, ("test", "val")), ("mask", mask, get_args(Mask))):
             check_choice(setting, chosen, known)
         for window in windows:
@@ -143,6 +149,7 @@ class StabilityGap(FreshStart):
         self.score: Score = named(score)
         self.mask: Mask = mask
         self.batch_size, self.seed, self.flush_every = batch_size, seed, flush_every
+        self.subset_limit = subset_limit
         self._draws, self.view, self.name = plot, view, view if name is None else name
         self._divergence = Divergence(stop_on_nan)
         self._own_dir = None if dir is None else Path(dir)
@@ -232,7 +239,13 @@ class StabilityGap(FreshStart):
         self._names = [experience.name for experience in stream]
         self._clock.start(device)
         self._held_out = HeldOut(
-            trainer, pl_module, split=self.split, subset=self.subset, seed=self.seed, batch_size=self.batch_size
+            trainer,
+            pl_module,
+            split=self.split,
+            subset=self.subset,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            limit=None if self._choice.in_process(device) else self.subset_limit,
         )
         self._scorer = Scorer.of(self.score, self.mask, stream, device)
         curve = self._scorer.name + (f"-{self.name}" if self.name else "")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from clkit.errors import ConfigurationError
 from clkit.evaluation.token_scores import positions
 from clkit.method.adapters import add_adapter
+from clkit.method.learning_rate import LearningRate
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -118,7 +119,8 @@ class LanguageModule(pl.LightningModule):
         adapter: A configuration of peft, such as :func:`~clkit.method.adapters.lora` makes: everything but the adapter
             and its ``modules_to_save`` is frozen.
         optimizer: Makes the optimizer from the trainable parameters; AdamW with learning rate 2e-4 by default.
-        scheduler: Makes a learning-rate scheduler from the optimizer, stepped after every optimizer step.
+        scheduler: A :class:`~clkit.method.learning_rate.LearningRate`, or a callable that makes a scheduler from the
+            optimizer; stepped after every optimizer step.
         gradient_checkpointing: Compute activations anew in the backward pass, to save memory.
         dtype: Name of the dtype of the weights, such as ``"bfloat16"``; ``"float32"`` by default. Mixed precision is
             the trainer's: ``Trainer(precision="bf16-mixed")``.
@@ -136,7 +138,7 @@ class LanguageModule(pl.LightningModule):
         *,
         adapter: PeftConfig | None = None,
         optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] = _ADAMW,
-        scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+        scheduler: LearningRate | Callable[[torch.optim.Optimizer], Any] | None = None,
         gradient_checkpointing: bool = False,
         dtype: str = "float32",
         **options: Any,
@@ -217,6 +219,8 @@ class LanguageModule(pl.LightningModule):
         optimizer = self.optimizer(parameters)
         if self.scheduler is None:
             return optimizer
+        if isinstance(self.scheduler, LearningRate):
+            return self.scheduler.configured(self, optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
 
 

@@ -11,6 +11,7 @@ from pytorch_lightning import Trainer
 
 from clkit.data.batch import local_share
 from clkit.data.columns import describe, size_of
+from clkit.data.datamodule import stream_data
 from clkit.data.datasets import is_class, labels_of
 from clkit.errors import ConfigurationError, check_whole
 from clkit.memory.storage import DISK, Slots, Storage, make_storage
@@ -193,7 +194,7 @@ class ClassBalancedBuffer(ReservoirBuffer):
 
 
 def draw_replay(trainer: Trainer, buffer: ReservoirBuffer, batch: Any, size: int | None) -> Any:
-    """Draw samples to replay beside a batch, for this process; ``None`` when there are none.
+    """Draw samples to replay beside a batch, for this process, augmented anew; ``None`` when there are none.
 
     Args:
         trainer: The trainer.
@@ -202,4 +203,4 @@ def draw_replay(trainer: Trainer, buffer: ReservoirBuffer, batch: Any, size: int
         size: Samples per process; as many as the batch has when ``None``.
     """
     drawn = buffer.sample((size or size_of(batch)) * trainer.world_size)
-    return None if drawn is None else local_share(trainer, drawn)
+    return None if drawn is None else stream_data(trainer).augmented(local_share(trainer, drawn))

@@ -15,6 +15,7 @@ from torchmetrics.functional.classification import multiclass_accuracy
 from clkit.data.columns import describe
 from clkit.errors import ConfigurationError, check_choice
 from clkit.method.adapters import add_adapter
+from clkit.method.learning_rate import LearningRate
 from clkit.method.setup_checks import check_output
 from clkit.method.strategy import check_pairs
 from clkit.models.networks import Network, build_network
@@ -53,7 +54,8 @@ class Classifier(pl.LightningModule):
         n_classes: Number of outputs; needed unless ``net`` is a module.
         input_shape: Shape of one input; needed unless ``net`` is a module.
         optimizer: Makes the optimizer from the trainable parameters; SGD with learning rate 0.1 by default.
-        scheduler: Makes a learning-rate scheduler from the optimizer, stepped once per epoch.
+        scheduler: A :class:`~clkit.method.learning_rate.LearningRate`, stepped after every optimizer step; or a
+            callable that makes a scheduler from the optimizer, stepped once per epoch.
         mask_unseen: Leave the classes of experiences that have not started out of the softmax.
         adapter: A configuration of peft, such as :func:`~clkit.method.adapters.lora` makes: everything but the adapter
             and its ``modules_to_save`` is frozen. Needs ``pip install clkit[lora]``.
@@ -81,7 +83,7 @@ class Classifier(pl.LightningModule):
         n_classes: int | None = None,
         input_shape: Sequence[int] | None = None,
         optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] = _SGD,
-        scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+        scheduler: LearningRate | Callable[[torch.optim.Optimizer], Any] | None = None,
         mask_unseen: bool = False,
         adapter: PeftConfig | None = None,
         loss: Loss = "ce",
@@ -236,7 +238,11 @@ class Classifier(pl.LightningModule):
             )
         try:
             optimizer = self.optimizer(parameters)
+            if isinstance(self.scheduler, LearningRate):
+                return self.scheduler.configured(self, optimizer)
             return optimizer if self.scheduler is None else ([optimizer], [self.scheduler(optimizer)])
+        except ConfigurationError:
+            raise
         except (TypeError, ValueError) as error:
             raise ConfigurationError(f"The optimizer or its schedule refuses its settings: {error}.") from error
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -294,8 +296,31 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", str(value)
 
 
+def current_plans(folder: Path) -> list[Path]:
+    """Return the plans in a folder that somebody waits for: of the newest sweep, and of all whose command still runs.
+
+    Others are those of commands that were changed, or given up: what these never started, nobody expects.
+    """
+    paths = sorted((folder / PLANS).glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+    return [path for path in paths if path == paths[-1] or _runs_here(_json(path) or {})]
+
+
+def _runs_here(plan: Mapping[str, Any]) -> bool:
+    """Tell whether the command of a plan runs on this machine."""
+    pid = plan.get("pid")
+    if plan.get("host") != socket.gethostname() or not isinstance(pid, int):
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def missing_runs(folder: Path) -> list[Path]:
-    """Return the folders of runs that sweeps in a folder planned and never started."""
-    plans = (_json(path) or {} for path in (folder / PLANS).glob("*.json"))
+    """Return the folders of runs that the :func:`current_plans` of a folder name and that have no result."""
+    plans = (_json(path) or {} for path in current_plans(folder))
     planned = {folder / name for plan in plans for name in plan.get("runs", ())}
     return sorted(path for path in planned if not (path / "history.csv").exists())

@@ -186,11 +186,6 @@ def checkpoints(dir: str | Path) -> list[Path]:
     return sorted(found, reverse=True)
 
 
-def step_of(checkpoint: Path | None) -> int:
-    """Return the optimizer steps done where a file of :class:`StreamCheckpoint` was saved; 0 without one."""
-    return 0 if checkpoint is None else int(checkpoint.stem.removeprefix("step="))
-
-
 def experience_ends(dir: str | Path) -> list[Path]:
     """Return the files of ``StreamCheckpoint(keep_ends=True)`` in a folder, in the order of the experiences."""
     return sorted(Path(dir).glob("end=*.ckpt"))

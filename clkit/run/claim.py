@@ -26,7 +26,7 @@ FIGURES = ("stability_gap", "zoom", "overlay", "worst_case", "time", "drift", "c
 RESULTS = (
     *("metrics.json", "checkpoints", "history*.csv", "tensorboard", "csv", "wandb", "mlruns", "adapters"),
     *("report.md", "report.tex", "report.csv", "runs.csv", "report.html", "timing.json", "gradients.csv"),
-    *("drift.csv", "flops.json", "connectivity.csv", "answers", "answers.csv", "answers.json"),
+    *("drift.csv", "flops.json", "connectivity.csv", "answers", "answers.csv", "answers.json", "eval*.csv"),
     *(f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")),
 )
 RECORDS = ("attempts.jsonl", LOG, ".hydra")

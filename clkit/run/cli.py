@@ -1,4 +1,4 @@
-"""The command line: ``clkit train``, ``clkit sweep``, ``clkit report``, ``clkit connect``, ``clkit list``."""
+"""The command line: ``clkit train``, and what looks at its runs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ GROUPS = {
     "strategies": "strategy",
     "scenarios": "scenario",
     "models": "model",
+    "adapters": "adapter",
+    "optimizers": "optimizer",
+    "schedulers": "scheduler",
+    "styles": "styles",
     "schedules": "schedule",
     "stopping": "stop_when",
     "callbacks": "callbacks",
@@ -31,13 +35,16 @@ STOPPED = (INTERRUPTED, *(128 + number for number in STOP))
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0, 1 for a bug, 2 for a mistake, or 128 and a signal's number when interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # as with python -m: a method in the current folder can be named in a config, but hides no installed package
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         if arguments[:1] == ["train"]:
             return _train(arguments[1:])
         args = _parser().parse_args(arguments)
         if args.command == "list":
-            return _list(args.group)
-        return {"connect": _connect, "report": _report, "sweep": _status}[args.command](args)
+            return _list(args.group, args.config_dir)
+        return {"connect": _connect, "eval": _eval, "report": _report, "sweep": _status}[args.command](args)
     except KeyboardInterrupt:
         print("clkit: interrupted.", file=sys.stderr)
         return INTERRUPTED
@@ -59,6 +66,16 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--output", type=Path, metavar="DIR", help="where to write the report")
     report.add_argument("--width", type=float, default=7.1, metavar="INCHES", help="of figures; 3.4 fits one column")
     report.add_argument("--style", type=Path, metavar="FILE", help="matplotlib style file on top of clkit's")
+    evaluate = commands.add_parser("eval", help="what a trained run scores on all of its held-out data")
+    evaluate.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    evaluate.add_argument("--at", type=int, metavar="K", help="weights at the end of experience K, from 0, where kept")
+    evaluate.add_argument("--split", choices=("test", "val"), help="default: that of the run's own evaluation")
+    evaluate.add_argument("--view", metavar="NAME", help="weights to evaluate; default: what the method predicts with")
+    evaluate.add_argument("--accelerator", metavar="NAME", help="cpu, gpu, ...; default: the run's own")
+    evaluate.add_argument("--data-root", type=Path, metavar="DIR", help="where the data are now, if they have moved")
+    evaluate.add_argument(
+        "--output", type=Path, metavar="DIR", help="where to write eval.csv; default: the run's folder"
+    )
     connect = commands.add_parser("connect", help="loss and accuracy on the straight line between weights of a run")
     connect.add_argument(
         "paths",
@@ -77,6 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--all", action="store_true", help="show every run, the finished ones too")
     listing = commands.add_parser("list", help="what can be chosen: strategies, scenarios, models, ...")
     listing.add_argument("group", nargs="?", choices=GROUPS, metavar="GROUP", help=", ".join(GROUPS) + "; default: all")
+    listing.add_argument(
+        "--config-dir", "-cd", type=Path, metavar="DIR", help="list this folder of configs too, as clkit train reads it"
+    )
     return parser
 
 
@@ -93,6 +113,8 @@ def _train(overrides: list[str]) -> int:
             code = INTERRUPTED
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 0
+        except BrokenPipeError:
+            raise
         except Exception as error:
             code = jobs.end_sweep() or complain(error)
         if code in STOPPED and is_rank_zero():
@@ -149,13 +171,42 @@ def _connect(args: argparse.Namespace) -> int:
     return 0
 
 
-def _list(group: str | None) -> int:
+def _eval(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from clkit.report.tables import Table
+    from clkit.run.explain import complain
+    from clkit.run.jobs import quieten_libraries
+    from clkit.run.trained import evaluate, write
+
+    quieten_libraries()
+    names = ("at", "split", "view", "accelerator", "data_root")
+    try:
+        found = evaluate(args.run, **{name: getattr(args, name) for name in names})
+        chosen = [f"{name}={getattr(args, name)}" for name in names[:3] if getattr(args, name) is not None]
+        file = write(found, args.output or args.run, f"eval{'-' if chosen else ''}{','.join(chosen)}.csv")
+    except Exception as error:
+        return complain(error)
+    rows = tuple((s.name, str(s.n), f"{100 * s.score:.1f}") for s in found.scores)
+    mean = sum(s.score for s in found.scores) / len(found.scores)
+    caption = "{of} in percent on all {split} data, {view} weights after experience {at}".format(**found.of)
+    console = Console(soft_wrap=True)
+    console.print(Table(caption, ("experience", "samples", "score"), (*rows, ("mean", "", f"{100 * mean:.1f}"))).rich())
+    console.print(file, style="dim", highlight=False)
+    return 0
+
+
+def _list(group: str | None, config_dir: Path | None) -> int:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from clkit.run.plugins import choices
 
+    if config_dir is not None and not config_dir.is_dir():
+        print(f"clkit: {config_dir} is no directory; give a folder of configs.", file=sys.stderr)
+        return 2
     console = Console()
     for title in [group] if group else GROUPS:
         key = GROUPS[title]
@@ -167,8 +218,9 @@ def _list(group: str | None) -> int:
             title=f"{title}: clkit train {key}=NAME",
             title_justify="left",
         )
-        for choice in choices(key):
-            table.add_row(choice.name, choice.description, choice.origin)
+        for choice in choices(key, config_dir):
+            # not as rich's markup: strategy=[er,fpf] would lose its brackets
+            table.add_row(*map(Text, (choice.name, choice.description, choice.origin)))
         console.print(table)
     return 0
 

@@ -14,6 +14,13 @@ from typing import Any
 from clkit.errors import ConfigurationError, suggest
 
 _EXTRAS = {"joblib": "joblib", "submitit": "slurm", "ray": "ray", "optuna": "optuna"}
+_PLACES = {
+    "optimizer": "model.optimizer",
+    "scheduler": "model.scheduler",
+    "adapter": "model.adapter",
+    "styles": "scenario.styles",
+    "schedule": "evaluation.every",
+}
 _KILLED = ("TerminatedWorkerError", "UncompletedJobError", "WorkerCrashedError", "OutOfMemoryError", "NodeDiedError")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSALS = (ValueError, TypeError, RuntimeError, LookupError, OSError, ImportError, AssertionError)
@@ -78,6 +85,15 @@ def explain(error: BaseException) -> str | None:
                     f"There is no setting {cause.full_key} in the config, but {cause.parent_node['_target_']} takes "
                     f"it: add it with +{cause.full_key}=VALUE."
                 )
+            group, _, setting = str(cause.full_key).partition(".")
+            if group in _PLACES:
+                return f"There is no setting {cause.full_key}; those of {group}=NAME are {_PLACES[group]}.KEY" + (
+                    f", here {_PLACES[group]}.{setting}." if setting else "."
+                )
+            chosen = {place: name for name, place in _PLACES.items()}
+            place = str(cause.full_key).rpartition(".")[0]
+            if place in chosen and not cause.parent_node:
+                return f"There is no setting {cause.full_key} without a choice: add {chosen[place]}=NAME."
             siblings = [str(key) for key in cause.parent_node or () if key not in ("hydra", "_target_")]
             return f"There is no setting {cause.full_key}; {suggest(str(cause.key), siblings)}"
     if isinstance(error, OverrideParseException):

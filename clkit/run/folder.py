@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import socket
 import time
 import warnings
@@ -117,6 +118,12 @@ def is_held(folder: Path) -> bool:
     elsewhere = bool(last) and last[0].ended is None and last[0].host != socket.gethostname()
     history = folder / "history.csv"
     return elsewhere and history.is_file() and time.time() - history.stat().st_mtime < _FRESH
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """Return the optimizer steps done where ``step=N.ckpt`` was saved; 0 without a file, or for another name."""
+    found = re.fullmatch(r"step=(\d+)", checkpoint.stem) if checkpoint is not None else None
+    return 0 if found is None else int(found[1])
 
 
 class Record:

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -46,7 +47,7 @@ def task(config: DictConfig) -> float | None:
     job = HydraConfig.get()
     folder = Path(job.runtime.output_dir)
     # Lightning starts the other processes of a distributed run by this command line
-    sys.argv = [sys.argv[0], "train", *job.overrides.task]
+    sys.argv = [sys.argv[0], "train", *_search_path(), *job.overrides.task]
     sweep = job.mode is RunMode.MULTIRUN
     if sweep and config.resume is True and is_finished(folder) and _is_ours(folder, config):
         print(f"Finished before, passed over: {folder}")
@@ -71,6 +72,14 @@ def task(config: DictConfig) -> float | None:
             raise
         raise SystemExit(complain(error)) from None
     return _objective(config, folder)
+
+
+def _search_path() -> list[str]:
+    """Arguments for a process that shall find the configs that this one does."""
+    job = HydraConfig.get()
+    folders = [source.path for source in job.runtime.config_sources if source.provider == "command-line"]
+    paths = [item for item in job.overrides.hydra if item.startswith("hydra.searchpath=")]
+    return [*(f"--config-dir={folder}" for folder in folders), *paths]
 
 
 def _searches() -> bool:
@@ -179,6 +188,15 @@ def run_name(overrides: str) -> str:
     return "-".join(filter(None, (name, hashlib.sha256(overrides.encode()).hexdigest()[:8])))
 
 
+def list_groups() -> str:
+    """Return the config groups on Hydra's search path for ``clkit train --help``, without what only configs choose."""
+    loader = GlobalHydra.instance().config_loader()
+    groups = {group: loader.get_group_options(group) for group in loader.list_groups("")}
+    names = {group: [name for name in found if name[0] != "_"] for group, found in groups.items()}
+    shown = sorted(group for group in names if group not in ("hydra", "defaults") and names[group])
+    return "\n".join(f"{group}: {', '.join(names[group])}" for group in shown)
+
+
 def file_of(package: str, pattern: str) -> str:
     """Return the path of a package's file by a pattern (``glob``); the package is not imported.
 
@@ -202,4 +220,5 @@ warnings.filterwarnings("ignore", message="\n.* is validated against ConfigStore
 # at import, so that the worker processes of any launcher have both
 plugins.register()
 OmegaConf.register_new_resolver("clkit.run_name", run_name, replace=True)
+OmegaConf.register_new_resolver("clkit.groups", list_groups, replace=True)
 OmegaConf.register_new_resolver("clkit.file_of", file_of, replace=True)

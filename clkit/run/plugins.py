@@ -12,11 +12,16 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+if TYPE_CHECKING:
+    from importlib.abc import Traversable
 
 CLASS_GROUPS = {"strategy": "clkit.strategies", "scenario": "clkit.scenarios"}
 
@@ -70,21 +75,31 @@ def config_packages() -> dict[str, str]:
     return packages
 
 
-def choices(group: str) -> list[Choice]:
-    """Return what a config group offers, sorted by name; names that start with an underscore are private."""
+def choices(group: str, config_dir: Path | None = None) -> list[Choice]:
+    """Return what a config group offers, sorted by name; names that start with an underscore are private.
+
+    Args:
+        group: The group.
+        config_dir: A folder of configs that comes before all packages.
+    """
     found = {choice.name: choice for choice in _yaml_choices(group)}
     for point in _class_points(group):
         found[point.name] = Choice(point.name, _summary(point), _origin(point))
-    return [found[name] for name in sorted(found)]
+    if config_dir is not None:
+        found |= {choice.name: choice for choice in _in_folder(config_dir / group, str(config_dir))}
+    return [found[name] for name in sorted(found) if not name.startswith("_")]
 
 
 def _yaml_choices(group: str) -> Iterator[Choice]:
     for package, origin in reversed(config_packages().items()):
-        folder = files(package) / group
-        for file in folder.iterdir() if folder.is_dir() else ():
-            name, dot, suffix = file.name.rpartition(".")
-            if dot and suffix == "yaml" and not name.startswith("_"):
-                yield Choice(name, _description(file.read_text(encoding="utf-8")), origin)
+        yield from _in_folder(files(package) / group, origin)
+
+
+def _in_folder(folder: Traversable, origin: str) -> Iterator[Choice]:
+    for file in folder.iterdir() if folder.is_dir() else ():
+        name, dot, suffix = file.name.rpartition(".")
+        if dot and suffix == "yaml":
+            yield Choice(name, _description(file.read_text(encoding="utf-8")), origin)
 
 
 def _description(yaml: str) -> str:

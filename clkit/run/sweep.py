@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import socket
 import time
 import warnings
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import accumulate, product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +22,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from clkit.errors import ConfigurationError
 from clkit.files import write_atomically
-from clkit.report.runs import PLANS, REPLACED
-from clkit.run.folder import Attempt, attempts, fruitless, is_finished, is_held
+from clkit.report.runs import PLANS, REPLACED, current_plans
+from clkit.run.folder import Attempt, attempts, fruitless, is_finished, is_held, step_of
 
 Status = Literal["done", "running", "failed", "stopped", "waiting"]
 _TAIL = 1 << 16
@@ -76,14 +79,15 @@ class Cell:
             overrides: What the run was planned with.
         """
         cell = cls(folder, "waiting", tuple(attempts(folder)), tuple(overrides))
-        if is_finished(folder):
-            return replace(cell, status="done")
+        finished, held = is_finished(folder), is_held(folder)
         if not cell.tried:
-            return replace(cell, status="running") if is_held(folder) else cell
-        experience, step = _position(folder / "history.csv")
-        cell = replace(cell, experience=experience, step=step)
+            return replace(cell, status="done" if finished else "running" if held else "waiting")
         now, last = time.time(), cell.tried[-1]
-        if is_held(folder):
+        experience, step = _position(folder, last, held)
+        cell = replace(cell, experience=experience, step=step)
+        if finished:
+            return replace(cell, status="done")
+        if held:
             speed = (step - last.step) / max(now - last.started, 1e-9)
             left = (sum(last.steps) - step) / speed if speed > 0 else None
             return replace(cell, status="running", seconds_left=left)
@@ -101,12 +105,15 @@ class Plan:
         command: The command's overrides.
         runs: For each run the name of its folder below the sweep's, and its overrides.
         limit: Failures at the same place before a run is given up.
+        is_current: Whether anybody waits for runs that were not started, see
+            :func:`~clkit.report.runs.current_plans`.
     """
 
     folder: Path
     command: tuple[str, ...]
     runs: Mapping[str, tuple[str, ...]]
     limit: int = 3
+    is_current: bool = True
 
     @classmethod
     def of(cls, config: DictConfig) -> Plan:
@@ -118,7 +125,8 @@ class Plan:
     def save(self) -> None:
         """Write the plan into the sweep's folder, beside those of other commands."""
         folder = self.folder / PLANS
-        text = json.dumps({"command": self.command, "runs": self.runs, "attempts": self.limit}, indent=1)
+        plan = {"command": self.command, "runs": self.runs, "attempts": self.limit}
+        text = json.dumps({**plan, "host": socket.gethostname(), "pid": os.getpid()}, indent=1)
         name = hashlib.sha256("\n".join(self.command).encode()).hexdigest()[:16]
         write_atomically(folder / f"{name}.json", text + "\n")
 
@@ -140,28 +148,36 @@ class Planner(Callback):
 
 def plans(folder: Path) -> list[Plan]:
     """Return the plans of all sweeps whose folder this is."""
-    found = []
+    found, current = [], current_plans(folder)
     for path in sorted((folder / PLANS).glob("*.json")):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             runs = {name: tuple(overrides) for name, overrides in content["runs"].items()}
-            found.append(Plan(folder, tuple(content["command"]), runs, content["attempts"]))
+            found.append(Plan(folder, tuple(content["command"]), runs, content["attempts"], path in current))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             warnings.warn(f"{path} is broken and passed over; the sweep's command writes it again.", stacklevel=2)
     return found
 
 
 def cells_in(folder: Path) -> list[Cell]:
-    """Look at every run below a folder: those that sweeps planned, and all others that were started.
+    """Look at every run in a folder: those that its sweeps planned, and all others that were started.
+
+    Left out are runs that only an earlier command planned and never started, and those of other sweeps' folders below.
 
     Raises:
         ConfigurationError: If there is none.
     """
     if not folder.is_dir():
         raise ConfigurationError(f"{folder} is no directory; give the folder of a sweep (by default runs).")
-    planned = {cell.folder: cell for plan in plans(folder) for cell in plan.cells()}
+    asked = [(plan.is_current, cell) for plan in plans(folder) for cell in plan.cells()]
+    planned = {cell.folder: cell for current, cell in asked if current or cell.status != "waiting"}
+    others = [path.parent for path in folder.rglob(PLANS) if path.parent != folder]
     found = {path.parent for path in folder.rglob("attempts.jsonl")} - planned.keys()
-    started = sorted(path for path in found if REPLACED not in path.relative_to(folder).parts)
+    started = sorted(
+        path
+        for path in found
+        if REPLACED not in path.relative_to(folder).parts and not any(path.is_relative_to(other) for other in others)
+    )
     cells = [*planned.values(), *map(Cell.read, started)]
     if not cells:
         raise ConfigurationError(f"There is no run in {folder}; give the folder of a sweep (by default runs).")
@@ -203,10 +219,23 @@ def _expand(config: DictConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
         yield copy.hydra.sweep.subdir, tuple(line for _, line in chosen)
 
 
-def _position(history: Path) -> tuple[int, int]:
+def _position(folder: Path, last: Attempt, held: bool) -> tuple[int, int]:
+    """Return the number of the experience and the step that a run has come to, as far as its files tell.
+
+    A history waits for evaluations, and is behind a checkpoint where they are rare. Until an attempt has written to it,
+    it is that of the attempt before, and may be ahead of the checkpoint that this one starts from.
+    """
+    history = folder / "history.csv"
+    written = history.is_file() and (history.stat().st_mtime >= last.started or not held)
+    experience, step = _end_of(history) if written else (0, 0)
+    saved = max((step_of(path) for path in folder.glob("checkpoints/step=*.ckpt")), default=last.step)
+    if saved > step:
+        experience, step = 1 + bisect_left([*accumulate(last.steps)][:-1], saved), saved
+    return experience, step
+
+
+def _end_of(history: Path) -> tuple[int, int]:
     """Return the number of the experience and the step of a history's last whole line."""
-    if not history.is_file():
-        return 0, 0
     with history.open("rb") as file:
         head = file.readline().decode().strip().split(",")
         file.seek(max(history.stat().st_size - _TAIL, file.tell()))

@@ -108,11 +108,13 @@ def _table(cells: Sequence[Cell]) -> Table:
 
 
 def _names(cells: Sequence[Cell]) -> list[str]:
-    """What sets the runs apart: the overrides that not all have, or the folder's name."""
+    """What sets the runs apart: the overrides that not all have, or the folder's name, with that above if need be."""
     planned = [set(cell.overrides) for cell in cells if cell.overrides]
     common = set.intersection(*planned) if len(planned) > 1 else set()
     own = [[item for item in cell.overrides if item not in common] for cell in cells]
-    return [" ".join(items) or cell.folder.name for items, cell in zip(own, cells, strict=True)]
+    names = Counter(cell.folder.name for cell in cells)
+    folders = [c.folder.name if names[c.folder.name] == 1 else "/".join(c.folder.parts[-2:]) for c in cells]
+    return [" ".join(items) or folder for items, folder in zip(own, folders, strict=True)]
 
 
 def _counts(cells: Sequence[Cell]) -> Text:

@@ -13,12 +13,12 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from clkit.data.datamodule import StreamDataModule
+from clkit.data.datamodule import StreamDataModule, stream_data
 from clkit.data.stream import Stream
 from clkit.errors import ConfigurationError, check_whole
 from clkit.files import scratch_in
 from clkit.report import write_report
-from clkit.run.checkpoint import checkpoints, latest_checkpoint, step_of
+from clkit.run.checkpoint import checkpoints, latest_checkpoint
 from clkit.run.claim import SCRATCH, claim, data_root, fingerprint, note_data, owner, refuse_foreign
 from clkit.run.config_check import check
 from clkit.run.folder import (
@@ -30,6 +30,7 @@ from clkit.run.folder import (
     fruitless,
     hold,
     is_finished,
+    step_of,
 )
 from clkit.run.progress import StreamProgress
 from clkit.run.provenance import changes, code_of
@@ -90,25 +91,29 @@ def _train(config: DictConfig, folder: Path, checkpoint: Path | None, record: Re
         )
     trainer, module, data = build(config, folder)
     settings = OmegaConf.to_container(_inside(config, folder), resolve=True)
-    cast(Any, trainer).callbacks[:0] = [RunMark(fingerprint(config)), LogConfig(cast(dict[str, Any], settings))]
+    cast(Any, trainer).callbacks[:0] = [RunMark(fingerprint(config), record), LogConfig(cast(dict[str, Any], settings))]
     if record is not None:
         note_data(folder, data.stream.fingerprint(), data_root(config))
-        data.trainer = trainer
-        record.plan(data.experience_steps)
     if checkpoint is not None:
         console.print(f"Going on from {checkpoint}")
     fit(trainer, module, data, checkpoint)
 
 
 class RunMark(pl.Callback):
-    """Marks checkpoints with the hash of the run's config and accepts no others.
+    """Marks checkpoints with the hash of the run's config and accepts no others; notes how long the run is.
 
     Args:
         config: The hash.
+        record: Of the attempt, if this process keeps it.
     """
 
-    def __init__(self, config: str) -> None:
-        self.config = config
+    def __init__(self, config: str, record: Record | None) -> None:
+        self.config, self.record = config, record
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # not before: strategies choose in their setup what an experience trains on
+        if self.record is not None:
+            self.record.plan(stream_data(trainer).planned_steps)
 
     def state_dict(self) -> dict[str, Any]:
         return {"config": self.config}

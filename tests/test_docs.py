@@ -54,6 +54,7 @@ def test_the_page_for_ones_own_trainer_runs(tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(names["train"]().parameters(), weights, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "folder"), [("start", "first"), ("coming_from", "moved")])
 def test_the_pages_for_newcomers_run(page, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

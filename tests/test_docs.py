@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,7 @@ def test_the_page_for_ones_own_trainer_runs(tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(names["train"]().parameters(), weights, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "folder"), [("start", "first"), ("coming_from", "moved")])
 def test_the_pages_for_newcomers_run(page, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -233,6 +235,38 @@ def test_the_site_loads_nothing_from_elsewhere(site):
         assert not [url for url in loaded if "//" in url], path
     for path in [*site.rglob("*.css")]:
         assert not re.search(r"url\((['\"]?)https?:", path.read_text("utf-8"))
+
+
+SEARCH = """
+<script>
+  window.addEventListener("load", async () => {
+    const input = document.querySelector("[data-md-component=search-query]");
+    const results = () => [...document.querySelectorAll(".md-search-result__item h1")].map(title => title.textContent);
+    for (let tried = 0; tried < 100 && !results().length; tried++) {
+      input.focus();
+      input.value = "replay";
+      input.dispatchEvent(new KeyboardEvent("keyup", { bubbles: true }));
+      await new Promise(done => setTimeout(done, 100));
+    }
+    document.body.innerHTML = `<pre id="result">${JSON.stringify(results())}</pre>`;
+  });
+</script>
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+@pytest.mark.parametrize("page", ["index.html", "methods/ewc.html"])
+def test_the_search_works_in_pages_opened_from_a_folder(page, site, tmp_path):
+    shown = site / page.replace(".html", "_searched.html")
+    shown.write_text((site / page).read_text("utf-8").replace("</body>", f"{SEARCH}</body>"), "utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--no-first-run"]
+    command = ["chromium", *options, "--virtual-time-budget=20000", "--dump-dom", shown.as_uri()]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    shown.unlink()
+    found = re.search(r'<pre id="result">(.*?)</pre>', run.stdout, re.DOTALL)
+    assert found, run.stderr[-2000:]
+    assert "Experience replay" in html.unescape(found[1])
 
 
 @pytest.mark.slow

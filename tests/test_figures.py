@@ -6,6 +6,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.text import Text
 
@@ -41,25 +42,24 @@ def stream(n, steps=40, *, noise=0.0, seed=0):
 def texts(figure):
     """Visible texts of a figure and their boxes in pixels."""
     figure.draw_without_rendering()
-    found = {}
+    found, unseen = {}, hidden(figure)
     for text in figure.findobj(lambda artist: isinstance(artist, Text) and artist.get_text().strip()):
         box = text.get_window_extent()
-        if text.get_visible() and box.width > 0 and drawn(text):
+        if text.get_visible() and box.width > 0 and text not in unseen:
             found.setdefault((text.get_text(), *np.round(box.extents)), box)
     return found
 
 
-def drawn(text):
-    """Ticks outside the limits, and of axes that are off, are there but not drawn."""
-    axes = text.axes
-    if axes is None:
-        return True
-    ticks = [(axis, tick) for axis in (axes.xaxis, axes.yaxis) for tick in axis.majorTicks]
-    for axis, tick in ticks:
-        if text in (tick.label1, tick.label2):
+def hidden(figure):
+    """The labels of ticks outside the limits, and of axes that are off: they are there, but not drawn."""
+    found = set()
+    for axes in figure.findobj(Axes):
+        for axis in (axes.xaxis, axes.yaxis):
             low, high = sorted(axis.get_view_interval())
-            return axes.axison and low <= tick.get_loc() <= high
-    return True
+            for tick in axis.majorTicks:
+                if not (axes.axison and low <= tick.get_loc() <= high):
+                    found |= {tick.label1, tick.label2}
+    return found
 
 
 FIGURES = {

@@ -62,7 +62,7 @@ def numbers(groups: Sequence[Group]) -> list[Number]:
     if not sound:
         steps = [run.diverged for group in groups for run in group.counted if run.diverged is not None]
         note = f"the loss was not finite from step {min(steps)} on: scores are those of chance" if steps else ""
-        return [Number("diverged" if steps else "no result yet", "–", "", note)]
+        return [Number("result", "diverged" if steps else "none yet", "", note)]
     best = max(sound, key=lambda group: group.estimate("ACC").mean)
     score = best.counted[0].summary["score"].replace("_", " ")
     seeds = f"mean of {len(best.counted)} seeds" if len(best.counted) > 1 else "one seed"

@@ -24,20 +24,10 @@ SCRATCH = ".scratch"
 FIGURES = ("stability_gap", "zoom", "overlay", "worst_case", "time", "drift", "connectivity")
 # what is moved first tells that a run is finished, or can go on: a kill between leaves one that starts anew
 RESULTS = (
-    *(
-        "metrics.json",
-        "checkpoints",
-        "history*.csv",
-        "tensorboard",
-        "csv",
-        "wandb",
-        "mlruns",
-        "mlflow.db",
-        "mlartifacts",
-        "adapters",
-    ),
+    *("metrics.json", "checkpoints", "history*.csv", "tensorboard", "csv", "wandb", "mlruns", "adapters"),
     *("report.md", "report.tex", "report.csv", "runs.csv", "report.html", "timing.json", "gradients.csv"),
     *("drift.csv", "flops.json", "connectivity.csv", "answers", "answers.csv", "answers.json"),
+    *("mlflow.db", "mlartifacts"),
     *(f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")),
 )
 RECORDS = ("attempts.jsonl", LOG, ".hydra")

@@ -343,3 +343,16 @@ def test_runs_on_texts_have_defaults_of_their_own_that_the_user_can_override(sce
     own = composed(f"scenario={scenario}", "data.batch_size=3", "schedule=log_spaced")
     assert (own.data.batch_size, own.evaluation.every.dense) == (3, 50)
     assert composed("experiment=smollm2_instructions").evaluation.every == 5
+
+
+def test_the_experiment_on_formats_has_a_size_for_a_gpu() -> None:
+    small, large = composed("experiment=smollm2_formats"), composed("experiment=smollm2_formats_gpu")
+    for config in (small, large):
+        assert config.scenario.tasks == ["drawer", "label", "shelf", "show"]
+        assert set(config.callbacks) == {"answers", "reset_optimizer"}
+        assert config.model.scheduler.num_training_steps == config.data.steps
+        assert config.evaluation.split == "val"
+    assert (large.data.steps, large.data.batch_size, large.model.adapter.rank) == (200, 16, 64)
+    assert large.callbacks.answers.subset == 200
+    assert large.model.optimizer.lr == 5e-4
+    assert (small.trainer.accelerator, large.trainer.accelerator) == ("cpu", "auto")

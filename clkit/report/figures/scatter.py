@@ -9,7 +9,16 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from clkit.report.figures.canvas import ONE_COLUMN, figure_of, legend, legend_height, line_styles, new_figure, style
+from clkit.report.figures.canvas import (
+    ONE_COLUMN,
+    RULE,
+    figure_of,
+    legend,
+    legend_height,
+    line_styles,
+    new_figure,
+    style,
+)
 
 
 def scatter_figure(
@@ -40,7 +49,7 @@ def scatter_figure(
             axes.plot(x, y, marker, markersize=3.5, alpha=0.5, **dots)
             axes.plot(np.mean(x), np.mean(y), marker, markersize=7.5, label=name, **dots)
         if diagonal:
-            axes.axline((0, 0), slope=1, color="#9AA5B1", linewidth=0.8, zorder=1)
+            axes.axline((0, 0), slope=1, color=RULE, linewidth=0.8, zorder=1)
             axes.set(xlim=(0, 100), ylim=(0, 100))
         axes.grid(True, axis="both")
         axes.set(xlabel=labels[0], ylabel=labels[1])

@@ -24,7 +24,8 @@ from clkit.strategies import ExperienceReplay
 def fit(gap, *callbacks, logger=False, module=None, data=None, resume=None, **settings):
     data = data or StreamDataModule(make_stream(3), batch_size=8, epochs=2)
     callbacks = [ExperienceReplay(20), gap, *callbacks]
-    settings = {**QUIET, "enable_checkpointing": True, "logger": logger, **settings}
+    saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    settings = {**QUIET, "enable_checkpointing": saves, "logger": logger, **settings}
     trainer = pl.Trainer(max_epochs=data.total_epochs, callbacks=callbacks, **settings)
     trainer.fit(module or make_module(), datamodule=data, ckpt_path=resume, weights_only=True)
     return trainer

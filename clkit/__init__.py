@@ -13,6 +13,7 @@ from clkit.lightning_name import follow_lightning
 if TYPE_CHECKING:
     from clkit.data.datamodule import StreamDataModule as StreamDataModule
     from clkit.data.datasets import InMemoryDataset as InMemoryDataset
+    from clkit.data.stop_when import StopWhen as StopWhen
     from clkit.data.stream import Experience as Experience
     from clkit.data.stream import Stream as Stream
     from clkit.errors import ConfigurationError as ConfigurationError
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from clkit.method.optimizer import ResetOptimizer as ResetOptimizer
     from clkit.method.strategy import Strategy as Strategy
     from clkit.method.train_only import TrainOnly as TrainOnly
+    from clkit.metrics.history import History as History
     from clkit.models.classifier import Classifier as Classifier
     from clkit.run.checkpoint import StreamCheckpoint as StreamCheckpoint
     from clkit.run.progress import StreamProgress as StreamProgress
@@ -39,11 +41,13 @@ _PUBLIC = {
     "Experience": "clkit.data.stream",
     "Flops": "clkit.evaluation.flops",
     "GradientNorms": "clkit.evaluation.gradients",
+    "History": "clkit.metrics.history",
     "InMemoryDataset": "clkit.data.datasets",
     "ModuleDrift": "clkit.evaluation.drift",
     "ResetOptimizer": "clkit.method.optimizer",
     "SaveAdapters": "clkit.method.adapters",
     "StabilityGap": "clkit.evaluation.stability_gap",
+    "StopWhen": "clkit.data.stop_when",
     "Strategy": "clkit.method.strategy",
     "Stream": "clkit.data.stream",
     "StreamCheckpoint": "clkit.run.checkpoint",

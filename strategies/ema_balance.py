@@ -19,7 +19,7 @@ from clkit.method.parameters import averageable, grown, trainable
 from clkit.method.statistics import Statistics
 from clkit.method.strategy import Strategy
 
-PRESETS = ("reference", "paper", "fixed")
+PRESETS = ("reference", "paper", "fisher", "fixed")
 
 
 class EMABalance(Strategy):
@@ -34,23 +34,39 @@ class EMABalance(Strategy):
 
     - ``"reference"``, the code that was published and run: :math:`1 - \beta = 2 (1 + b) / (a c)`;
     - ``"paper"``, the formula as reconstructed from the text: :math:`\beta = (1 + b) d / (a c)`;
+    - ``"fisher"``, ours, element by element: :math:`\beta = (P_{t-1} / P_t)^2` with :math:`P_t = P_{t-1} + g_t^2`;
     - ``"fixed"``: :math:`\beta` = ``decay``.
 
-    Where the value is not in (0, 1), not finite, or there is no earlier gradient, :math:`\beta` = ``decay``. The value
-    depends on a tensor's size and on the scale of the loss. Gradients are those of the optimizer step, clipped if it
-    clips them: :math:`g_t` was taken at :math:`\theta_{t-1}`. A tensor without a gradient, or with one that is not
-    finite, is left out of the step. Floating-point buffers follow with the mean :math:`1 - \beta` of all tensors.
+    Where the value is not in (0, 1), not finite, or there is no earlier gradient, :math:`\beta` = ``decay``. The values
+    of ``"reference"`` and ``"paper"`` depend on a tensor's size and on the scale of the loss; that of ``"fisher"``
+    depends on neither. Gradients are those of the optimizer step, clipped if it clips them: :math:`g_t` was taken at
+    :math:`\theta_{t-1}`. A tensor without a gradient, or with one that is not finite, is left out of the step.
+    Floating-point buffers follow with the mean :math:`1 - \beta` of all tensors.
+
+    The paper's :math:`\beta` minimises the rise of the loss from the live weights, a distance :math:`\beta\Delta`
+    away, plus the distance :math:`(1 - \beta)\Delta` from the old average: a loss plus a length, whose weight of 1
+    means something else for every tensor. In ``"fisher"`` both are rises of a loss, that of this step with curvature
+    :math:`h`, and that of all steps before, of all experiences, with curvature :math:`h^*`:
+
+    .. math:: \tfrac12 h\,(\beta\Delta)^2 + \tfrac12 h^* ((1 - \beta)\Delta)^2
+        \quad\text{is least at}\quad \beta = \frac{h^*}{h^* + h}
+
+    Curvatures are Fisher informations: of a step :math:`g_t^2`, of all steps :math:`P_t`. A live weight is worth that
+    of its step times that of what trained it, :math:`h = g_t^2 (P_{t-1} + P_t)`, for early ones are far from where they
+    go (the weights :math:`\propto t` of averaged SGD, arXiv 1212.2002). Summed over the steps, :math:`h^* = P_{t-1}^2`.
+    So an experience leaves :math:`(P_{start} / P_{end})^2` of its start, whatever its number of steps: nothing after
+    the first experience, and after the k-th of equal informations :math:`((k - 1) / k)^2`.
 
     The average starts at the weights of the experience's start (``init="task_start"``) or, as the published code does,
     after its first step (``"after_first_step"``). At the experience's end it replaces the weights. Training runs on the
     live weights all along; ``StabilityGap(view="averaged")`` evaluates the average. Behind a strategy that gives groups
     of experiences weights of their own (``InstructionGroups``), nothing is averaged in the first experience of a group.
 
-    Logged at the trainer's pace: ``ema_balance/fallback`` (share of tensors that fell back) and
+    Logged at the trainer's pace: ``ema_balance/fallback`` (share of tensors, or of elements, that fell back) and
     ``ema_balance/live/GROUP`` (mean of :math:`1 - \beta` over the tensors of a block or layer).
 
     Args:
-        preset: ``"reference"``, ``"paper"`` or ``"fixed"``.
+        preset: ``"reference"``, ``"paper"``, ``"fisher"`` or ``"fixed"``.
         decay: :math:`\beta` of the fallback and of ``"fixed"``, in (0, 1).
         every: Optimizer steps between two updates; above 1 changes the result.
         init: ``"task_start"`` or ``"after_first_step"``.
@@ -58,7 +74,7 @@ class EMABalance(Strategy):
             batches of the experience and of each memory, or ``"average"``, like the weights.
 
     Raises:
-        ConfigurationError: If a value is out of range.
+        ConfigurationError: If a value is out of range, or ``"fisher"`` meets a strategy that starts weights anew.
 
     Reference: Qiao et al., *Large Continual Instruction Assistant*, arXiv 2410.10868.
     """
@@ -67,7 +83,7 @@ class EMABalance(Strategy):
 
     def __init__(
         self,
-        preset: Literal["reference", "paper", "fixed"] = "reference",
+        preset: Literal["reference", "paper", "fisher", "fixed"] = "reference",
         *,
         decay: float = 0.99,
         every: int = 1,
@@ -80,9 +96,11 @@ class EMABalance(Strategy):
         check_choice("init", init, ("task_start", "after_first_step"))
         check_whole("every", every, 1)
         self.preset, self.decay, self.every, self.init = preset, decay, every, init
+        self.carries_weights = preset == "fisher"
         self.average: dict[str, Tensor] = {}
         self.gradient: dict[str, Tensor] = {}
         self.weights: dict[str, Tensor] = {}
+        self.information: dict[str, Tensor] = {}
         self.statistics = Statistics(statistics)
         self.views = {"averaged": self.averaged}
 
@@ -90,7 +108,7 @@ class EMABalance(Strategy):
         self.statistics.watch(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for name in ("average", "gradient", "weights"):
+        for name in ("average", "gradient", "weights", "information"):
             state = tree_map_only(Tensor, lambda tensor: tensor.to(pl_module.device), getattr(self, name))
             setattr(self, name, state)
 
@@ -140,22 +158,60 @@ class EMABalance(Strategy):
             gradients: Their gradients, with the same names.
 
         Returns:
-            The weight of the live values and whether it is the fallback, ``[n]`` each.
+            The weight of the live values and whether it is the fallback, means over a tensor, ``[n]`` each.
         """
         names = list(weights)
-        gradient = [gradients[name].detach().float() for name in names]
         delta = torch._foreach_sub([weights[n].detach().float() for n in names], [self.average[n] for n in names])
+        live, fell_back = self.live_weights(names, weights, gradients, delta)
+        torch._foreach_mul_(delta, live)
+        torch._foreach_add_([self.average[name] for name in names], delta)
+        return torch.stack([share.mean() for share in live]), torch.stack([share.mean() for share in fell_back])
+
+    def live_weights(
+        self, names: list[str], weights: dict[str, Any], gradients: dict[str, Tensor], delta: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return how much the live values weigh in the step, and where that is the fallback, for each tensor.
+
+        Args:
+            names: Names of the tensors, which the others go by.
+            weights: As in :meth:`update`.
+            gradients: As in :meth:`update`.
+            delta: Way from the average to the live values.
+
+        Returns:
+            Scalars, or tensors of the weights' shapes for ``"fisher"``.
+        """
+        rule = self._by_element if self.preset == "fisher" else self._by_tensor
+        return rule(names, weights, gradients, delta)
+
+    def _by_element(
+        self, names: list[str], weights: dict[str, Any], gradients: dict[str, Tensor], delta: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        squares = [gradients[name].detach().float() ** 2 for name in names]
+        usable = _norms(squares).isfinite().unbind()
+        live, fell_back = [], []
+        for name, square, ok in zip(names, squares, usable, strict=True):
+            known = self.information.get(name)
+            if known is None or known.shape != square.shape:
+                known = self.information[name] = grown(known, torch.zeros_like(square))
+            known.add_(torch.where(ok, square, 0.0))
+            gain = square / known
+            live.append(torch.where(ok, torch.where(known > 0, gain * (2 - gain), 1 - self.decay), 0.0))
+            fell_back.append((known == 0).float())
+        return live, fell_back
+
+    def _by_tensor(
+        self, names: list[str], weights: dict[str, Any], gradients: dict[str, Tensor], delta: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        gradient = [gradients[name].detach().float() for name in names]
         b = _norms(gradient)
         value = self._value(names, weights, gradient, delta, b)
         valid = value.isfinite() & (value > 0) & (value < 1)
         live = torch.where(valid, value if self.preset == "reference" else 1 - value, 1 - self.decay)
         usable = b.isfinite()
-        live = torch.where(usable, live, 0.0)
-        torch._foreach_mul_(delta, list(live.unbind()))
-        torch._foreach_add_([self.average[name] for name in names], delta)
         if self.preset != "fixed":
             self._remember(names, weights, gradients, usable)
-        return live, ~valid
+        return list(torch.where(usable, live, 0.0).unbind()), list((~valid).float().unbind())
 
     def _value(
         self, names: list[str], weights: dict[str, Any], gradient: list[Tensor], delta: Sequence[Tensor], b: Tensor
@@ -204,11 +260,12 @@ class EMABalance(Strategy):
         self.average, self.gradient, self.weights = {}, {}, {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"average": self.average, "gradient": self.gradient, "weights": self.weights}
+        names = ("average", "gradient", "weights", "information")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.average, self.gradient = dict(state_dict["average"]), dict(state_dict["gradient"])
-        self.weights = dict(state_dict["weights"])
+        for name, tensors in state_dict.items():
+            setattr(self, name, dict(tensors))
 
 
 def _norms(tensors: Sequence[Tensor]) -> Tensor:

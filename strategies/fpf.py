@@ -164,8 +164,9 @@ class FPF(_Finetuning):
     Which modules: ``"preset"`` takes normalisation layers and the head in class- and task-incremental streams, and
     normalisation, first layer and, without BatchNorm, head in domain-incremental ones (without normalisation layers the
     head, or first layer and head). ``"drift"`` takes those that a ``ModuleDrift`` callback found most sensitive, and
-    the preset until it has seen two experiences. Otherwise kinds joined by ``+`` (``norm``, ``first``, ``head``,
-    ``all``), or a list of name patterns.
+    the preset until it has seen two experiences. Otherwise kinds joined by ``+`` (``norm``, ``first``, ``last_block``,
+    ``head``, ``all``), or a list of name patterns. ``last_block`` is all of the last residual or transformer block; in
+    a network without such blocks, the last layer with weights before the head. No preset has it.
 
     A phase that raises the loss on the memory is taken back, with a warning.
 

@@ -88,7 +88,7 @@ class OLoRA(AdapterPerExperience):
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             pl_module.log("olora/overlap", torch.stack(values).sum(), batch_size=1)
 
-    def remember(self) -> None:
+    def remember(self, index: int) -> None:
         for entry in self.layers:
             a = entry.factors[1].float()
             # Lightning has taken the module off the GPU when a fit ends

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from clkit.run import jobs as jobs  # registers the resolvers
 
 QUICK = ["trainer=cpu", "scenario.n_experiences=2", "data.epochs=1", "evaluation.every=3", "evaluation.subset=50"]
 SMALL = [*QUICK, "logger=none", "model.net.hidden=[8]"]
+
+ENDED = re.compile(r"Traceback|Fatal Python error|terminate called|what\(\):|exception not rethrown")
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["clkit.run.train", "clkit.run.jobs", "clkit.report", "clkit.testing"])
@@ -75,6 +78,18 @@ class Command:
 def clkit(*arguments: str, cwd: str | Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
     """Run ``clkit ARGUMENTS`` with more variables in the environment."""
     return Command(arguments, cwd, {**os.environ, **env}).finish()
+
+
+def two_processes(script: str, *arguments: str | Path, timeout: float = 400) -> None:
+    """Run a script of this folder as the two processes of a torchrun; if it fails, say last what ended a process."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    command += [str(Path(__file__).with_name(script)), *map(str, arguments)]
+    env = {**os.environ, "PYTHONFAULTHANDLER": "1"}
+    done = subprocess.run(command, timeout=timeout, capture_output=True, text=True, env=env)
+    if done.returncode != 0:
+        lines = done.stderr.splitlines()
+        first = next((n for n, line in enumerate(lines) if ENDED.search(line)), 0)
+        raise AssertionError("\n".join([*lines, "", "What ended a process:", *lines[first : first + 15]]))
 
 
 def _main(arguments: list[str], cwd: str, env: dict[str, str], out: str, err: str) -> None:

@@ -39,3 +39,5 @@ if __name__ == "__main__":
         root = Path(folder) / method
         train(method, root / "whole", None)
         train(method, root / "resumed", root / "whole" / "checkpoints" / "step=000000008.ckpt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

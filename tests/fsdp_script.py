@@ -54,3 +54,4 @@ if __name__ == "__main__":
     train(root / "ddp", "ddp")
     train(root / "sharded", sharded())
     train(root / "resumed", sharded(), root / "sharded" / "checkpoints" / "step=000000006.ckpt")
+    torch.distributed.destroy_process_group()

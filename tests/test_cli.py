@@ -169,7 +169,17 @@ def test_list_names_every_config_with_its_description(capsys: pytest.CaptureFixt
 
     assert main(["list"]) == 0
     shown = capsys.readouterr().out
-    for group in ("strategy", "scenario", "model", "experiment", "trainer", "logger", "callbacks", "schedule"):
+    for group in (
+        "strategy",
+        "scenario",
+        "model",
+        "experiment",
+        "trainer",
+        "logger",
+        "callbacks",
+        "schedule",
+        "stop_when",
+    ):
         for choice in choices(group):
             assert choice.name in shown
             assert choice.description, f"{group}/{choice.name}.yaml has no description"

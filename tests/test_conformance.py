@@ -25,6 +25,7 @@ STRATEGIES = {
     "ewc_online": (lambda: strategies.EWC(10.0, mode="online", decay=0.9, fisher="batch"), 2 * WEIGHTS + 4),
     "lwf": (strategies.LwF, WEIGHTS),
     "ema": (lambda: strategies.EMABalance("paper"), 3 * WEIGHTS),
+    "ema_fisher": (lambda: strategies.EMABalance("fisher"), 2 * WEIGHTS),
     "kfpf": (lambda: strategies.KFPF(5, capacity=16, steps=3, distillation=0.5), 16 * (SAMPLE + 6 * 4)),
     "per_task": (strategies.PerTask, 4 * WEIGHTS),
     "l2": (lambda: strategies.L2Anchor(1.0, from_start=True), 2 * WEIGHTS + 8),

@@ -12,7 +12,7 @@ from pathlib import Path
 import markdown
 import pytest
 import torch
-from command_line import composed
+from command_line import clkit, composed
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from language import write_tasks
 
@@ -44,21 +44,73 @@ def test_the_page_for_ones_own_trainer_runs(tmp_path, monkeypatch):
     torch.manual_seed(0)
     names = run_blocks("docs/users/own_trainer.md")
     assert (tmp_path / "replay" / "stability_gap.png").exists()
-    for folder in ("replay", "accuracy", "probability", "mine", "resumed"):
+    assert names["page"] == Path("replay/report.html")
+    assert (tmp_path / "replay" / "report.html").exists()
+    for folder in ("replay", "monitored", "stopped", "accuracy", "probability", "mine", "resumed"):
         assert is_finished(tmp_path / folder)
     # what the program was told to do again is done already
     weights = [p.detach().clone() for p in names["train"]().parameters()]
     assert all(torch.equal(a, b) for a, b in zip(names["train"]().parameters(), weights, strict=True))
 
 
-def test_the_page_for_language_models_runs(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("page", "folder"), [("start", "first"), ("coming_from", "moved")])
+def test_the_pages_for_newcomers_run(page, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    run_blocks(f"docs/{page}.md")
+    assert is_finished(tmp_path / folder)
+    assert (tmp_path / folder / "report.html").exists() == (page == "start")
+
+
+@pytest.mark.slow
+def test_the_page_for_sweeps_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = TEXTS["docs/users/sweep.md"]
+    config = tmp_path / "configs" / "experiment" / "mine.yaml"
+    config.parent.mkdir(parents=True)
+    config.write_text(re.search(r"```yaml\n(# @package.*?)```", text, re.DOTALL)[1])
+    train, *others = re.search(r"```sh\n(.*?)```", text, re.DOTALL)[1].splitlines()
+    fewer = ["strategy=naive,er", "seed=0,1", "data.epochs=1", "scenario.n_experiences=2", "logger=none"]
+    for command in ([*shlex.split(train), *fewer], *map(shlex.split, others)):
+        done = clkit(*command[1:], cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert "er" in done.stdout
+    assert (tmp_path / "runs" / "mine" / "report.html").exists()
+    run_blocks("docs/users/sweep.md")
+    described = capsys.readouterr().out
+    assert "er · split_digits" in described
+    assert "2.0" in described
+
+
+@pytest.fixture
+def model_and_tasks(tmp_path, monkeypatch):
+    """A folder with a small language model and two tasks, which becomes the current one."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     small_language_module(adapter=None).net.save_pretrained("model")
     small_tokenizer().save_pretrained("model")
     write_tasks(tmp_path / "data" / "instructions", ("sums", "colours"))
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_the_command_for_language_models_runs(model_and_tasks):
+    block = re.search(r"```console\n(clkit train scenario=instructions.*?)```", TEXTS["docs/users/llm.md"], re.DOTALL)[
+        1
+    ]
+    train, report = block.replace("\\\n", " ").replace("NAME_OR_PATH", "model").splitlines()
+    few = ["trainer=cpu", "logger=none", "data.epochs=1", "evaluation.subset=4", "hydra.run.dir=runs/one"]
+    for command in ([*shlex.split(train), *few], shlex.split(report)):
+        done = clkit(*command[1:], cwd=model_and_tasks)
+        assert done.returncode == 0, done.stderr
+    assert "Generated answers" in (model_and_tasks / "runs" / "one" / "report.html").read_text("utf-8")
+
+
+def test_the_page_for_language_models_runs(model_and_tasks):
+    tmp_path = model_and_tasks
     run_blocks("docs/users/llm.md", NAME=str(tmp_path / "model"))
     assert is_finished(tmp_path / "run")
+    assert (tmp_path / "run" / "report.html").exists()
     assert (tmp_path / "run" / "answers.json").exists()
     assert (tmp_path / "run" / "adapters" / "experience_1" / "live" / "adapter_config.json").exists()
 
@@ -90,6 +142,16 @@ def test_every_strategy_has_a_page_with_its_paper_and_configuration():
         assert config in page
         assert set(re.findall(r"arXiv \d{4}\.\d{5}", config)) <= set(re.findall(r"arXiv \d{4}\.\d{5}", page))
         assert f"strategy={name}" in page or name in ("fpf", "instruction_groups")
+
+
+def test_pages_of_methods_have_the_methods_names_as_titles():
+    titles = {choice.name: docs_hooks.method(choice) for choice in docs_hooks.strategies()}
+    assert titles["er"] == "Experience replay"
+    assert titles["ewc"] == "Elastic weight consolidation"
+    assert titles["derpp"] == "DER++"
+    assert len(set(titles.values())) == len(titles)
+    for name, page in docs_hooks.pages().items():
+        assert page.startswith(f"# {titles[name[len('methods/') : -len('.md')]]}\n")
 
 
 def render(text: str) -> str:

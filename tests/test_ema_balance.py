@@ -10,7 +10,8 @@ from plain import QUIET, make_module, make_stream, weights
 from torch import nn
 
 from clkit import ConfigurationError, StabilityGap, StreamDataModule
-from clkit.strategies import EMABalance, ExperienceReplay
+from clkit.strategies import EMABalance, ExperienceReplay, PerTask
+from clkit.strategies.ema_balance import PRESETS
 
 
 def moved(preset, average, before, after, earlier, gradient):
@@ -56,25 +57,78 @@ def test_worked_chain(preset, expected):
         assert ema.average["w"].tolist() == pytest.approx(average, rel=1e-5)
 
 
+def test_worked_chain_of_fisher():
+    ema = EMABalance("fisher")
+    ema._begin({"w": torch.zeros(2)})
+    # squares [1, 1], [1, 4], [9, 4] sum to [1, 1], [2, 5], [11, 9]; kept are 0, then 1/4 and 1/25, then 4/121 and 25/81
+    steps = [
+        ([2.0, 2.0], [1.0, 1.0], [2.0, 2.0], 1.0),
+        ([4.0, 0.0], [-1.0, 2.0], [3.5, 0.08], (3 / 4 + 24 / 25) / 2),
+        ([6.0, 2.0], [3.0, -2.0], [716 / 121, 114 / 81], (117 / 121 + 56 / 81) / 2),
+    ]
+    for weight, gradient, average, live in steps:
+        shares, _ = ema.update({"w": torch.tensor(weight)}, {"w": torch.tensor(gradient)})
+        assert ema.average["w"].tolist() == pytest.approx(average, rel=1e-6)
+        assert shares.tolist() == pytest.approx([live])
+
+
+def after_steps(weights, gradients):
+    """The average of one tensor after these steps, from weights that start at 0."""
+    ema = EMABalance("fisher")
+    ema._begin({"w": torch.zeros_like(weights[0])})
+    for weight, gradient in zip(weights, gradients, strict=True):
+        shares, _ = ema.update({"w": weight}, {"w": gradient})
+    return ema.average["w"], shares
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 50), st.floats(-6, 6), st.integers(0, 2**31))
+def test_fisher_depends_neither_on_the_size_of_a_tensor_nor_on_the_scale_of_the_loss(times, scale, seed):
+    rng = torch.Generator().manual_seed(seed)
+    weights, gradients = torch.randn(2, 4, 3, 5, generator=rng)
+    average, shares = after_steps(weights, gradients)
+    tiled, of_tiled = after_steps(weights.repeat(1, times, 1), gradients.repeat(1, times, 1))
+    torch.testing.assert_close(tiled, average.repeat(times, 1))
+    torch.testing.assert_close(of_tiled, shares)
+    torch.testing.assert_close(after_steps(weights, 10**scale * gradients)[0], average)
+
+
+def test_fisher_follows_what_no_gradient_has_reached_by_the_decay():
+    average, _ = after_steps(torch.tensor([[2.0, 2.0]]), torch.tensor([[0.0, 1.0]]))
+    assert average.tolist() == pytest.approx([0.02, 2.0])
+
+
+def test_fisher_knows_nothing_of_new_rows():
+    ema = EMABalance("fisher")
+    ema.average, ema.information = {"w": torch.zeros(2)}, {"w": torch.tensor([3.0])}
+    ema.update({"w": torch.ones(2)}, {"w": torch.ones(2)})
+    assert ema.average["w"].tolist() == [1 - 9 / 16, 1.0]
+
+
 numbers = st.lists(st.floats(-1e3, 1e3, width=32), min_size=3, max_size=3)
 
 
 @settings(deadline=None)
-@given(st.sampled_from(["reference", "paper", "fixed"]), numbers, numbers, numbers, st.none() | numbers, numbers)
+@given(st.sampled_from(PRESETS), numbers, numbers, numbers, st.none() | numbers, numbers)
 def test_the_average_stays_between_itself_and_the_live_weights(preset, average, before, after, earlier, gradient):
     result, live, _ = moved(preset, average, before, after, earlier, gradient)
-    assert 0 < live < 1
+    assert 0 < live < 1 or (preset == "fisher" and live == 1)
     for new, old, weight in zip(result, average, after, strict=True):
         slack = 1e-4 * (1 + abs(old) + abs(weight))
         assert min(old, weight) - slack <= new <= max(old, weight) + slack
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("preset", ["reference", "paper", "fixed"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_a_gradient_that_is_not_finite_changes_nothing(preset, bad):
     result, live, _ = moved(preset, [1.0, -1.0], [4.5, 2.5], [5.0, 3.0], [2.5, 1.5], [bad, 0.0])
     assert result == [1.0, -1.0]
     assert live == 0
+
+
+def test_a_gradient_whose_square_is_not_finite_leaves_fisher_as_it_is():
+    average, _ = after_steps(torch.tensor([[2.0, 2.0], [5.0, 5.0]]), torch.tensor([[1.0, 1.0], [1e30, 0.0]]))
+    assert average.tolist() == [2.0, 2.0]
 
 
 def test_equal_weights_leave_the_average_as_it_is():
@@ -131,6 +185,33 @@ def test_the_chain_over_a_stream_equals_a_plain_loop(clip):
     torch.testing.assert_close(weights(module), by_hand.chain[-1], rtol=1e-4, atol=1e-5)
 
 
+def test_fisher_over_a_stream_is_one_weighted_mean_of_all_live_weights():
+    squares, live, ends = [], [], []
+
+    class Steps(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            live.append(weights(pl_module))
+            squares.append(torch.cat([p.grad.flatten() for p in pl_module.parameters()]) ** 2)
+
+        def on_experience_end(self, trainer, module, experience):
+            ends.append((len(live), weights(module)))
+
+    fit([EMABalance("fisher"), Steps()])
+    sums = torch.cumsum(torch.stack(squares).double(), 0)
+    worth = torch.diff(sums**2, dim=0, prepend=torch.zeros(1, sums.shape[1]))
+    reached = sums > 0
+    for steps, average in ends:
+        mean = (worth * torch.stack(live))[:steps].sum(0) / sums[steps - 1] ** 2
+        known = reached[0]
+        torch.testing.assert_close(average[known].double(), mean[known], rtol=1e-4, atol=1e-5)
+    assert known.float().mean() > 0.5
+
+
+def test_fisher_and_what_starts_weights_anew_are_refused():
+    with pytest.raises(ConfigurationError, match="compares weights with those of earlier ones"):
+        fit([PerTask(), EMABalance("fisher")])
+
+
 def test_the_experience_goes_on_from_its_average_and_its_state_is_dropped():
     seen = {}
 
@@ -158,7 +239,7 @@ class Unused(EMABalance):
         self._forget()
 
 
-@pytest.mark.parametrize("preset", ["reference", "paper", "fixed"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_an_average_that_is_not_used_leaves_training_alone(preset):
     plain = fit([ExperienceReplay(16)])
     watched = fit([ExperienceReplay(16), Unused(preset)])
@@ -234,7 +315,7 @@ def test_an_unknown_view_is_refused(tmp_path):
         fit([EMABalance(), StabilityGap(dir=tmp_path, view="slow")])
 
 
-@pytest.mark.parametrize("preset", ["reference", "paper"])
+@pytest.mark.parametrize("preset", ["reference", "paper", "fisher"])
 def test_it_resumes_bit_identically(preset, tmp_path):
     def run(**settings):
         checkpoint = pl.callbacks.ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)

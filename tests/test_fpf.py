@@ -16,7 +16,7 @@ from torchvision.models import vgg11
 from clkit import ConfigurationError, ModuleDrift, Stream, StreamDataModule
 from clkit.evaluation.prefix import PrefixTable
 from clkit.method.module_kinds import only, parts, select
-from clkit.models.networks import MLP, slim_resnet18, tiny_vit
+from clkit.models.networks import CNN, MLP, slim_resnet18, tiny_vit
 from clkit.rng import private_rng
 from clkit.strategies import EWC, FPF, KFPF, ExperienceReplay, Naive
 from clkit.strategies.fpf import preset, triggers
@@ -93,6 +93,7 @@ class Watch(pl.Callback):
     [
         ("head", {"net.5.weight", "net.5.bias"}),
         ("norm", {f"net.{i}.{n}" for i in (1, 4) for n in ("weight", "bias", "running_mean", "running_var")}),
+        ("last_block+head", {"net.3.weight", "net.3.bias", "net.5.weight", "net.5.bias"}),
         (["net.4"], {f"net.4.{n}" for n in ("weight", "bias", "running_mean", "running_var")}),
     ],
 )
@@ -149,6 +150,7 @@ def test_fpf_on_all_modules_is_plain_finetuning_on_the_memory():
     [
         (lambda: MLP((6,), 6, (16, 16)), "head"),
         (lambda: nn.Sequential(nn.Unflatten(1, (6, 1, 1)), slim_resnet18((6, 1, 1), 6, 4)), ["*layer4*", "*fc*"]),
+        (lambda: nn.Sequential(nn.Unflatten(1, (6, 1, 1)), CNN((6, 1, 1), 6, (4, 4, 4))), "last_block+head"),
         (lambda: nn.Sequential(nn.Unflatten(1, (6, 1, 1)), nn.Upsample(4), tiny_vit((6, 4, 4), 6)), ["*head*"]),
         (lambda: nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.5), nn.Linear(16, 6)), "head"),
     ],
@@ -294,6 +296,34 @@ def test_drift_chooses_the_modules_once_two_experiences_are_over(tmp_path):
 def test_published_presets(network, class_incremental, domain_incremental):
     assert preset(network, "class-incremental") == class_incremental
     assert preset(network, "domain-incremental") == domain_incremental
+
+
+@pytest.mark.parametrize(
+    ("network", "block"),
+    [
+        (MLP((1, 8, 8), 10), {"3"}),
+        (CNN((1, 8, 8), 10), {"6"}),
+        (vgg11(num_classes=10), {"classifier.3"}),
+        (
+            slim_resnet18((3, 32, 32), 10),
+            {f"layer4.1.{n}" for n in ("conv1", "bn1", "bn1.stats", "conv2", "bn2", "bn2.stats")},
+        ),
+        (
+            tiny_vit((1, 8, 8), 10),
+            {f"blocks.3.{n}" for n in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")},
+        ),
+    ],
+)
+def test_the_last_block_is_all_of_the_last_repeated_one_or_the_layer_before_the_head(network, block):
+    chosen = select(network, "last_block")
+    assert {part.name for part in chosen} == block
+    both = {part.name for part in select(network, "last_block+head")} - block
+    assert both == {part.name for part in parts(network) if part.kind == "head"}
+
+
+def test_a_network_of_one_layer_has_no_last_block():
+    with pytest.raises(ConfigurationError, match="No trainable module of Linear"):
+        select(nn.Linear(3, 2), "last_block")
 
 
 def test_published_sizes_of_resnet18():

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from clkit import ConfigurationError, StabilityGap, Stream, StreamDataModule
 from clkit import strategies as s
-from clkit.data.datamodule import _grouped
 from clkit.data.datasets import InMemoryDataset
+from clkit.data.order import group_by_length
 from clkit.evaluation.token_scores import answer_loss
 from clkit.language.answers import find_letter
 from clkit.language.dataset import InstructionDataset, Pad
@@ -71,7 +71,7 @@ def test_what_drop_last_leaves_out_is_not_always_the_longest():
     for epoch in range(60):
         rng = np.random.default_rng(epoch)
         order = torch.from_numpy(rng.permutation(10))
-        grouped = _grouped(rng, order, lengths[order], 4)
+        grouped = group_by_length(rng, order, lengths[order], 4)
         assert sorted(grouped.tolist()) == list(range(10))
         assert all((batch.sort().values.diff() > 0).all() for batch in grouped[:8].view(2, 4))
         seen[grouped[:8]] += 1

@@ -251,11 +251,11 @@ def test_answer_styles_change_training_records_alone(tmp_path):
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=300), st.integers(1, 7))
 def test_grouping_by_length_is_a_permutation_with_less_padding(lengths, size):
-    from clkit.data.datamodule import _grouped
+    from clkit.data.order import group_by_length
     from clkit.rng import private_rng
 
     given_order, n = torch.arange(len(lengths)).flip(0), torch.tensor(lengths)
-    order = _grouped(private_rng(0), given_order, n[given_order], size)
+    order = group_by_length(private_rng(0), given_order, n[given_order], size)
     assert sorted(order.tolist()) == list(range(len(lengths)))
 
     def padded(chosen):
@@ -343,3 +343,16 @@ def test_runs_on_texts_have_defaults_of_their_own_that_the_user_can_override(sce
     own = composed(f"scenario={scenario}", "data.batch_size=3", "schedule=log_spaced")
     assert (own.data.batch_size, own.evaluation.every.dense) == (3, 50)
     assert composed("experiment=smollm2_instructions").evaluation.every == 5
+
+
+def test_the_experiment_on_formats_has_a_size_for_a_gpu() -> None:
+    small, large = composed("experiment=smollm2_formats"), composed("experiment=smollm2_formats_gpu")
+    for config in (small, large):
+        assert config.scenario.tasks == ["drawer", "label", "shelf", "show"]
+        assert set(config.callbacks) == {"answers", "reset_optimizer"}
+        assert config.model.scheduler.num_training_steps == config.data.steps
+        assert config.evaluation.split == "val"
+    assert (large.data.steps, large.data.batch_size, large.model.adapter.rank) == (200, 16, 64)
+    assert large.callbacks.answers.subset == 200
+    assert large.model.optimizer.lr == 5e-4
+    assert (small.trainer.accelerator, large.trainer.accelerator) == ("cpu", "auto")

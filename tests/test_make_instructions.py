@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 import shutil
 import sys
@@ -9,16 +10,23 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
+from command_line import composed
 from sklearn.datasets import load_breast_cancer
 
 from clkit.errors import ConfigurationError
 from clkit.language.records import Record, read_records
+from clkit.run.train import build
+from clkit.testing import small_language_module, small_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import make_instructions
+import reproduce_language
 
 SIZES = {"train": 160, "eval": 20, "test": 40}
-NEEDS = {"sections": shutil.which("apt-cache"), "senses": (make_instructions.WORDNET / "data.noun").exists()}
+NOUNS = ("drawer", "label", "shelf", "show")
+NEEDS = {"sections": shutil.which("apt-cache")}
+NEEDS |= dict.fromkeys(["senses", *NOUNS], (make_instructions.WORDNET / "data.noun").exists())
 WORDS = {make_instructions.in_words(number): number for number in range(100)}
 OPERATIONS = {"plus": int.__add__, "minus": int.__sub__, "times": int.__mul__}
 
@@ -38,15 +46,18 @@ def splits_of(folder: Path) -> dict[str, list[Record]]:
 
 
 def test_layout(task: tuple[str, Path]) -> None:
-    _, folder = task
+    name, folder = task
     splits = splits_of(folder)
     assert {split: len(records) for split, records in splits.items()} == SIZES
     description = json.loads((folder / "task.json").read_text())
-    assert description["metric"] in ("exact_match", "letter", "number")
+    assert description["metric"] in ("exact_match", "letter", "number", "yes_no")
     every = [record for records in splits.values() for record in records]
     for record in every:
-        assert record.prompt.startswith(record.extra["instruction"] + "\n")
-        assert record.prompt.endswith("\n" + description["format"])
+        if name in NOUNS:
+            assert re.fullmatch(rf"[A-Za-z]{{3,10}} {name}\n", record.prompt)
+        else:
+            assert record.prompt.startswith(record.extra["instruction"] + "\n")
+            assert record.prompt.endswith("\n" + description["format"])
         assert record.extra["style"] == description["style"]
         assert len(record.prompt) < 450
     assert len({record.extra["instruction"] for record in every}) == 1
@@ -67,6 +78,7 @@ def test_seed_decides(task: tuple[str, Path]) -> None:
 def test_answers_are_right(task: tuple[str, Path]) -> None:
     name, folder = task
     answers = {"sections": sections, "senses": senses, "arithmetic": arithmetic, "tumours": tumours}
+    answers |= dict.fromkeys(NOUNS, nouns)
     for records in splits_of(folder).values():
         answers[name](records)
 
@@ -127,6 +139,78 @@ def tumours(records: list[Record]) -> None:
         malignant = {"Yes": "malignant", "No": "benign"}[record.answer]
         assert malignant in {data.target_names[data.target[row]] for row in fits}
     assert Counter(record.answer for record in records)["Yes"] == len(records) / 2
+
+
+@functools.cache
+def first_senses() -> dict[str, str]:
+    """WordNet's file of the most frequent sense of each noun."""
+    lines = {
+        kind: (make_instructions.WORDNET / f"{kind}.noun").read_text().splitlines()[29:] for kind in ("data", "index")
+    }
+    files = {line[:8]: line[9:11] for line in lines["data"]}
+    fields = [line.split() for line in lines["index"]]
+    return {word: files[rest[-int(n)]] for word, _, n, *rest in fields}
+
+
+def nouns(records: list[Record]) -> None:
+    forms = {"label": ["ANIMAL", "BODY", "PLACE", "TIME"], "drawer": list("ABCD"), "shelf": list("1234")}
+    answers: dict[str, set[str]] = {"05": set(), "08": set(), "15": set(), "28": set()}
+    for record in records:
+        answers[first_senses()[record.prompt.split()[0].lower()]].add(record.answer)
+    assert {len(found) for found in answers.values()} == {1}
+    found = [next(iter(answer)) for answer in answers.values()]
+    asked = records[0].extra["instruction"]
+    assert (found if asked == "label" else sorted(found)) == forms.get(asked, ["No", "No", "Yes", "Yes"])
+    counts = Counter(first_senses()[record.prompt.split()[0].lower()] for record in records).values()
+    assert max(counts) - min(counts) <= 1
+
+
+@pytest.mark.skipif(not NEEDS["label"], reason="needs wordnet-base")
+def test_four_tasks_ask_of_the_same_nouns_and_none_that_is_held_out_is_trained_on() -> None:
+    asked = {
+        (split, task): [record.prompt.split()[0].lower() for record in records]
+        for task in NOUNS
+        for split, records in make_instructions.make(task, SIZES).items()
+    }
+    for split, size in SIZES.items():
+        assert all(asked[split, task] == asked[split, "label"] for task in NOUNS)
+        assert len(set(asked[split, "label"])) == size
+    trained = {word for (split, _), words in asked.items() if split == "train" for word in words}
+    for split in ("eval", "test"):
+        assert not trained & {form for word in asked[split, "label"] for form in (word, f"{word}s", word[:-1])}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not NEEDS["label"], reason="needs wordnet-base")
+@pytest.mark.parametrize(("experiment", "root"), [("formats", "formats_small"), ("formats_gpu", "formats")])
+def test_the_protocols_on_formats_run_dry_on_a_tiny_llama(experiment: str, root: str, tmp_path: Path) -> None:
+    for task in NOUNS:
+        splits = make_instructions.make(task, SIZES, kinds=2 if experiment == "formats" else 4)
+        make_instructions.write(tmp_path / root, task, splits)
+    small_language_module(adapter=None).net.save_pretrained(tmp_path / "llama")
+    small_tokenizer().save_pretrained(tmp_path / "llama")
+    own = ["logger=none", "trainer=cpu", "data.steps=6", "model.scheduler.num_warmup_steps=2"]
+    paths = [f"model.net={tmp_path}/llama", f"data_root={tmp_path}"]
+    config = composed(f"experiment=smollm2_{experiment}", *own, *paths)
+    trainer, module, data = build(config, tmp_path / "run")
+    rates: list[float] = []
+    record = lambda trainer, *_: rates.append(trainer.optimizers[0].param_groups[0]["lr"])  # noqa: E731
+    trainer.callbacks.append(pl.callbacks.LambdaCallback(on_train_batch_start=record))
+    trainer.fit(module, datamodule=data)
+    lr = config.model.optimizer.lr
+    each = [0, lr / 2, *(lr * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4))]
+    assert rates == pytest.approx(4 * each)
+    found = json.loads((tmp_path / "run" / "answers.json").read_text())
+    assert found["experiences"] == list(NOUNS)
+    assert found["metrics"] == ["letter", "exact_match", "number", "yes_no"]
+
+
+def test_a_form_is_kept_where_old_tasks_are_answered_in_their_own(tmp_path: Path) -> None:
+    given = [(0, "B", "A"), (0, "B", "B"), (0, "Yes", "A"), (1, "B", "TIME"), (3, "Yes", "Yes")]
+    lines = [json.dumps({"experience": k, "answer": answer, "reference": right}) for k, answer, right in given]
+    (tmp_path / "answers").mkdir()
+    (tmp_path / "answers" / "after_3.jsonl").write_text("\n".join(lines))
+    assert reproduce_language.kept_form(tmp_path) == 2 / 4
 
 
 def test_english_numbers() -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from clkit import ConfigurationError
-from clkit.models.networks import MLP, build_network, slim_resnet18, tiny_vit, with_weights
+from clkit.models.networks import CNN, MLP, build_network, slim_resnet18, tiny_vit, with_weights
 from clkit.scenarios import SplitDigits
 
 
@@ -14,7 +14,7 @@ def count(net: nn.Module) -> int:
     return sum(parameter.numel() for parameter in net.parameters())
 
 
-@pytest.mark.parametrize("make", [MLP, slim_resnet18, tiny_vit])
+@pytest.mark.parametrize("make", [MLP, CNN, slim_resnet18, tiny_vit])
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32)])
 def test_own_networks_give_logits_and_gradients_for_small_images(make, shape):
     net = make(shape, 7)
@@ -27,6 +27,24 @@ def test_own_networks_give_logits_and_gradients_for_small_images(make, shape):
 def test_mlp_has_the_layers_asked_for():
     assert count(MLP((1, 8, 8), 10, hidden=[5, 3])) == (64 * 5 + 5) + (5 * 3 + 3) + (3 * 10 + 10)
     assert count(MLP((4,), 2, hidden=())) == 4 * 2 + 2
+
+
+def test_cnn_has_the_layers_asked_for():
+    net = CNN((2, 9, 6), 10, channels=[4, 5, 6])
+    convolutions = 2 * 4 * 9 + 4 * 5 * 9 + 5 * 6 * 9
+    assert count(net) == convolutions + 2 * (4 + 5 + 6) + (6 * 10 + 10)
+    sizes = []
+    for layer in net:
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(lambda layer, args, output: sizes.append(tuple(output.shape[1:])))
+    assert net(torch.randn(3, 2, 9, 6)).shape == (3, 10)
+    assert sizes == [(4, 9, 6), (5, 5, 3), (6, 3, 2)]
+
+
+@pytest.mark.parametrize(("shape", "channels", "message"), [((64,), [4], "no image"), ((1, 8, 8), [], "channels=")])
+def test_cnn_refuses_what_cannot_work(shape, channels, message):
+    with pytest.raises(ConfigurationError, match=message):
+        CNN(shape, 10, channels)
 
 
 def test_slim_resnet18_computes_what_avalanches_does():

@@ -270,15 +270,41 @@ def test_what_is_not_finite_is_not_remembered():
     with torch.no_grad():
         first.weights[0][0, 0] = float("nan")
     with pytest.warns(UserWarning, match="not finite"):
-        strategy._record(first)
-    strategy._record(second)
+        strategy._record(first, private_rng(0))
+    strategy._record(second, private_rng(0))
     assert list(strategy.positions) == [second.name]
+
+
+def remembered(select, updates, seed=0, experience=0):
+    strategy, module = RegLoRA(percent=25, select=select, seed=seed), lora_module()
+    strategy.layers = lora_layers(module)
+    with torch.no_grad():
+        for entry, update in zip(strategy.layers, updates, strict=True):
+            b, a = (factor.zero_() for factor in entry.factors)
+            # a product of rank 1: the update's rows are its first one, times 1, 2, ...
+            b[:, 0], a[0] = torch.arange(1.0, len(b) + 1), update
+    strategy.remember(experience)
+    return [strategy.positions[entry.name].flat.tolist() for entry in strategy.layers]
+
+
+def test_the_controls_remember_the_smallest_and_random_entries():
+    updates = [torch.arange(1.0, 7), -torch.arange(1.0, 17)]
+    for select, sign in (("largest", -1), ("smallest", 1)):
+        for found, update in zip(remembered(select, updates), updates, strict=True):
+            values = {(i, j): (i + 1) * abs(float(v)) for i in range(16) for j, v in enumerate(update)}
+            order = sorted(values, key=lambda place: (sign * values[place], place))[: len(values) // 4]
+            assert found == sorted(i * len(update) + j for i, j in order)
+    drawn = remembered("random", updates)
+    assert [len(positions) for positions in drawn] == [24, 64]
+    assert all(positions == sorted(set(positions)) for positions in drawn)
+    assert drawn == remembered("random", [-updates[0], 3 * updates[1]])
+    assert len({str(drawn), *(str(remembered("random", updates, *seeds)) for seeds in ((1, 0), (0, 1)))}) == 3
 
 
 def test_an_untrained_adapter_is_not_remembered():
     strategy = RegLoRA(percent=50)
     for entry in lora_layers(lora_module()):
-        strategy._record(entry)
+        strategy._record(entry, private_rng(0))
     assert strategy.positions == {}
 
 
@@ -320,7 +346,15 @@ def test_without_lora_it_says_what_to_do():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"strength": -1.0}, {"percent": 0.0}, {"percent": 101.0}, {"duplicates": "both"}, {"product": "fast"}]
+    "settings",
+    [
+        {"strength": -1.0},
+        {"percent": 0.0},
+        {"percent": 101.0},
+        {"duplicates": "both"},
+        {"product": "fast"},
+        {"select": "all"},
+    ],
 )
 def test_bad_values_are_refused(settings):
     with pytest.raises(ConfigurationError, match=next(iter(settings))):

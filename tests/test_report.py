@@ -1,18 +1,17 @@
 import json
 import math
 import re
-import shutil
 import subprocess
 import sys
 from html import unescape
 from html.parser import HTMLParser
 from io import StringIO
-from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.collections import PolyCollection
 from rich.console import Console
 
 from clkit import ConfigurationError
@@ -182,10 +181,11 @@ def test_html_is_self_contained_and_complete(written):
     assert page.open == []
     assert all(target.startswith(("#", "data:")) for target in page.loaded)
     assert not re.search(r"@import|url\((?!#)|fetch\(", text)
-    assert text.count("<svg") == 2 + 2 * 3
+    # the overlay, worst case (no WC-ACC: none) and time (no timing: none), and three figures of each setting
+    assert text.count("<svg") == 1 + 2 * 3
     for content in ("75.0 ± 12.4", "lowest accuracy in any evaluation", "9.8.7", "strategy.er.capacity"):
         assert content in text
-    assert "<td>folder</td>" not in text
+    assert ">folder</th>" not in text
 
 
 def test_html_escapes_what_comes_from_files(tmp_path):
@@ -297,7 +297,8 @@ def test_figure_of_seeds_draws_their_mean_and_band(tmp_path):
     histories = [History.read(make_run(tmp_path / str(f), f) / "history.csv") for f in (0.6, 0.7, 0.8)]
     figure = stability_gap_figure(histories)
     np.testing.assert_allclose(lines(figure)[0].get_ydata(), [10, 50, 90, 25, 70])
-    band = figure.axes[0].collections[0].get_paths()[0].vertices
+    (band, *_) = (each for each in figure.axes[0].collections if isinstance(each, PolyCollection))
+    band = band.get_paths()[0].vertices
     half = 100 * T_TWO_DEGREES * 0.1 / math.sqrt(3)
     np.testing.assert_allclose(sorted(band[band[:, 0] == 4, 1])[-1], 70 + half)
 
@@ -430,8 +431,8 @@ def test_zoom_panels_mark_depth_and_recovery():
     figure = zoom_figure(gap_history(), ["a", "b", "c"])
     first, second = (axes for axes in figure.axes if axes.get_visible())
     assert [axes.get_title("left") for axes in (first, second)] == ["learning b", "learning c"]
-    assert {text.get_text() for text in first.texts} == {"−70", "6 steps"}
-    assert {text.get_text() for text in second.texts} == {"−65"}
+    assert {text.get_text() for text in first.texts} == {"a −70", "6 steps"}
+    assert {text.get_text() for text in second.texts} == {"b −65"}
     marks = [
         (line.get_xdata()[0], line.get_ydata()[0]) for line in first.get_lines() if line.get_marker() in ("o", "^")
     ]
@@ -478,79 +479,7 @@ def test_training_time_against_accuracy(tmp_path):
         (folder / "timing.json").write_text(json.dumps({"training_seconds": seconds, "evaluation_seconds": 1.0}))
     report = write_report([tmp_path])
     assert {"time.png", "time.svg"} <= {path.name for path in report.files}
-    assert [run.seconds for group in report.groups for run in group.runs] == [10, 10, 70, 70]
-
-
-CHECK = """
-<script>
-  window.problems = [];
-  window.onerror = message => window.problems.push(message);
-  window.onload = () => {
-    const table = document.querySelector("table"), header = table.tHead.rows[0].cells[2];
-    const column = () => [...table.tBodies[0].rows].map(row => parseFloat(row.cells[2].textContent));
-    header.click();
-    const up = column();
-    header.click();
-    const down = column();
-    const figure = document.querySelector("figure[data-panels]");
-    figure.scrollIntoView();
-    const area = figure.querySelector("svg").getBoundingClientRect();
-    const panels = JSON.parse(figure.dataset.panels), [left, top, right, bottom] = panels[0].box;
-    const where = {
-      clientX: area.left + area.width * (left + 0.75 * (right - left)),
-      clientY: area.top + area.height * (top + 0.5 * (bottom - top)), bubbles: true,
-    };
-    figure.dispatchEvent(new PointerEvent("pointerenter", where));
-    figure.dispatchEvent(new PointerEvent("pointermove", where));
-    const tip = figure.querySelector(".tip")?.innerText;
-    figure.dispatchEvent(new PointerEvent("pointerleave", where));
-    const gone = figure.querySelector(".tip") === null;
-    const result = document.createElement("pre");
-    result.id = "result";
-    result.textContent = JSON.stringify({ up, down, tip, gone, problems: window.problems });
-    document.body.append(result);
-  };
-</script>
-"""
-
-
-def in_chromium(page):
-    """Open a page, try sorting and hovering, and return what was seen."""
-    page.write_text(page.read_text().replace("<head>", f"<head>{CHECK}", 1))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={page.parent / 'profile'}"]
-    command = ["chromium", *options, "--virtual-time-budget=5000", "--dump-dom", page.as_uri()]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    found = re.search(r'<pre id="result">(.*?)</pre>', run.stdout, re.DOTALL)
-    assert found, run.stderr[-2000:]
-    return json.loads(unescape(found[1]))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
-def test_the_page_sorts_and_shows_values_in_chromium(written, tmp_path):
-    seen = in_chromium(Path(shutil.copy(written[1] / "report.html", tmp_path)))
-    assert seen["problems"] == []
-    assert seen["up"] == sorted(seen["up"])
-    assert seen["down"] == sorted(seen["up"], reverse=True)
-    assert seen["gone"]
-    # three quarters along four steps
-    assert seen["tip"].splitlines()[0] == "step 3"
-    assert "cats: 25.0" in seen["tip"]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
-def test_a_page_of_two_hundred_runs_stays_usable(tmp_path):
-    for setting in range(40):
-        seeds_of(tmp_path, f"method{setting}", [0.5 + 0.01 * seed + 0.005 * setting for seed in range(5)])
-    report = write_report([tmp_path])
-    assert len(report.groups) == 40
-    page = tmp_path / "report.html"
-    assert page.stat().st_size < 20 * 2**20
-    seen = in_chromium(page)
-    assert seen["problems"] == []
-    assert len(seen["up"]) == 40
-    assert seen["up"] == sorted(seen["up"])
+    assert [run.seconds for group in report.groups for run in group.runs] == [70, 70, 10, 10]
 
 
 def test_a_second_evaluation_of_a_run_is_a_line_of_its_own(tmp_path):

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import pytorch_lightning as pl
 import torch
+from command_line import two_processes
 from plain import QUIET, make_module, make_stream
 from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
 
@@ -60,9 +57,7 @@ def test_what_cannot_work_with_shards_says_what_to_do(callback, strategy, said):
 
 @pytest.mark.slow
 def test_sharded_weights_give_the_results_of_whole_ones_and_resume_bit_identically(tmp_path):
-    script = Path(__file__).with_name("fsdp_script.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)]
-    subprocess.run([*command, str(tmp_path)], check=True, timeout=300, capture_output=True, text=True)
+    two_processes("fsdp_script.py", tmp_path)
     whole, sharded, resumed = (torch.load(tmp_path / name / "final.pt") for name in ("ddp", "sharded", "resumed"))
     torch.testing.assert_close(sharded, whole)
     assert all(torch.equal(resumed[name], weight) for name, weight in sharded.items())

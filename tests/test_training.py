@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import pytorch_lightning as pl
 import torch
+from command_line import two_processes
 from plain import QUIET, UserModule, make_module, make_stream, smallest_quadratic, weights
 from torch.nn.functional import cross_entropy, logsigmoid
 
@@ -667,10 +665,7 @@ def test_other_data_is_refused():
 @pytest.fixture(scope="module")
 def in_two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
-    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    command += [str(Path(__file__).with_name("ddp_script.py")), str(folder), *METHODS]
-    run = subprocess.run([sys.executable, *command], timeout=400, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    two_processes("ddp_script.py", folder, *METHODS)
     return folder
 
 

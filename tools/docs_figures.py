@@ -19,7 +19,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_module
-from pretrain_vit import pretrain
+from pretrain import pretrain
 
 from clkit import StabilityGap, StreamDataModule
 from clkit.metrics.history import History
@@ -64,7 +64,7 @@ def command(name: str) -> list[str]:
     lines, said = [_wrapped(["clkit", "train", *map(shlex.quote, overrides(name))])], []
     if _LORA in overrides(name):
         said = ["LoRA on a small vision transformer that knows four other digits:"]
-        lines.insert(0, f"python tools/pretrain_vit.py --dataset digits --steps 300 --output {_WEIGHTS.name}")
+        lines.insert(0, f"python tools/pretrain.py --dataset digits --steps 300 --output {_WEIGHTS.name}")
     elif _ROTATED[0] in overrides(name):
         said = ["All digits, turned by 80 degrees more in each experience, in 8x8 pixels:"]
     return [*said, "```console\n" + "\n".join(lines) + "\n```"]

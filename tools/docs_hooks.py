@@ -33,7 +33,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     _link_source()
     for section in config.nav or []:
         if "Methods" in section:
-            section["Methods"] += [{choice.name: f"methods/{choice.name}.md"} for choice in strategies()]
+            section["Methods"] += [{method(choice): f"methods/{choice.name}.md"} for choice in strategies()]
     return config
 
 
@@ -61,6 +61,11 @@ def strategies() -> list[Choice]:
     return [choice for choice in choices("strategy") if choice.origin == "clkit"]
 
 
+def method(choice: Choice) -> str:
+    """The name of a method: what its description begins with."""
+    return re.split(r"[:,.(]| from | on ", choice.description)[0].strip()
+
+
 def pages() -> dict[str, str]:
     """Return the generated pages, path to Markdown."""
     first: dict[str, str] = {}
@@ -70,7 +75,7 @@ def pages() -> dict[str, str]:
 def _method(choice: Choice, first: dict[str, str]) -> str:
     text, target = _yaml(choice), _target(choice)
     page = first.setdefault(target, choice.name)
-    parts = [f"# {choice.name}", choice.description]
+    parts = [f"# {method(choice)}", choice.description, f"In the shell `strategy={choice.name}`."]
     if page == choice.name:
         parts.append(f"::: {target}\n    options:\n      show_root_heading: true\n      members: false")
     else:
@@ -106,8 +111,11 @@ def _about(target: str) -> str:
 
 
 def _methods_table() -> str:
-    rows = (f"| [`{choice.name}`]({choice.name}.md) | {choice.description} |\n" for choice in strategies())
-    return f"| strategy | what it does |\n|---|---|\n{''.join(rows)}"
+    rows = (
+        f"| [{method(choice)}]({choice.name}.md) | `{choice.name}` | {choice.description} |\n"
+        for choice in strategies()
+    )
+    return f"| method | strategy | what it does |\n|---|---|---|\n{''.join(rows)}"
 
 
 def _metrics_table() -> str:
@@ -121,12 +129,12 @@ def _members(module: str) -> str:
 
 
 def _classes_table() -> str:
-    pages: dict[str, str] = {}
+    pages: dict[str, Choice] = {}
     for choice in strategies():
-        pages.setdefault(_target(choice), choice.name)
+        pages.setdefault(_target(choice), choice)
     rows = (
-        f"| [`{target.rpartition('.')[2]}`][{target}] | [{page}](../methods/{page}.md) |\n"
-        for target, page in pages.items()
+        f"| [`{target.rpartition('.')[2]}`][{target}] | [{method(choice)}](../methods/{choice.name}.md) |\n"
+        for target, choice in pages.items()
     )
     return f"| class | method |\n|---|---|\n{''.join(rows)}"
 

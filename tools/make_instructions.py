@@ -1,11 +1,16 @@
 """Write a folder of instruction tasks in TRACE's layout from real data that packages carry.
 
-python tools/make_instructions.py [ROOT] [--tasks sections senses arithmetic tumours] [--train 400] [--eval 50]
-[--test 100] [--seed 0]
+python tools/make_instructions.py [ROOT] [--tasks sections senses arithmetic tumours drawer label shelf show]
+[--train 400] [--eval 50] [--test 100] [--seed 0] [--kinds 4]
+
+The last four tasks ask about the same nouns, of two to four kinds, in nearly the same words, and each wants another
+form of answer: a letter, a word in capitals, a number, yes or no. Nothing in a prompt says which, and which answer
+belongs to which kind has to be learnt. The nouns of held-out questions are in no training question of any of the four.
 
 ROOT/TASK/{train,eval,test}.json are lists of {"prompt", "answer", "instruction", "style"}, and "choices" where there
 are options. ROOT/TASK/task.json has the task's metric, its answer style and the sentence that asks for this style.
-A prompt is the instruction (the same for the whole task), the sample, and that sentence.
+A prompt is the instruction (the same for the whole task), the sample, and that sentence; those about nouns are the noun
+and one word.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ import subprocess
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +43,29 @@ _UNITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 _UNITS += ["thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
 _TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 _UNFIT = re.compile("offensive|obscen|slang|slur|disparag|vulgar|sexual|ethnic")
+_ASKED = ("label", "drawer", "shelf", "show")
+_KINDS = {  # by the number of WordNet's file: what is answered about a noun in it; all but the label is arbitrary
+    "15": ("PLACE", "B", "1", "Yes"),
+    "28": ("TIME", "A", "2", "No"),
+    "05": ("ANIMAL", "D", "4", "Yes"),
+    "08": ("BODY", "C", "3", "No"),
+}
 
 
 @dataclass(frozen=True)
 class Task:
-    """How one task asks, and the splits that ``make(task, sizes, rng)`` draws."""
+    """How one task asks, and the splits that ``make(task, sizes, rng)`` draws.
+
+    Tasks with the same ``inputs`` draw the same ones.
+    """
 
     metric: str
     style: str
     instruction: str
     response_format: str
     make: Callable[[Task, Sizes, np.random.Generator], Splits]
+    inputs: str | None = None
+    kinds: int = len(_KINDS)
 
     def records(self, samples: Sequence[Sample], instruction: str | None = None) -> list[Record]:
         instruction = self.instruction if instruction is None else instruction
@@ -222,6 +239,46 @@ def tumours(task: Task, sizes: Sizes, rng: np.random.Generator) -> Splits:
     return splits
 
 
+def nouns_by_kind() -> dict[str, list[str]]:
+    """Single words that WordNet's texts use in one kind's senses at least nine times in ten; no plurals of others."""
+    counts, synsets = WORDNET / "cntlist.rev", WORDNET / "data.noun"
+    if not (counts.exists() and synsets.exists()):
+        raise ConfigurationError(
+            f"{synsets} is missing: apt-get install wordnet-base, or choose other tasks with --tasks."
+        )
+    uses: dict[str, Counter[str]] = {}
+    for line in counts.read_text(encoding="utf-8").splitlines():
+        sense, _, times = line.split()
+        lemma, part, number, *_ = re.split("[%:]", sense)
+        if part == "1":
+            uses.setdefault(lemma, Counter())[number] += int(times)
+    found: dict[str, dict[str, str]] = {kind: {} for kind in _KINDS}
+    for line in synsets.read_text(encoding="utf-8").splitlines():
+        head, _, gloss = line.partition(" | ")
+        fields = head.split()
+        if line[:1].isdigit() and fields[1] in found and not _UNFIT.search(gloss):
+            for word in fields[4 : 4 + 2 * int(fields[3], 16) : 2]:
+                used = uses.get(word.lower(), Counter())
+                if used[fields[1]] > 0.9 * used.total() and re.fullmatch("[A-Za-z]{3,10}", word):
+                    found[fields[1]].setdefault(word.lower(), word)
+    return {kind: [word for low, word in words.items() if low[:-1] not in words] for kind, words in found.items()}
+
+
+def nouns(task: Task, sizes: Sizes, rng: np.random.Generator) -> Splits:
+    """Nouns, equally many of each kind, and what is asked about them in one word, as short as can be."""
+    column = _ASKED.index(task.instruction)
+    extra = {"instruction": task.instruction, "style": task.style}
+    words = nouns_by_kind()
+    pools = {
+        kind: [
+            Record((("user", f"{word} {task.instruction}\n"),), _KINDS[kind][column], extra)
+            for word in shuffled(words[kind], rng)
+        ]
+        for kind in list(_KINDS)[: task.kinds]
+    }
+    return {split: take(pools, n, rng) for split, n in sizes.items()}
+
+
 TASKS = {
     "sections": Task(
         "exact_match",
@@ -251,16 +308,21 @@ TASKS = {
         INSTRUCTIONS["yes_no"],
         tumours,
     ),
+    "drawer": Task("letter", "short_answer", "drawer", "", nouns, inputs="nouns"),
+    "label": Task("exact_match", "short_answer", "label", "", nouns, inputs="nouns"),
+    "shelf": Task("number", "short_answer", "shelf", "", nouns, inputs="nouns"),
+    "show": Task("yes_no", "yes_no", "show", "", nouns, inputs="nouns"),
 }
 
 
-def make(name: str, sizes: Sizes, seed: int = 0) -> Splits:
-    """Draw the records of one task, a function of its name, the sizes and the seed.
+def make(name: str, sizes: Sizes, seed: int = 0, kinds: int = len(_KINDS)) -> Splits:
+    """Draw the records of one task, a function of its name (or inputs), the sizes, the seed and the kinds of nouns.
 
     Raises:
         ConfigurationError: If the task's data are not installed, or too few.
     """
-    splits = TASKS[name].make(TASKS[name], sizes, private_rng(seed, zlib.crc32(name.encode())))
+    task = replace(TASKS[name], kinds=kinds)
+    splits = task.make(task, sizes, private_rng(seed, zlib.crc32((task.inputs or name).encode())))
     prompts = Counter(record.prompt for records in splits.values() for record in records)
     if twice := [prompt for prompt, n in prompts.items() if n > 1]:
         raise ConfigurationError(f"{name} asks {twice[0]!r} more than once; take another seed or fewer samples.")
@@ -287,6 +349,7 @@ def main() -> None:
     parser.add_argument("--eval", type=int, default=50)
     parser.add_argument("--test", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", type=int, choices=range(2, len(_KINDS) + 1), default=len(_KINDS), help="of nouns")
     args = parser.parse_args()
     sizes = {"train": args.train, "eval": args.eval, "test": args.test}
     try:
@@ -294,7 +357,7 @@ def main() -> None:
             check_whole(split, n, 1)
         check_whole("seed", args.seed, 0)
         for name in args.tasks:
-            write(args.root, name, make(name, sizes, args.seed))
+            write(args.root, name, make(name, sizes, args.seed, args.kinds))
             print(f"{args.root / name}: {', '.join(f'{n} {split}' for split, n in sizes.items())}")
     except ConfigurationError as error:
         parser.exit(2, f"error: {error}\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, cast
@@ -30,6 +29,9 @@ from clkit.data.fresh_start import FreshStart, end_fit, go_on, start_fresh
 from clkit.data.hook_runner import HookRunner
 from clkit.data.hooks import callbacks_of
 from clkit.data.loader import StreamLoader, read_samples
+from clkit.data.order import draw_passes, group_by_length
+from clkit.data.plan import Plan
+from clkit.data.stop_when import StopWhen, settings_of
 from clkit.data.stream import Experience, Stream
 from clkit.distributed import warn_of_differences
 from clkit.errors import ConfigurationError, check_whole, differences
@@ -50,6 +52,7 @@ class StreamDataModule(pl.LightningDataModule):
         epochs: Epochs for each experience: one number, or one for each.
         steps: Optimizer steps for each experience instead of epochs: one number, or one for each. Samples are drawn
             from one shuffled pass after another, and every batch is full.
+        stop_when: Ends an experience before that, once its validation gets no better.
         seed: Seed of the sample order, at least 0.
         drop_last: Leave out the last batch of an epoch if it is not full (it is kept, smaller, by default).
         num_workers: Worker processes for datasets that are not held as tensors.
@@ -77,6 +80,7 @@ class StreamDataModule(pl.LightningDataModule):
         *,
         epochs: int | Sequence[int] = 1,
         steps: int | Sequence[int] | None = None,
+        stop_when: StopWhen | None = None,
         seed: int = 0,
         drop_last: bool = False,
         num_workers: int = 0,
@@ -97,9 +101,20 @@ class StreamDataModule(pl.LightningDataModule):
         self.drop_last, self.num_workers, self.pin_memory = drop_last, num_workers, pin_memory
         self.collate_fn = collate_fn or stream.collate_fn
         self.group_by_length = group_by_length
-        self.steps = None if steps is None else _for_each(stream, "steps", steps)
-        self.epochs = _for_each(stream, "epochs", epochs) if self.steps is None else [1] * len(stream)
-        self._ends = list(accumulate(self.epochs))
+        self.stop_when = stop_when
+        if not isinstance(stop_when, StopWhen | None):
+            raise ConfigurationError(
+                f"stop_when={stop_when!r} is not possible; use clkit.StopWhen({stop_when!r}), or stop_when=val_loss "
+                "(val_acc) on the command line."
+            )
+        every = None if stop_when is None else stop_when.every_n_steps
+        if stop_when is not None and (steps is None) != (every is None):
+            raise ConfigurationError(
+                f"steps={steps} and {stop_when} do not go together; use StopWhen(every_n_steps=...) with steps, where "
+                "it says how often to look, and none with epochs."
+            )
+        self._plan = Plan(len(stream), epochs, steps, every)
+        self._max_epochs: int | None = None
         self.keep_memory = keep_memory
         self.train_sets: list[Dataset[Any]] = [experience.train for experience in stream]
         self._augmented, self._augmented_at = 0, (-1, -1)
@@ -113,9 +128,10 @@ class StreamDataModule(pl.LightningDataModule):
     def __repr__(self) -> str:
         unit, each = ("epochs", self.epochs) if self.steps is None else ("steps", self.steps)
         length = str(each[0]) if len(set(each)) == 1 else str(each)
+        stop = "" if self.stop_when is None else f" unless {self.stop_when}"
         return (
-            f"{type(self).__name__}({self.stream!r}, batch_size={self.batch_size}, {unit}={length} an experience, "
-            f"seed={self.seed}; {self.total_epochs} Lightning epochs, {self.total_steps} optimizer steps)"
+            f"{type(self).__name__}({self.stream!r}, batch_size={self.batch_size}, {unit}={length} an experience"
+            f"{stop}, seed={self.seed}; {self.total_epochs} Lightning epochs, {self.total_steps} optimizer steps)"
         )
 
     def __str__(self) -> str:
@@ -123,9 +139,19 @@ class StreamDataModule(pl.LightningDataModule):
         return repr(self)
 
     @property
+    def epochs(self) -> list[int]:
+        """Lightning epochs of each experience."""
+        return self._plan.epochs
+
+    @property
+    def steps(self) -> list[int] | None:
+        """Optimizer steps of each experience, where these were given instead of epochs."""
+        return self._plan.steps
+
+    @property
     def total_epochs(self) -> int:
         """Lightning epochs of the whole stream."""
-        return self._ends[-1]
+        return self._plan.total_epochs
 
     @property
     def total_steps(self) -> int:
@@ -134,6 +160,8 @@ class StreamDataModule(pl.LightningDataModule):
         Lightning's ``trainer.estimated_stepping_batches`` takes every epoch to be as long as the first.
         """
         last, most = (None, -1) if self.trainer is None else (self.trainer.max_epochs, self.trainer.max_steps)
+        # the trainer's own limit falls where an experience ends early
+        last = last if self._max_epochs is None else self._max_epochs
         total = sum(self._epoch_steps(epoch) for epoch in range(self.total_epochs if last is None else last))
         return total if most < 0 else min(total, most)
 
@@ -144,8 +172,7 @@ class StreamDataModule(pl.LightningDataModule):
         The trainer's limits, its accumulation and a ``GradientAccumulationScheduler`` are taken into account. A module
         that optimizes manually is taken to step on every batch.
         """
-        spans = pairwise([0, *self._ends])
-        return [sum(map(self._epoch_steps, range(first, after))) for first, after in spans]
+        return [sum(map(self._epoch_steps, span)) for span in self._plan.spans]
 
     @property
     def planned_steps(self) -> list[int]:
@@ -159,10 +186,11 @@ class StreamDataModule(pl.LightningDataModule):
 
     def _epoch_batches(self, epoch: int) -> int:
         """Batches of a Lightning epoch, before the trainer's limit."""
-        k = self._experience_at(epoch)
-        if self.steps is not None:
-            return self.steps[k] * self._accumulated(epoch)
-        n, size = len(cast(Sequence[Any], self.train_sets[k])), self.batch_size * self._world_size
+        steps = self._plan.steps_in(epoch)
+        if steps is not None:
+            return steps * self._accumulated(epoch)
+        dataset = self.train_sets[self._plan.experience(epoch)]
+        n, size = len(cast(Sequence[Any], dataset)), self.batch_size * self._world_size
         return n // size if self.drop_last else -(-n // size)
 
     def _limited(self, batches: int) -> int:
@@ -176,9 +204,6 @@ class StreamDataModule(pl.LightningDataModule):
         for scheduler in callbacks_of(self.trainer, GradientAccumulationScheduler):
             return scheduler.get_accumulate_grad_batches(epoch)
         return self.trainer.accumulate_grad_batches
-
-    def _experience_at(self, epoch: int) -> int:
-        return min(bisect_right(self._ends, epoch), len(self.stream) - 1)
 
     @property
     def step(self) -> int:
@@ -201,22 +226,42 @@ class StreamDataModule(pl.LightningDataModule):
     @property
     def experience(self) -> Experience:
         """The experience that is being learned."""
-        return self.stream[self._experience_at(self._epoch)]
+        return self.stream[self._plan.experience(self.planned_epoch)]
 
     @property
     def epoch_in_experience(self) -> int:
         """Epochs of the current experience done so far, from 0."""
-        k = self.experience.index
-        return self._epoch - (self._ends[k] - self.epochs[k])
+        return self._plan.within(self.planned_epoch)
 
     @property
     def is_last_epoch(self) -> bool:
         """Whether the current epoch is the last of its experience."""
-        return self.epoch_in_experience >= self.epochs[self.experience.index] - 1
+        return self._plan.left_after(self.planned_epoch) == 0
 
     @property
-    def _epoch(self) -> int:
-        return self.trainer.current_epoch if self.trainer is not None else 0
+    def planned_epoch(self) -> int:
+        """The current epoch's number in the plan, from 0: Lightning's, and those that :attr:`stop_when` left out."""
+        return self._left_out + (self.trainer.current_epoch if self.trainer is not None else 0)
+
+    @property
+    def _left_out(self) -> int:
+        return 0 if self._runner is None else self._runner.watch.left_out
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the whole stream has been learned."""
+        return self.planned_epoch >= self.total_epochs
+
+    def end_experience(self) -> None:
+        """Let the current epoch be the last of its experience."""
+        assert self._runner is not None
+        self._runner.watch.left_out += self._plan.left_after(self.planned_epoch)
+        self._limit_epochs()
+
+    def _limit_epochs(self) -> None:
+        """Let the trainer end with the stream, which may be shorter than planned."""
+        if self.trainer is not None and self._max_epochs is not None and self._left_out:
+            cast(Any, self.trainer).fit_loop.max_epochs = min(self._max_epochs, self.total_epochs - self._left_out)
 
     def setup(self, stage: str) -> None:
         """Check the trainer against the stream and let it run the experience hooks.
@@ -238,6 +283,10 @@ class StreamDataModule(pl.LightningDataModule):
         with isolate_rng():
             check_samples(self.stream, self.collate_fn)
         trainer.strategy.checkpoint_io = VerifiedCheckpointIO(trainer.strategy.checkpoint_io)
+        if self.stop_when is not None:
+            self.stop_when.check(self.stream, trainer)
+        self._max_epochs = trainer.max_epochs
+        self._limit_epochs()
         self._reload_period = cast(Any, trainer).reload_dataloaders_every_n_epochs
         cast(Any, trainer).reload_dataloaders_every_n_epochs = 1
         cast(Any, trainer).callbacks.insert(0, self._runner)
@@ -248,7 +297,7 @@ class StreamDataModule(pl.LightningDataModule):
         goes_on = trainer.global_step > 0 and self._runner is not None
         (go_on if goes_on or self.keep_memory else start_fresh)(callbacks_of(trainer, FreshStart))
         if not goes_on or self._runner is None:
-            self._runner = HookRunner(self)
+            self._runner = HookRunner(self, self.stop_when)
         self._set_up_as = self._identity()
 
     def teardown(self, stage: str) -> None:
@@ -257,6 +306,9 @@ class StreamDataModule(pl.LightningDataModule):
             self._runner.undo(self.trainer.lightning_module)
             end_fit(callbacks_of(self.trainer, FreshStart))
             cast(Any, self.trainer).reload_dataloaders_every_n_epochs = self._reload_period
+            if self._left_out:
+                cast(Any, self.trainer).fit_loop.max_epochs = self._max_epochs
+            self._max_epochs = None
             own_io = cast(VerifiedCheckpointIO, self.trainer.strategy.checkpoint_io).checkpoint_io
             self.trainer.strategy.checkpoint_io = cast(CheckpointIO, own_io)
 
@@ -271,8 +323,8 @@ class StreamDataModule(pl.LightningDataModule):
         """
         trainer = cast(Any, self.trainer)
         interval = trainer.val_check_interval
-        for k, end in enumerate(self._ends):
-            whole = self._epoch_batches(end - 1)
+        for k, span in enumerate(self._plan.spans):
+            whole = self._epoch_batches(span[-1])
             batches = self._limited(whole)
             if whole == 0:
                 raise ConfigurationError(
@@ -300,7 +352,7 @@ class StreamDataModule(pl.LightningDataModule):
                 does, or before an experience where each has its own.
         """
         trainer = cast(Any, self.trainer)
-        if trainer.fit_loop.max_epochs > self.total_epochs:
+        if trainer.fit_loop.max_epochs > self.total_epochs - self._left_out:
             raise ConfigurationError(
                 f"A callback (StochasticWeightAveraging with BatchNorm does so) raised max_epochs to "
                 f"{trainer.fit_loop.max_epochs}, but the stream lasts {self.total_epochs}; leave it out."
@@ -374,16 +426,22 @@ class StreamDataModule(pl.LightningDataModule):
         """Batches of the current epoch of the current experience."""
         overfit = self.trainer is not None and cast(Any, self.trainer).overfit_batches > 0
         k, epoch = self.experience.index, 0 if overfit else self.epoch_in_experience
-        dataset = self.train_sets[k]
-        n = len(cast(Sequence[Any], dataset))
-        seeds = private_rng(self.seed, 1, k, epoch)
+        dataset, span = self.train_sets[k], self._plan.spans[k]
+        n, size = len(cast(Sequence[Any], dataset)), self.batch_size * self._world_size
+        seeds = private_rng(self.seed, 1, k, epoch if self.steps is None else 0)
         if self.steps is None:
             order = torch.from_numpy(seeds.permutation(n))
         else:
-            order = _passes(seeds, n, self._epoch_batches(self._epoch) * self.batch_size * self._world_size)
+            order = draw_passes(seeds, n, sum(map(self._epoch_batches, span)) * size)
         if self.group_by_length:
-            order = _grouped(seeds, order, lengths_of(dataset)[order], self.batch_size * self._world_size)
-        return self._loader(dataset, order, seed=int(seeds.integers(2**31)), drop_last=self.drop_last)
+            order = group_by_length(seeds, order, lengths_of(dataset)[order], size)
+        seed = int(seeds.integers(2**31))
+        if self.steps is not None:
+            # the order is that of the whole experience, however many epochs it is cut into
+            first = sum(map(self._epoch_batches, span[:epoch]))
+            order = order[first * size :][: self._epoch_batches(span[epoch]) * size]
+            seed += first
+        return self._loader(dataset, order, seed=seed, drop_last=self.drop_last)
 
     def _val_dataloader(self) -> StreamLoader | list[Any]:
         """Validation batches of the current experience; nothing when it has no validation set."""
@@ -426,6 +484,7 @@ class StreamDataModule(pl.LightningDataModule):
             "stream": self._fingerprint(),
             "epochs": self.epochs,
             "steps": self.steps,
+            "stop_when": settings_of(self.stop_when),
             "global_batch_size": self.batch_size * self._world_size,
             "seed": self.seed,
             "drop_last": self.drop_last,
@@ -455,6 +514,7 @@ class StreamDataModule(pl.LightningDataModule):
             )
         if self.trainer is not None and self._runner is not None:
             self._runner.set_clock(self.trainer, state_dict[CLOCK])
+            self._limit_epochs()
 
 
 def stream_data(trainer: pl.Trainer) -> StreamDataModule:
@@ -486,33 +546,6 @@ def _warn_of_stopping(trainer: pl.Trainer) -> None:
     for callback in callbacks_of(trainer, EarlyStopping):
         rank_zero_warn(
             f"{type(callback).__name__} ends the whole fit, not an experience: where {callback.monitor} gets no "
-            "better, as after a boundary, the experiences that come later are not learned."
+            "better, as after a boundary, the experiences that come later are not learned. To end experiences, use "
+            f"StreamDataModule(stop_when=StopWhen({callback.monitor!r}, mode={callback.mode!r}))."
         )
-
-
-def _for_each(stream: Stream, name: str, value: int | Sequence[int]) -> list[int]:
-    values = [value] * len(stream) if isinstance(value, int) else list(value)
-    if len(values) != len(stream):
-        raise ConfigurationError(
-            f"{name} has {len(values)} entries for {len(stream)} experiences; give one number, or one for each."
-        )
-    for entry in values:
-        check_whole(name, entry, 1)
-    return values
-
-
-def _passes(rng: Any, n: int, length: int) -> Tensor:
-    passes = [torch.from_numpy(rng.permutation(n)) for _ in range(-(-length // n))]
-    return torch.cat(passes)[:length]
-
-
-def _grouped(rng: Any, order: Tensor, lengths: Tensor, size: int) -> Tensor:
-    """Sort each run of 50 batches by length and shuffle its batches; a last batch that is not full stays last."""
-    pieces = []
-    for start in range(0, len(order), 50 * size):
-        run = order[start : start + 50 * size]
-        whole = len(run) // size * size
-        # the rest, which drop_last leaves out, is drawn before sorting: otherwise it would be the longest each time
-        batches = run[:whole][lengths[start : start + whole].argsort(stable=True)].view(-1, size)
-        pieces += [batches[torch.from_numpy(rng.permutation(len(batches)))].flatten(), run[whole:]]
-    return torch.cat(pieces)

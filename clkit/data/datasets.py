@@ -128,6 +128,56 @@ def stored(dataset: Dataset[Any], position: int) -> Tensor | None:
     return None
 
 
+def add_to_labels(dataset: Dataset[Any], offset: int) -> Dataset[Any]:
+    """Return a view on a dataset whose labels are higher by ``offset``.
+
+    Raises:
+        ConfigurationError: If a label is not the number of a class.
+    """
+    label = find_labels(sample_of(dataset, 0))
+    if label is None or not is_class(label):
+        raise ConfigurationError(
+            f"label_offsets are added to the number of one class a sample, but labels are "
+            f"{'none' if label is None else describe(label)}; leave them out."
+        )
+    return _shifted(dataset, offset)
+
+
+def _shifted(dataset: Dataset[Any], offset: int) -> Dataset[Any]:
+    if isinstance(dataset, InMemoryDataset):
+        y = None if dataset.y is None else dataset.y + offset
+        return InMemoryDataset(dataset.x, y, indices=dataset.indices, transform=dataset.transform, task=dataset.task)
+    if isinstance(dataset, TensorDataset):
+        x, y, *rest = dataset.tensors
+        return TensorDataset(x, y + offset, *rest)
+    if isinstance(dataset, Subset):
+        return Subset(_shifted(dataset.dataset, offset), dataset.indices)
+    if isinstance(dataset, ConcatDataset):
+        return ConcatDataset([_shifted(part, offset) for part in dataset.datasets])
+    return _Shifted(dataset, offset)
+
+
+class _Shifted(Dataset[Any]):
+    """A dataset that is read sample by sample, with higher labels."""
+
+    def __init__(self, dataset: Dataset[Any], offset: int) -> None:
+        self.dataset, self.offset = dataset, offset
+        for name in ("targets", "lengths"):
+            if hasattr(dataset, name):
+                setattr(self, name, getattr(dataset, name))
+
+    def __len__(self) -> int:
+        return len(cast(Sequence[Any], self.dataset))
+
+    def __getitem__(self, index: int) -> Any:
+        sample = self.dataset[index]
+        if isinstance(sample, Mapping):
+            key = _label_key(sample)
+            return sample if key is None else {**sample, key: sample[key] + self.offset}
+        x, y, *rest = sample
+        return (x, y + self.offset, *rest)
+
+
 def contents_of(dataset: Dataset[Any] | None) -> list[Any]:
     """Return the tensors and lists that a dataset holds in memory and that tell it from others; reads no sample."""
     if isinstance(dataset, InMemoryDataset):
@@ -161,8 +211,12 @@ def find_labels(batch: Any) -> Tensor | None:
     """Return the labels as :func:`labels_of` does, or ``None`` where there are none."""
     if isinstance(batch, (tuple, list)) and len(batch) >= 2:
         return _number(batch[1])
-    keys = [key for key in ("labels", "label", "targets", "y") if isinstance(batch, Mapping) and key in batch]
-    return _number(batch[keys[0]]) if keys else None
+    key = _label_key(batch) if isinstance(batch, Mapping) else None
+    return None if key is None else _number(batch[key])
+
+
+def _label_key(batch: Mapping[str, Any]) -> str | None:
+    return next((key for key in ("labels", "label", "targets", "y") if key in batch), None)
 
 
 def _number(label: Any) -> Tensor:

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 from pytorch_lightning import Callback
 
 from clkit.errors import ConfigurationError
+from clkit.notebook import settings_repr
 
 
 class FreshStart(Callback):
@@ -18,6 +19,9 @@ class FreshStart(Callback):
 
     What was assigned to an attribute after a fit, such as another strength, stays.
     """
+
+    def __repr__(self) -> str:
+        return settings_repr(self)
 
 
 @dataclass

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from clkit.data.hooks import AT_END, Hooks, callbacks_of
 from clkit.data.loader import StreamLoader
 from clkit.data.optimizer_steps import OptimizerSteps, unscale
+from clkit.data.stop_when import StopWhen, Watch
 from clkit.data.stream import Experience, Stream
 from clkit.data.training_step import extend_step, restore_step
 
@@ -24,16 +25,19 @@ class Clock(Protocol):
     stream: Stream
 
     @property
-    def total_epochs(self) -> int:
-        """Lightning epochs of the whole stream."""
-
-    @property
     def experience(self) -> Experience:
         """The experience that is being learned."""
 
     @property
     def is_last_epoch(self) -> bool:
         """Whether the current epoch is the last of its experience."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the whole stream has been learned."""
+
+    def end_experience(self) -> None:
+        """Let the current epoch be the last of its experience."""
 
     def augmented(self, batch: Any) -> Any:
         """Return a batch with its inputs augmented for the current step."""
@@ -56,19 +60,27 @@ class HookRunner(Callback):
 
     It is the trainer's first callback while a fit lasts. Experience hooks run for every callback that has them,
     those with the four hooks first, each group in the order of the trainer's callbacks; at an experience's end what
-    changes the weights comes before what reads them (:attr:`~clkit.data.hooks.Hooks.at_end`).
+    changes the weights comes before what reads them (:attr:`~clkit.data.hooks.Hooks.at_end`). Callbacks that have a
+    ``before_experience_end`` see the weights of the last step.
+
+    Args:
+        clock: Where the fit is in its stream.
+        stop_when: Ends an experience before its planned end.
     """
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, stop_when: StopWhen | None = None) -> None:
         self.stream_clock = clock
         self.started = -1
         self.ended = -1
         self.steps = OptimizerSteps()
+        self.watch = Watch(stop_when)
         self._in_training = False
         self._random_state: dict[str, Any] | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.stream_clock.check_plan()
+        if self.watch.rule is not None:
+            self.watch.rule.check_module(pl_module)
         augment = None if self.stream_clock.stream.augment is None else self.stream_clock.augmented
         strategies = callbacks_of(trainer, Hooks)
         extend_step(trainer, pl_module, strategies, lambda: self in callbacks_of(trainer), augment)
@@ -80,7 +92,7 @@ class HookRunner(Callback):
         if skipped:
             self._restore_random_state()
             trainer.fit_loop.on_run_start()
-        if trainer.current_epoch >= self.stream_clock.total_epochs and trainer.is_last_batch:
+        if self.stream_clock.is_over and trainer.is_last_batch:
             self._catch_up(trainer, pl_module, len(self.stream_clock.stream))
         if skipped:
             trainer.fit_loop.on_run_end()
@@ -132,10 +144,19 @@ class HookRunner(Callback):
         self._catch_up(trainer, module, current)
         if current > self.started:
             self.started = current
+            self.watch.begin()
             self._run("on_experience_start", trainer, module, current)
             for config in trainer.lr_scheduler_configs:
                 if hasattr(config.scheduler, "enter"):
                     config.scheduler.enter(current)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.watch.rule is None:
+            return
+        # before the training it only shows whether there is such a metric
+        value = self.watch.value(trainer)
+        if not trainer.sanity_checking and trainer.is_last_batch and self.watch.ends(value):
+            self.stream_clock.end_experience()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restore_random_state()
@@ -147,6 +168,7 @@ class HookRunner(Callback):
         # Lightning skips on_train_epoch_end after resuming from a checkpoint that was saved on an epoch's last batch
         if self.ended < self.started < before:
             self.ended = self.started
+            self._run("before_experience_end", trainer, module, self.started)
             self._run("on_experience_end", trainer, module, self.started)
 
     def _run(self, hook: str, trainer: Trainer, module: LightningModule, index: int) -> None:
@@ -165,12 +187,19 @@ class HookRunner(Callback):
         if trainer.world_size > 1:
             states = states * trainer.world_size
             torch.distributed.all_gather_object(states, _random_state())
-        return {"started": self.started, "ended": self.ended, **self.steps.state_dict(), "random_states": states}
+        return {
+            "started": self.started,
+            "ended": self.ended,
+            **self.steps.state_dict(),
+            "watch": self.watch.state_dict(),
+            "random_states": states,
+        }
 
     def set_clock(self, trainer: Trainer, clock: dict[str, Any]) -> None:
         """Go on from what :meth:`clock` returned."""
         self.started, self.ended = clock["started"], clock["ended"]
         self.steps.load_state_dict(clock)
+        self.watch.load_state_dict(clock["watch"])
         states = clock["random_states"]
         if len(states) != trainer.world_size:
             rank_zero_warn(

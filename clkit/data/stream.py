@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any, Literal, cast, get_args, overload
 
 import numpy as np
@@ -14,13 +15,23 @@ from torch.utils.data import Dataset, IterableDataset
 
 from clkit.data.augment import Augment
 from clkit.data.columns import describe
-from clkit.data.datasets import can_slice, contents_of, find_labels, is_class, read_batch, sample_of, targets_of
+from clkit.data.datasets import (
+    add_to_labels,
+    can_slice,
+    contents_of,
+    find_labels,
+    is_class,
+    read_batch,
+    sample_of,
+    targets_of,
+)
 from clkit.errors import ConfigurationError, check_choice
+from clkit.notebook import html_table
 
 Kind = Literal["class-incremental", "task-incremental", "domain-incremental", "instruction", "task-free"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Experience:
     """One step of a stream: the data that arrives together.
 
@@ -42,6 +53,16 @@ class Experience:
     val: Dataset[Any] | None = None
     classes: tuple[int, ...] = ()
     task: int | None = None
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{size} {split}" for split, size in self._sizes().items() if size is not None)
+        classes = f", classes {_few(self.classes)}" if self.classes else ""
+        task = "" if self.task is None else f", task {self.task}"
+        return f"{type(self).__name__}({self.index}, {self.name!r}, {sizes}{classes}{task})"
+
+    def _sizes(self) -> dict[str, int | None]:
+        sets = {"train": self.train, "val": self.val, "test": self.test}
+        return {split: None if part is None else _size(part) for split, part in sets.items()}
 
 
 class Stream(Sequence[Experience]):
@@ -120,6 +141,9 @@ class Stream(Sequence[Experience]):
         n_classes: int | None = None,
         classes: Sequence[Sequence[int]] | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
+        val: Sequence[Dataset[Any] | None] | None = None,
+        names: Sequence[str] | None = None,
+        label_offsets: Sequence[int] | None = None,
     ) -> Stream:
         """Build a stream from one training set and one test set for each experience.
 
@@ -129,15 +153,36 @@ class Stream(Sequence[Experience]):
         has none. ``classes=[(), (), ...]`` says so of whole numbers. In a task-incremental stream the samples are
         ``(x, y, task)``, each experience with one task.
 
+        Args:
+            train: Training sets, one for each experience.
+            test: Test sets.
+            name: Name of the stream.
+            kind: What changes from one experience to the next.
+            n_classes: Number of classes; from the labels when ``None``.
+            classes: Labels of each experience, with the offsets; read when ``None``.
+            collate_fn: Turns a list of samples into a batch; torch's default when ``None``.
+            val: Sets for model selection, with ``None`` where an experience has none.
+            names: Names of the experiences for tables and plots; ``experience 0``, ... when ``None``.
+            label_offsets: What is added to the labels of each experience, for sets that are each numbered from 0:
+                ``[0, 10, 20]`` for three of ten classes.
+
         Raises:
-            ConfigurationError: If the two lists differ in length, or the samples do not fit the kind.
+            ConfigurationError: If the lists differ in length, or the samples do not fit the kind.
         """
-        if len(train) != len(test):
-            raise ConfigurationError(
-                f"Got {len(train)} training sets and {len(test)} test sets; give one of each for every experience."
-            )
+        given = {"test sets": test, "val": val, "names": names, "classes": classes, "label_offsets": label_offsets}
+        for what, entries in given.items():
+            if entries is not None and len(entries) != len(train):
+                raise ConfigurationError(
+                    f"Got {len(train)} training sets and {len(entries)} {what}; give one of each for every experience."
+                )
         for k, dataset in enumerate(train):
             _check_set(dataset, f"Training set {k} is empty; remove it or give it data.", f"Training set {k}")
+        val = [None] * len(train) if val is None else val
+        if label_offsets is not None:
+            train, test, val = (
+                [_numbered_from(part, k, by) for k, (part, by) in enumerate(zip(sets, label_offsets, strict=True))]
+                for sets in (train, test, val)
+            )
         if classes is None:
             classes = [_classes_in(dataset) for dataset in train]
             if kind == "class-incremental" and not all(classes):
@@ -153,9 +198,10 @@ class Stream(Sequence[Experience]):
         experiences = [
             Experience(
                 index=k,
-                name=f"experience {k}",
+                name=f"experience {k}" if names is None else names[k],
                 train=train[k],
                 test=test[k],
+                val=val[k],
                 classes=tuple(classes[k]),
                 task=tasks[k],
             )
@@ -181,6 +227,14 @@ class Stream(Sequence[Experience]):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, {len(self)} experiences, {self.kind}, {self.n_classes} classes)"
+
+    def _repr_html_(self) -> str:
+        head = ["", "experience", "train", "val", "test", "classes"]
+        rows = [
+            [e.index, e.name, *("" if size is None else size for size in e._sizes().values()), _listed(e.classes)]
+            for e in self
+        ]
+        return f"<p>{escape(repr(self))}</p>{html_table(head, rows)}"
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -262,8 +316,20 @@ def _classes_in(dataset: Dataset[Any]) -> list[int]:
     return cast(list[int], torch.unique(targets_of(dataset)).tolist())
 
 
+def _numbered_from(dataset: Dataset[Any] | None, k: int, offset: int) -> Any:
+    if dataset is None:
+        return None
+    _check_set(dataset, f"A set of experience {k} is empty; remove it or give it data.", f"Experience {k}")
+    return add_to_labels(dataset, offset)
+
+
 def _few(classes: tuple[int, ...]) -> str:
-    return str(classes) if len(classes) <= 10 else f"({', '.join(map(str, classes[:9]))}, ..., {classes[-1]})"
+    return f"({_listed(classes)})"
+
+
+def _listed(classes: tuple[int, ...]) -> str:
+    shown = [*classes] if len(classes) <= 10 else [*classes[:9], "...", classes[-1]]
+    return ", ".join(map(str, shown))
 
 
 def _check_set(dataset: Any, empty: str, where: str) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ class _Row:
 
 class Recorder:
     """Collects evaluations whose results may still be under way, and writes them into ``history.csv`` and loggers.
+
+    The newest are also in ``trainer.callback_metrics``, where callbacks that monitor something look.
 
     Args:
         trainer: The trainer.
@@ -57,6 +60,8 @@ class Recorder:
         self._counts, self._full_counts = counts, full_counts
         self.latest: list[float] = []
         self.n_undefined = 0 if state is None else state["n_undefined"]
+        if state is not None:
+            self._set_latest(state["latest"])
         self._pending: list[_Row] = []
         self._offset = 0
         self._writer = self._open(state) if trainer.is_global_zero else None
@@ -91,16 +96,25 @@ class Recorder:
         self._count_undefined(undefined)
         for row, values in zip(rows, means, strict=True):
             scores = [value if k in row.experiences else math.nan for k, value in enumerate(values)]
-            if row.phase in ("step", "end"):
-                self.latest = scores[: row.index + 1]
+            if row.phase != "before":
+                self._set_latest(scores[: row.index + 1])
             if self._writer is not None:
                 self._writer.append(row.step, row.index, row.phase, scores)
             if row.phase != "end":
                 curves = {f"{self.curve}/E{k}": scores[k] for k in row.experiences}
+                if row.phase == "step":
+                    curves[f"{self.curve}/seen"] = fmean(self.latest)
                 for logger in self.trainer.loggers:
                     logger.log_metrics(curves, step=row.step)
         if self._writer is not None:
             self._writer.flush()
+
+    def _set_latest(self, scores: list[float]) -> None:
+        self.latest = scores
+        if scores:
+            current = {f"{self.curve}/E{k}": score for k, score in enumerate(scores)}
+            current[f"{self.curve}/seen"] = fmean(scores)
+            self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in current.items()})
 
     def _count_undefined(self, number: int) -> None:
         if number and not self.n_undefined:
@@ -123,4 +137,4 @@ class Recorder:
         if self._writer is not None:
             self._writer.sync()
             self._offset = self._writer.offset
-        return {"offset": self._offset, "path": str(self.path), "n_undefined": self.n_undefined}
+        return {"offset": self._offset, "path": str(self.path), "n_undefined": self.n_undefined, "latest": self.latest}

@@ -7,8 +7,9 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
+import numpy as np
 import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info
@@ -22,6 +23,7 @@ from clkit.evaluation.divergence import Divergence
 from clkit.evaluation.evaluator import Evaluator
 from clkit.evaluation.evaluator_choice import EvaluatorChoice
 from clkit.evaluation.held_out import HeldOut, Split, held_out
+from clkit.evaluation.loggers import log_figure, log_final, log_stream, take_figures
 from clkit.evaluation.recorder import Recorder
 from clkit.evaluation.schedule import Every, Schedule
 from clkit.evaluation.scores import Mask, Score, Scorer, named
@@ -29,7 +31,11 @@ from clkit.evaluation.stopwatch import Stopwatch
 from clkit.files import result_folder, write_atomically
 from clkit.method.strategy import chosen_view
 from clkit.metrics.history import History
-from clkit.metrics.summary import summary
+from clkit.metrics.summary import Summary, summary
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 class StabilityGap(FreshStart):
@@ -40,7 +46,11 @@ class StabilityGap(FreshStart):
     are, bit for bit. Put it after the strategies in the trainer's callbacks.
 
     Writes ``history.csv`` while training (one row an evaluation, ``pandas.read_csv`` reads it), and at the end
-    ``metrics.json``, ``timing.json`` and ``stability_gap.png``. Every logger of the trainer gets the curves.
+    ``metrics.json``, ``timing.json`` and ``stability_gap.png``. Every logger of the trainer gets the curves
+    (``accuracy/E0``, ..., and ``accuracy/seen``, the mean over the experiences seen), what they are of, the final
+    metrics (``final/ACC``, ...) and, where it can show them, the figures. The newest scores are in
+    ``trainer.callback_metrics`` under the names of their curves, for ``ModelCheckpoint(monitor="accuracy/seen")``; each
+    evaluation is waited for where a callback or a learning-rate schedule monitors one.
 
     Args:
         every: Optimizer steps between evaluations, counted from the start of each experience, or a
@@ -140,11 +150,11 @@ class StabilityGap(FreshStart):
         self.mask: Mask = mask
         self.batch_size, self.seed, self.flush_every = batch_size, seed, flush_every
         self.subset_limit = subset_limit
-        self.plot, self.view, self.name = plot, view, view if name is None else name
+        self._draws, self.view, self.name = plot, view, view if name is None else name
         self._divergence = Divergence(stop_on_nan)
         self._own_dir = None if dir is None else Path(dir)
         self.dir: Path | None = None
-        self.metrics: dict[str, Any] = {}
+        self.metrics = Summary()
         self._recorder: Recorder | None = None
         self._evaluator: Evaluator | None = None
         self._resume_from: dict[str, Any] | None = None
@@ -152,6 +162,35 @@ class StabilityGap(FreshStart):
         self._clock = Stopwatch()
         self._approximation: dict[str, float] = {}
         self._module_mask = False
+        self._names: list[str] = []
+
+    def __repr__(self) -> str:
+        of = "all samples" if self.subset is None else f"up to {self.subset} samples"
+        found = f"; {self.metrics}" if self.metrics else ""
+        name = "" if self.name is None else f"name={self.name!r}, "
+        return f"{type(self).__name__}({name}{self.schedule}, {of} of each experience's {self.split} data{found})"
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the scores over the steps so far, see :func:`~clkit.report.figures.stability_gap_figure`.
+
+        Args:
+            ax: Where to draw; in a new figure of pyplot when ``None``, which a notebook shows.
+
+        Returns:
+            What was drawn on.
+
+        Raises:
+            ConfigurationError: If there is no history yet.
+        """
+        from clkit.report.figures import ONE_COLUMN, TWO_COLUMNS, stability_gap_figure
+
+        history = self.history
+        if ax is None:
+            from matplotlib import pyplot
+
+            ax = pyplot.figure(figsize=(TWO_COLUMNS, ONE_COLUMN), layout="constrained").subplots()
+        stability_gap_figure(history, self._names, score=self._scorer.name, schedule=str(self.schedule), ax=ax)
+        return ax
 
     @property
     def history(self) -> History:
@@ -185,6 +224,8 @@ class StabilityGap(FreshStart):
                 )
         self._evaluated, self._shown = chosen_view(trainer, self.view)
         self._module_mask = bool(getattr(pl_module, "mask_unseen", False))
+        if stage == "fit" and callbacks_of(trainer, StabilityGap)[0] is self:
+            log_stream(trainer.loggers, stream)
 
     @property
     def state_key(self) -> str:
@@ -195,6 +236,7 @@ class StabilityGap(FreshStart):
         assert self.dir is not None
         stream, device = stream_data(trainer).stream, pl_module.device
         resumed, self._resume_from = self._resume_from, None
+        self._names = [experience.name for experience in stream]
         self._clock.start(device)
         self._held_out = HeldOut(
             trainer,
@@ -209,11 +251,14 @@ class StabilityGap(FreshStart):
         curve = self._scorer.name + (f"-{self.name}" if self.name else "")
         counts = self._held_out.subsets.counts, self._held_out.full_counts
         self._recorder = Recorder(trainer, self.dir / "history.csv", *counts, curve, resumed)
+        self._is_monitored = any(name.startswith(f"{curve}/") for name in _monitored(trainer))
         self._evaluator = self._choice.build(trainer, pl_module, self._held_out.subsets, self._scorer)
         if trainer.global_step == 0:
             first = range(len(stream) if self.zero_shot else 1)
             with self._shown(pl_module):
                 self._recorder.note(0, 0, "init", first, self._evaluator.now(0, first))
+            if self._is_monitored:
+                self._flush()
         elif resumed is not None and resumed["evaluator"]:
             self._evaluator.load_state_dict(resumed["evaluator"])
         else:
@@ -238,10 +283,14 @@ class StabilityGap(FreshStart):
         self._divergence.watch(trainer, outputs)
         new = range(self._last_step + 1, step + 1)
         self._last_step = step
-        due = self._agreed(trainer, any(self.schedule.due(at - self._start_step) for at in new))
-        is_last = trainer.is_last_batch and data.is_last_epoch
-        if due or (is_last and step > self._evaluated_step):
+        if self._agreed(trainer, any(self.schedule.due(at - self._start_step) for at in new)):
             self._evaluate(pl_module, step, data.experience.index)
+
+    def before_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
+        """Evaluate the last step, which only the validation after it may have made the last."""
+        step = stream_data(trainer).step
+        if step > self._evaluated_step:
+            self._evaluate(module, step, experience.index)
 
     def _agreed(self, trainer: Trainer, due: bool) -> bool:
         """One answer for all processes where it depends on the clock."""
@@ -257,7 +306,7 @@ class StabilityGap(FreshStart):
             with self._shown(module):
                 self._recorder.note(step, index, "step", range(index + 1), self._evaluator.submit(index))
             self._evaluated_step = step
-            if len(self._recorder) >= self.flush_every:
+            if len(self._recorder) >= self.flush_every or self._is_monitored:
                 self._flush()
         if self.schedule.timed:
             self.schedule.spent(self._now(module) - start)
@@ -289,21 +338,29 @@ class StabilityGap(FreshStart):
         if not trainer.is_global_zero or self._recorder is None:
             return
         assert self.dir is not None
-        stream = stream_data(trainer).stream
         history = self.history
-        self.metrics = self._summary(history, stream)
+        self.metrics = self._summary(history, stream_data(trainer).stream)
         write_atomically(self.dir / "timing.json", json.dumps(self._clock.seconds(), indent=2) + "\n")
-        if self.plot:
-            self._draw(history, [experience.name for experience in stream])
+        if self._draws:
+            self._draw(history)
         # the last of a run's files: it tells that all are there
         write_atomically(self.dir / "metrics.json", json.dumps(self.metrics, indent=2, allow_nan=False) + "\n")
+        self._log(trainer, history)
 
-    def _summary(self, history: History, stream: Stream) -> dict[str, Any]:
+    def _log(self, trainer: Trainer, history: History) -> None:
+        step, name = stream_data(trainer).step, f"-{self.name}" if self.name else ""
+        log_final(trainer.loggers, self.metrics["metrics"], f"final{name}", step)
+        shown_by = take_figures(trainer.loggers)
+        if self._draws and shown_by and len(history):
+            for what, figure in self._figures(history).items():
+                log_figure(shown_by, f"{what}{name}", figure, step)
+
+    def _summary(self, history: History, stream: Stream) -> Summary:
         assert self._recorder is not None
-        names = [experience.name for experience in stream]
+        about = {"name": stream.name, "kind": stream.kind, "experiences": self._names}
         return summary(
             history,
-            stream={"name": stream.name, "kind": stream.kind, "experiences": names, **_left_out(stream)},
+            stream={**about, **_left_out(stream)},
             complete=len(stream) - 1 in history.select("end").experience,
             score=self._scorer.name,
             schedule=f"{self.schedule}, approximately" if self._choice.lazy else str(self.schedule),
@@ -316,12 +373,23 @@ class StabilityGap(FreshStart):
             diverged=self._divergence.since,
         )
 
-    def _draw(self, history: History, names: list[str]) -> None:
+    def _draw(self, history: History) -> None:
         from clkit.report.figures import save, stability_gap_figure
 
         assert self.dir is not None
-        save(stability_gap_figure(history, names), self.dir / "stability_gap.png")
+        save(stability_gap_figure(history, self._names), self.dir / "stability_gap.png")
         rank_zero_info(f"Stability gap: {self.dir / 'stability_gap.png'}")
+
+    def _figures(self, history: History) -> dict[str, Figure]:
+        from clkit.report.figures import accuracy_matrix_figure, stability_gap_figure, zoom_figure
+
+        names, score = self._names, self._scorer.name
+        matrix = np.array(self.metrics["accuracy_matrix"], dtype=np.float64)
+        return {
+            "stability_gap": stability_gap_figure(history, names, score=score),
+            "boundaries": zoom_figure(history, names, score=score),
+            "accuracy_matrix": accuracy_matrix_figure(matrix, names, score=score),
+        }
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if trainer.world_size == 1:
@@ -353,8 +421,8 @@ class StabilityGap(FreshStart):
     def _history_state(self) -> dict[str, Any]:
         if self._recorder is not None:
             return self._recorder.state_dict()
-        before = self._resume_from or {"offset": 0, "path": "", "n_undefined": 0}
-        return {name: before[name] for name in ("offset", "path", "n_undefined")}
+        before = self._resume_from or {"offset": 0, "path": "", "n_undefined": 0, "latest": []}
+        return {name: before[name] for name in ("offset", "path", "n_undefined", "latest")}
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -381,6 +449,12 @@ class StabilityGap(FreshStart):
         self._clock.load_state_dict(state_dict["clock"])
         self._divergence.load_state_dict(state_dict["divergence"])
         self.schedule.load_state_dict(state_dict["schedule"])
+
+
+def _monitored(trainer: Trainer) -> set[str]:
+    """What callbacks and learning-rate schedules look at."""
+    looking = [*callbacks_of(trainer), *trainer.lr_scheduler_configs]
+    return {monitor for one in looking if isinstance(monitor := getattr(one, "monitor", None), str)}
 
 
 def _left_out(stream: Stream) -> dict[str, dict[str, int]]:

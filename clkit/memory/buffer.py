@@ -52,6 +52,9 @@ class ReservoirBuffer:
     def __len__(self) -> int:
         return len(self.occupied())
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} of {self.capacity} samples held, {self.n_seen} seen)"
+
     def occupied(self) -> Slots:
         """Slots that hold a sample, ``int64``, shape ``[len(self)]``."""
         return np.arange(min(self.n_seen, self.capacity))

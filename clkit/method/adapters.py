@@ -267,8 +267,8 @@ class AdapterPerExperience(Strategy):
         self.layers: list[LowRank] = []
         self._last: int | None = None
 
-    def remember(self) -> None:
-        """Called right before the adapters are merged."""
+    def remember(self, index: int) -> None:
+        """Called right before the adapters of experience ``index`` are merged."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.layers = lora_layers(pl_module)
@@ -288,7 +288,7 @@ class AdapterPerExperience(Strategy):
 
     @torch.no_grad()
     def _finish(self, index: int) -> None:
-        self.remember()
+        self.remember(index)
         merge_adapters(self.layers, self.seed, 21, index)
 
     def state_dict(self) -> dict[str, Any]:

@@ -37,13 +37,18 @@ def find_blocks(module: nn.Module, layers: str | Sequence[str] = "all") -> list[
             if any(fnmatch.fnmatchcase(name, pattern) for pattern in layers)
         ]
     check_choice("layers", layers, ("all", "last"))
-    found = _repeated(module) or _weighted(module)[:-1]
+    found = blocks_of(module)
     if not found:
         raise ConfigurationError(
             f"No blocks were found in {type(module).__name__}; name those whose outputs are its hidden states: "
             "layers=[PATTERN, ...] of module paths."
         )
     return found if layers == "all" else found[-1:]
+
+
+def blocks_of(module: nn.Module) -> list[nn.Module]:
+    """Return the repeated blocks of a network, or if it has none its layers with weights but the last."""
+    return _repeated(module) or _weighted(module)[:-1]
 
 
 def _repeated(module: nn.Module) -> list[nn.Module]:

@@ -13,8 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from clkit.errors import ConfigurationError
+from clkit.method.hidden_states import blocks_of
 
-KINDS = ("norm", "first", "head", "all")
+KINDS = ("norm", "first", "last_block", "head", "all")
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,15 @@ def select(module: nn.Module, chosen: str | Sequence[str]) -> list[Part]:
     Args:
         module: The module.
         chosen: Kinds joined by ``+`` (``"norm+head"``, ``"first"``, ``"all"``), or patterns (``fnmatch``) of the names
-            of parts, such as ``["*.norm2", "*head*"]``; a BatchNorm's statistics come with its parameters.
+            of parts, such as ``["*.norm2", "*head*"]``; a BatchNorm's statistics come with its parameters. The kind
+            ``"last_block"`` is all of the last residual or transformer block, or in a network without such blocks the
+            last layer with weights before the head.
 
     Raises:
         ConfigurationError: If a kind is unknown, or nothing that can be trained is chosen.
     """
     there = parts(module)
+    names = [part.name.removesuffix(".stats") for part in there]
     if isinstance(chosen, str):
         kinds = chosen.split("+")
         unknown = [kind for kind in kinds if kind not in KINDS]
@@ -92,9 +96,13 @@ def select(module: nn.Module, chosen: str | Sequence[str]) -> list[Part]:
                 f"{chosen!r} is no choice of modules: {', '.join(unknown)} is unknown; join some of {', '.join(KINDS)} "
                 "by '+', or give a list of name patterns."
             )
-        picked = [part for part in there if part.kind in kinds or "all" in kinds]
+        block = _names_in(module, blocks_of(module)[-1:]) if "last_block" in kinds else set()
+        picked = [
+            part
+            for part, name in zip(there, names, strict=True)
+            if part.kind in kinds or "all" in kinds or name in block
+        ]
     else:
-        names = [part.name.removesuffix(".stats") for part in there]
         for pattern in chosen:
             if not fnmatch.filter(names, pattern):
                 near = ", ".join(get_close_matches(pattern, names, n=3, cutoff=0)) or "none: nothing is trainable"
@@ -109,6 +117,11 @@ def select(module: nn.Module, chosen: str | Sequence[str]) -> list[Part]:
             f"No trainable module of {type(module).__name__} is of the kind {chosen!r}; choose other modules."
         )
     return picked
+
+
+def _names_in(module: nn.Module, blocks: Sequence[nn.Module]) -> set[str]:
+    inside = {layer for block in blocks for layer in block.modules()}
+    return {name for name, layer in module.named_modules() if layer in inside}
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +16,14 @@ from numpy.typing import NDArray
 from clkit.errors import ConfigurationError
 from clkit.files import write_atomically
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 Phase = Literal["init", "step", "end", "before"]
 _PHASES = get_args(Phase)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class History:
     """The evaluations of one run: R rows over K experiences.
 
@@ -57,6 +60,26 @@ class History:
     def finished(self) -> int:
         """Number of experiences that are learned to their end, see :func:`count_finished`."""
         return count_finished(self.started, np.isin(np.arange(self.n_experiences), self.select("end").experience))
+
+    def __repr__(self) -> str:
+        steps = f", {self.steps[-1]} steps" if len(self) else ""
+        return (
+            f"{type(self).__name__}({len(self)} evaluations of {self.n_experiences} experiences, "
+            f"{self.finished} finished{steps})"
+        )
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return the rows as a table with the columns ``step``, ``experience``, ``phase`` and ``E0``, ``E1``, ...
+
+        Raises:
+            ConfigurationError: If pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ModuleNotFoundError as error:
+            raise ConfigurationError("history.to_pandas() needs pandas; install it with pip install pandas.") from error
+        table = {"step": self.steps, "experience": self.experience, "phase": self.phase.astype(object)}
+        return pd.DataFrame({**table, **{f"E{k}": scores for k, scores in enumerate(self.scores.T)}})
 
     def select(self, *phases: Phase) -> History:
         """Return the rows of these phases."""

@@ -86,6 +86,11 @@ class _ContinualMetric(Metric):
         for name in Gap._fields:
             add(name, n_experiences, n_experiences)
 
+    def __repr__(self) -> str:
+        windows = f", windows={self.windows}" if self.windows else ""
+        seen = f"{int(self.started)} of {len(self.minimum)} experiences seen in {int(self.evaluations)} evaluations"
+        return f"{type(self).__name__}({seen}{windows})"
+
     def update(self, scores: Tensor, experience: int, phase: Phase = "step", step: int | None = None) -> None:
         """Take in one evaluation, that is one row of a history.
 

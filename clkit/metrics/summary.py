@@ -10,11 +10,52 @@ from typing import Any
 
 import numpy as np
 
+from clkit.errors import suggest
 from clkit.metrics.functional import Statistics
 from clkit.metrics.history import History
+from clkit.notebook import html_table
 
 _UNBIASED = {"ACC", "ACC_subset", "FORG", "FORG_max", "BWT", "FWT"}
 _PACKAGES = ("clkit", "torch", "pytorch-lightning", "torchmetrics", "numpy")
+
+
+class Summary(dict[str, Any]):
+    """The content of ``metrics.json``; its entries and metrics are attributes too, as ``summary.ACC``.
+
+    Where a name has a hyphen the attribute has an underscore: ``summary.min_ACC`` is
+    ``summary["metrics"]["min-ACC"]``. An undefined metric is ``None``.
+
+    Example:
+        >>> found = Summary(score="accuracy", metrics={"ACC": 0.9, "min-ACC": 0.4})
+        >>> found.ACC, found.min_ACC, found.score
+        (0.9, 0.4, 'accuracy')
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        known = self._attributes()
+        if name not in known:
+            hint = suggest(name, known) if known else "there are no metrics before the end of the first fit."
+            raise AttributeError(f"{name!r} is no metric here; {hint}")
+        return known[name]
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *self._attributes()]
+
+    def _attributes(self) -> dict[str, Any]:
+        metrics = {name.replace("-", "_"): value for name, value in self.get("metrics", {}).items()}
+        return {**self, **metrics}
+
+    def __repr__(self) -> str:
+        numbers = ", ".join(f"{name} {_shown(value)}" for name, value in self.get("metrics", {}).items())
+        return f"{type(self).__name__}({numbers or 'no metrics yet'})"
+
+    def _repr_html_(self) -> str:
+        rows = [[name, _shown(value)] for name, value in self.get("metrics", {}).items()]
+        return html_table(["metric", "value"], rows)
+
+
+def _shown(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.4g}"
 
 
 def summary(
@@ -31,7 +72,7 @@ def summary(
     n_undefined: int = 0,
     diverged: int | None = None,
     approximation: Mapping[str, float] | None = None,
-) -> dict[str, Any]:
+) -> Summary:
     """Build the content of ``metrics.json``: a function of the history, the settings and the installed versions.
 
     Args:
@@ -72,7 +113,7 @@ def summary(
         "approximation": dict(approximation or {}),
         "versions": versions(),
     }
-    return {key: to_json(value) for key, value in content.items()}
+    return Summary({key: to_json(value) for key, value in content.items()})
 
 
 def _biased(metrics: Mapping[str, float], approximate: bool) -> list[str]:

@@ -37,6 +37,30 @@ class MLP(nn.Sequential):
         super().__init__(nn.Flatten(), *layers, nn.Linear(sizes[-1], n_classes))
 
 
+class CNN(nn.Sequential):
+    """Convolutions of 3x3 with BatchNorm and ReLU, the mean over the image, and a linear layer; no pooling before it.
+
+    Every convolution but the first halves the sides. Maps ``[B, C, H, W]`` to logits ``[B, n_classes]``.
+
+    Args:
+        input_shape: ``(C, H, W)``.
+        n_classes: Number of outputs.
+        channels: Output channels of the convolutions, at least one.
+
+    Raises:
+        ConfigurationError: If the input is no image, or there are no channels.
+    """
+
+    def __init__(self, input_shape: Sequence[int], n_classes: int, channels: Sequence[int] = (32, 64, 64)) -> None:
+        sizes = [_image(input_shape)[0], *channels]
+        if len(sizes) == 1:
+            raise ConfigurationError("channels=[] is not possible; give the channels of one convolution or more.")
+        layers: list[nn.Module] = []
+        for i, (a, b) in enumerate(pairwise(sizes)):
+            layers += [nn.Conv2d(a, b, 3, 2 if i else 1, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(sizes[-1], n_classes))
+
+
 def slim_resnet18(input_shape: Sequence[int], n_classes: int, width: int = 20) -> nn.Module:
     """Build the narrow ResNet-18 for small images that continual learning uses.
 

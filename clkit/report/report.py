@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import rich.console
-import rich.table
 from matplotlib.figure import Figure
 from rich.text import Text
 
 from clkit.files import write_atomically
 from clkit.metrics.connectivity_file import read_lines
 from clkit.metrics.drift_file import Drift
+from clkit.metrics.history import History
 from clkit.report import html, tables
 from clkit.report.figures import (
     TWO_COLUMNS,
@@ -29,9 +29,18 @@ from clkit.report.figures import (
     user_style,
     zoom_figure,
 )
-from clkit.report.runs import Group, Run, find_runs, group_runs, missing_runs
+from clkit.report.head import facts, numbers
+from clkit.report.runs import Group, Run, find_runs, group_runs, missing_runs, shortened
 
 _MAX_PANELS, _MAX_SHOWN = 8, 24
+_HALF = 4.4  # inches, half of the page
+_GAP = (
+    "Each curve is one experience, from the step on at which it is learned, and fades as it gets older. A dot is the "
+    "lowest value of an old experience while a new one is learned."
+)
+_ZOOM = "What the old experiences do right after each boundary; the one that falls deepest is in colour."
+_OVERLAY = "The mean over the experiences seen so far. Bands are 95% intervals over seeds."
+_MATRIX = "Row: what was just learned. Column: what it is evaluated on, complete test sets."
 
 
 @dataclass(frozen=True)
@@ -55,21 +64,32 @@ class Report:
     def __rich_console__(
         self, console: rich.console.Console, options: rich.console.ConsoleOptions
     ) -> rich.console.RenderResult:
-        yield self._fitting(console, options.max_width)
-        if len(self.groups) == 1:
-            yield tables.experiences_table(self.groups[0]).rich()
+        shared, groups = shortened(self.groups)
+        if shared:
+            yield Text(shared, style="bold")
+        metrics = [name for name in tables.HEADLINES if name in tables.metric_names(groups)]
+        title = True
+        while metrics:
+            shown = self._fitting(console, groups, metrics, options.max_width)
+            table = tables.results_table(groups, shown).rich()
+            table.title, title = table.title if title else None, False
+            yield table
+            metrics = metrics[len(shown) :]
+        if len(groups) == 1:
+            yield tables.experiences_table(groups[0]).rich()
         yield from (Text(f"! {note}", style="yellow") for note in self.notes)
-        yield from (Text(str(file), style="dim") for file in self.files)
+        page = next(file for file in self.files if file.suffix == ".html")
+        yield Text(f"{page}, and {len(self.files) - 1} other files beside it", style="dim")
 
-    def _fitting(self, console: rich.console.Console, width: int) -> rich.table.Table:
-        """The main table with as many of its metrics as fit, at least one."""
-        metrics = [name for name in tables.HEADLINES if name in tables.metric_names(self.groups)]
+    @staticmethod
+    def _fitting(console: rich.console.Console, groups: Sequence[Group], metrics: list[str], width: int) -> list[str]:
+        """As many of the metrics as fit into a table, at least one."""
         wide = console.options.update(max_width=1000)
         for count in range(len(metrics), 1, -1):
-            table = tables.results_table(self.groups, metrics[:count]).rich()
+            table = tables.results_table(groups, metrics[:count]).rich()
             if console.measure(table, options=wide).maximum <= width:
-                return table
-        return tables.results_table(self.groups, metrics[:1]).rich()
+                return metrics[:count]
+        return metrics[:1]
 
 
 def write_report(
@@ -111,21 +131,26 @@ def write_report(
         notes.append(f"report.html has figures and configurations of the first {_MAX_SHOWN} of {len(groups)} settings")
 
     title = groups[0].label if len(groups) == 1 else f"{len(groups)} settings, {len(runs)} runs"
-    main = _main_tables(groups)
     full = tables.results_table(groups, tables.metric_names(groups))
+    answers = tables.answers_table(groups)
     details = [
         tables.comparison_table(groups),
         tables.differences_table(groups),
         tables.settings_table(groups),
         tables.definitions_table(groups),
     ]
-    answers = tables.answers_table(groups)
-    main += [answers] if answers.rows else []
     each = [answers, tables.runs_table(groups), *map(tables.experiences_table, groups)]
+    main = [tables.results_table(groups), *([tables.experiences_table(groups[0])] if len(groups) == 1 else [])]
+    main += [answers] if answers.rows else []
+    shared, named = shortened(groups)
     with user_style(style):
-        figures = _figures(groups, width)
-        inline = {**figures, **_each(groups[:_MAX_SHOWN], width)} if len(groups) > 1 else _each(groups, width)
-        page = html.page(title, notes, [full, *each], inline, groups[:_MAX_SHOWN], details)
+        figures = _figures(named, width)
+        page = html.page(
+            " · ".join(filter(None, (shared, title))),
+            facts(groups, directories),
+            numbers(named),
+            _sections(named, notes, figures, width, themed=style is None),
+        )
         drawn = [folder / f"{name}.{kind}" for name in figures for kind in ("png", "svg")]
         for path in drawn:
             save(figures[path.stem], path)
@@ -152,8 +177,63 @@ def _never_started(directories: Sequence[Path]) -> Iterator[str]:
             yield f"{folder}: {len(names)} planned runs have no result yet: {shown}"
 
 
-def _main_tables(groups: Sequence[Group]) -> list[tables.Table]:
-    return [tables.results_table(groups), *([tables.experiences_table(groups[0])] if len(groups) == 1 else [])]
+def _sections(
+    groups: Sequence[Group], notes: Sequence[str], figures: Mapping[str, Figure], width: float, *, themed: bool
+) -> Iterator[html.Section]:
+    """What the page says: the results, then how they came about, then all else on demand."""
+    metrics = tables.metric_names(groups)
+    few = html.main_metrics(groups) or metrics
+    answers = tables.answers_table(groups)
+    yield html.Section(
+        "Results",
+        html.results(groups, few)
+        + (html.more(f"All {len(metrics)} metrics", html.results(groups, metrics)) if len(few) < len(metrics) else "")
+        + (answers.html() if answers.rows else "")
+        + html.more(f"{len(notes)} note{'s' * (len(notes) != 1)}", html.listed(notes)).replace(
+            "<details", '<details class="notes"'
+        ),
+    )
+    if len(groups) == 1:
+        (group,) = groups
+        gap = html.drawn("Stability gap", figures["stability_gap"], _GAP, themed=themed)
+        yield html.Section("Over time", gap)
+        yield html.Section("Boundaries", html.drawn("Boundaries", figures["zoom"], _ZOOM, themed=themed))
+        yield html.Section("Experiences", _rest(group, width, themed=themed))
+    else:
+        overlay = html.drawn("Mean over the experiences seen", figures["overlay"], _OVERLAY, themed=themed)
+        small = [html.drawn(name, figure, themed=themed) for name, figure in _scatters(groups, _HALF).items()]
+        yield html.Section("Over time", overlay + (html.pair(*small) if small else ""))
+        each = (
+            html.more(group.label, _setting(group, width, themed=themed), shown=not number)
+            for number, group in enumerate(groups[:_MAX_SHOWN])
+        )
+        yield html.Section("Each setting", "".join(each))
+    yield html.Section("Details", "".join(_details(groups)))
+
+
+def _details(groups: Sequence[Group]) -> Iterator[str]:
+    titles = {
+        "Comparisons with the best": tables.comparison_table(groups),
+        "Each run": tables.runs_table(groups),
+        "Configuration keys that differ": tables.differences_table(groups),
+        "Evaluation and versions": tables.settings_table(groups),
+        "What the metrics mean": tables.definitions_table(groups),
+    }
+    if all(len(group.runs) == 1 for group in groups):
+        del titles["Each run"]
+    yield from (html.more(title, table.html()) for title, table in titles.items() if table.rows)
+    for group in groups[:_MAX_SHOWN]:
+        title = "Configuration" if len(groups) == 1 else f"Configuration of {group.label}"
+        yield html.more(title, html.configuration(group))
+
+
+def _setting(group: Group, width: float, *, themed: bool) -> str:
+    """The figures and tables of one of several settings."""
+    return (
+        html.drawn(f"{group.label}: stability gap", _gap(group, width), _GAP, themed=themed)
+        + html.drawn(f"{group.label}: boundaries", _zoom(group, width), _ZOOM, themed=themed)
+        + _rest(group, width, themed=themed)
+    )
 
 
 def _figures(groups: Sequence[Group], width: float) -> dict[str, Figure]:
@@ -163,12 +243,23 @@ def _figures(groups: Sequence[Group], width: float) -> dict[str, Figure]:
         drift = _drift(groups[0], width)
         own = {"stability_gap": _gap(groups[0], width), "zoom": _zoom(groups[0], width)}
         return own if drift is None else {**own, "drift": drift}
-    histories = {group.label: [run.history for run in group.counted] for group in shown}
-    names = {group.label: group.runs[0].experiences for group in shown}
+    histories = {tables.marked(group): _sound(group) for group in shown}
+    names = {tables.marked(group): group.runs[0].experiences for group in shown}
     found = {
         "stability_gap": comparison_figure(histories, names, score=score, width=width),
         "overlay": overlay_figure(histories, score=score, width=width),
     }
+    return found | _scatters(groups, width)
+
+
+def _sound(group: Group) -> list[History]:
+    """The histories of the runs that did not diverge, or of all if none is left."""
+    return [run.history for run in group.counted if run.diverged is None] or [run.history for run in group.counted]
+
+
+def _scatters(groups: Sequence[Group], width: float) -> dict[str, Figure]:
+    """Each run as a dot: its worst case, and its training time, against its final accuracy."""
+    found = {}
     worst = _points(groups, lambda run: (100 * run.metric("ACC"), 100 * run.metric("WC-ACC")))
     timed = _points(groups, lambda run: (run.seconds, 100 * run.metric("ACC")))
     if worst:
@@ -190,34 +281,38 @@ def _points(
     return points
 
 
-def _each(groups: Sequence[Group], width: float) -> dict[str, Figure]:
-    figures = {}
-    for group in groups:
-        run = group.counted[0]
-        matrices = [np.array(run.summary["accuracy_matrix"], dtype=np.float64) for run in group.counted]
-        figures[f"{group.label}: stability gap"] = _gap(group, width)
-        figures[f"{group.label}: boundaries"] = _zoom(group, width)
-        if (drift := _drift(group, width)) is not None:
-            figures[f"{group.label}: module drift"] = drift
-        figures[f"{group.label}: accuracy matrix"] = accuracy_matrix_figure(
-            np.mean(matrices, axis=0), run.experiences, title=group.label, score=run.summary["score"]
+def _rest(group: Group, width: float, *, themed: bool) -> str:
+    """What there is of a setting beside its curves."""
+    run = group.counted[0]
+    matrices = [np.array(run.summary["accuracy_matrix"], dtype=np.float64) for run in group.counted]
+    matrix = accuracy_matrix_figure(np.mean(matrices, axis=0), run.experiences, score=run.summary["score"])
+    parts = [
+        html.pair(
+            html.drawn(f"{group.label}: accuracy matrix", matrix, _MATRIX, themed=themed),
+            f"<div>{tables.experiences_table(group).html()}</div>",
         )
-        answered = [run.answers["score"]["matrix"] for run in group.counted if run.answers]
-        if answered:
-            title = f"{group.label}: generated answers"
-            mean = np.mean(np.array(answered, dtype=np.float64), axis=0)
-            figures[title] = accuracy_matrix_figure(mean, run.answers["experiences"], title=title, score="score")
-        if (run.directory / "connectivity.csv").is_file():
-            title = f"{group.label}: mode connectivity"
-            lines = read_lines(run.directory / "connectivity.csv")
-            figures[title] = connectivity_figure(lines, title=title, score=run.summary["score"], width=width)
-    return figures
+    ]
+    if (drift := _drift(group, width)) is not None:
+        parts.append(html.drawn(f"{group.label}: module drift", drift, themed=themed))
+    answered = [run.answers["score"]["matrix"] for run in group.counted if run.answers]
+    if answered:
+        title = f"{group.label}: generated answers"
+        mean = np.mean(np.array(answered, dtype=np.float64), axis=0)
+        figure = accuracy_matrix_figure(mean, run.answers["experiences"], title=title, score="score")
+        parts.append(html.drawn(title, figure, themed=themed))
+    if (run.directory / "connectivity.csv").is_file():
+        title = f"{group.label}: mode connectivity"
+        lines = read_lines(run.directory / "connectivity.csv")
+        figure = connectivity_figure(lines, title=title, score=run.summary["score"], width=width)
+        parts.append(html.drawn(title, figure, themed=themed))
+    return "".join(parts)
 
 
 def _gap(group: Group, width: float) -> Figure:
-    run, n = group.counted[0], len(group.counted)
-    title = group.label if n == 1 else f"{group.label} · mean of {n} seeds, 95% interval"
-    histories = [run.history for run in group.counted]
+    run, histories = group.counted[0], _sound(group)
+    title = tables.marked(group)
+    if len(histories) > 1:
+        title += f" · mean of {len(histories)} seeds" + (", 95% interval" if len(histories) > 2 else "")
     score, schedule = run.summary["score"], run.summary.get("schedule", "every step")
     return stability_gap_figure(histories, run.experiences, title=title, score=score, schedule=schedule, width=width)
 

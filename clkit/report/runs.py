@@ -187,7 +187,7 @@ def find_runs(directories: Iterable[Path]) -> tuple[list[Run], list[str]]:
 def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
     """Group runs whose overrides are equal except for the seed; return the groups and notes on doubtful ones.
 
-    Groups with diverged runs come last.
+    The best comes first, by its final accuracy; groups without one, or with diverged runs, come last.
     """
     members: dict[tuple[object, ...], list[Run]] = {}
     for run in runs:
@@ -214,7 +214,22 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
             notes.append(
                 f"{group.label}: {len(same) - len(group.counted)} of {len(same)} runs unfinished, not in the means"
             )
-    return sorted(groups, key=lambda group: (group.diverged > 0, group.label)), notes
+    return sorted(groups, key=_rank), notes
+
+
+def shortened(groups: Sequence[Group]) -> tuple[str, list[Group]]:
+    """Return what the labels of all groups share, and the groups under what is left of theirs."""
+    parts = [group.label.split(" · ") for group in groups]
+    shared = [part for part in parts[0] if all(part in other for other in parts)] if len(groups) > 1 else []
+    names = [" · ".join(part for part in own if part not in shared) for own in parts]
+    if not all(names) or len(set(names)) < len(names):
+        return "", list(groups)
+    return " · ".join(shared), [Group(name, group.runs) for name, group in zip(names, groups, strict=True)]
+
+
+def _rank(group: Group) -> tuple[bool, float, str]:
+    final = group.estimate("ACC").mean
+    return group.diverged > 0, -final if np.isfinite(final) else np.inf, group.label
 
 
 def config_differences(groups: Sequence[Group]) -> dict[str, list[str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from io import StringIO
@@ -84,14 +84,24 @@ class Table:
         ]
         return "\n".join(lines) + "\n"
 
-    def html(self) -> str:
-        """Return a sortable table with its caption."""
-        header = "".join(f'<th tabindex="0"{_tooltip(name)}>{escape(name)}</th>' for name in self.header)
-        rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>\n" for row in self.rows)
+    def html(self, marks: Mapping[tuple[int, int], str] | None = None) -> str:
+        """Return a table that sorts, under its caption, with more attributes of some cells, by row and column."""
+        marks = marks or {}
+        header = "".join(
+            f'<th scope="col"{_tooltip(name)}><button type="button">{escape(name) or "&nbsp;"}</button></th>'
+            for name in self.header
+        )
+        rows = []
+        for number, (label, *cells) in enumerate(self.rows):
+            first = f'<th scope="row" title="{escape(label)}"{marks.get((number, 0), "")}>{escape(label)}</th>'
+            numbered = enumerate(cells, start=1)
+            rest = (f"<td{marks.get((number, column), '')}>{escape(cell)}</td>" for column, cell in numbered)
+            rows.append(f"<tr>{first}{''.join(rest)}</tr>\n")
         kind = "numeric" if self.numeric else "text"
         return (
-            f'<table class="{kind}"><caption>{escape(self.caption)}</caption>\n'
-            f"<thead><tr>{header}</tr></thead>\n<tbody>\n{rows}</tbody></table>\n"
+            f'<p class="caption">{escape(self.caption)}</p>\n'
+            f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(self.caption)}">'
+            f'<table class="{kind}"><thead><tr>{header}</tr></thead>\n<tbody>\n{"".join(rows)}</tbody></table></div>\n'
         )
 
 
@@ -122,17 +132,25 @@ def results_table(groups: Sequence[Group], metrics: Sequence[str] | None = None)
         worse = tests[metric].get(position, 1.0) < LEVEL
         return group.estimate(metric).text(scale(metric)) + ("*" if worse else "")
 
+    most = max(len(group.counted) for group in groups)
     rows = tuple(
-        (_mark(group), str(len(group.counted)), *(cell(position, group, metric) for metric in metrics))
+        (
+            marked(group),
+            *([str(len(group.counted))] if most > 1 else []),
+            *(cell(position, group, metric) for metric in metrics),
+        )
         for position, group in enumerate(groups)
     )
-    marked = any(p < LEVEL for test in tests.values() for p in test.values())
-    most = max(len(group.counted) for group in groups)
+    worse = any(p < LEVEL for test in tests.values() for p in test.values())
     over = "one seed" if most == 1 else "mean over seeds" if most == 2 else "mean ± 95% t-interval over seeds"
     biased = {name for group in groups for name in group.counted[0].summary.get("biased", ())}
     header = (f"{title(metric)} †" if metric in biased else title(metric) for metric in metrics)
-    note = f"; * worse than the best, paired t-test over seeds, Holm-corrected, p < {LEVEL}" if marked else ""
-    return Table(f"Results in percent ({over}{note}){_schedule_note(groups)}", ("run", "seeds", *header), rows)
+    note = f"; * worse than the best, paired t-test over seeds, Holm-corrected, p < {LEVEL}" if worse else ""
+    return Table(
+        f"Results in percent ({over}{note}){_schedule_note(groups)}",
+        ("run", *(["seeds"] if most > 1 else []), *header),
+        rows,
+    )
 
 
 _ANSWERS = {
@@ -152,7 +170,7 @@ def answers_table(groups: Sequence[Group]) -> Table:
         if found:
             cells = [Estimate.of(_defined(run["score"][key]) for run in found) for key in _ANSWERS.values()]
             strict = Estimate.of(_defined(run["strict"]["op"]) for run in found)
-            rows.append((_mark(group), str(len(found)), *map(str, cells), str(strict)))
+            rows.append((marked(group), str(len(found)), *map(str, cells), str(strict)))
     caption = (
         "Generated answers in percent: final mean score (OP), its change since each task was learned (BWT), mean score "
         "right after learning (MFT), mean over the stream (MAA); strict: the format counts too"
@@ -165,7 +183,7 @@ def comparison_table(groups: Sequence[Group]) -> Table:
     metrics = [m for m in metric_names(groups) if m in HEADLINES]
     tests = {metric: against_best(groups, metric) for metric in metrics}
     rows = tuple(
-        (_mark(group), *(f"{tests[m][position]:.3f}" if position in tests[m] else "–" for m in metrics))
+        (marked(group), *(f"{tests[m][position]:.3f}" if position in tests[m] else "–" for m in metrics))
         for position, group in enumerate(groups)
         if any(position in test for test in tests.values())
     )
@@ -271,7 +289,10 @@ def _schedule_note(groups: Sequence[Group]) -> str:
     return f"; † evaluated {' or '.join(schedules)}: compare only with the same schedule" if schedules else ""
 
 
-def _mark(group: Group) -> str:
+def marked(group: Group) -> str:
+    """The label of a group, and what is wrong with it."""
+    if group.diverged and len(group.counted) == 1:
+        return f"{group.label} (diverged)"
     if group.diverged:
         return f"{group.label} ({group.diverged} of {len(group.counted)} diverged)"
     return group.label if group.counted[0].complete else f"{group.label} (unfinished)"

@@ -21,6 +21,7 @@ GROUPS = {
     "schedulers": "scheduler",
     "styles": "styles",
     "schedules": "schedule",
+    "stopping": "stop_when",
     "callbacks": "callbacks",
     "experiments": "experiment",
     "trainers": "trainer",

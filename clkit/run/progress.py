@@ -56,7 +56,7 @@ class StreamProgress(ProgressBar):
             return
         now = time.monotonic()
         self._start = self._refreshed = self._experience_start = (now, stream_data(trainer).step)
-        self._start_epoch = self._epochs_done(trainer, 0)
+        self._start_epoch: float = stream_data(trainer).planned_epoch
         self._speed = 0.0
         if self._console.is_terminal:
             self._bar = Progress(
@@ -93,7 +93,7 @@ class StreamProgress(ProgressBar):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._bar is not None:
-            self._draw(trainer, time.monotonic(), trainer.current_epoch)
+            self._draw(trainer, time.monotonic(), stream_data(trainer).planned_epoch)
         self._stop()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -105,7 +105,7 @@ class StreamProgress(ProgressBar):
             self._bar = None
 
     def _epochs_done(self, trainer: Trainer, batches: int) -> float:
-        return trainer.current_epoch + min(batches / trainer.num_training_batches, 1.0)
+        return stream_data(trainer).planned_epoch + min(batches / trainer.num_training_batches, 1.0)
 
     def _draw(self, trainer: Trainer, now: float, epochs: float) -> None:
         assert self._bar is not None

@@ -90,7 +90,8 @@ def _train(config: DictConfig, folder: Path, checkpoint: Path | None, record: Re
             f"No checkpoint in {folder / 'checkpoints'} can be read; start over with resume=false, or put one back."
         )
     trainer, module, data = build(config, folder)
-    cast(Any, trainer).callbacks.insert(0, RunMark(fingerprint(config), record))
+    settings = OmegaConf.to_container(_inside(config, folder), resolve=True)
+    cast(Any, trainer).callbacks[:0] = [RunMark(fingerprint(config), record), LogConfig(cast(dict[str, Any], settings))]
     if record is not None:
         note_data(folder, data.stream.fingerprint(), data_root(config))
     if checkpoint is not None:
@@ -126,6 +127,22 @@ class RunMark(pl.Callback):
             raise ConfigurationError(
                 f"The newest checkpoint in the run's folder is of {what}; take it away, or use resume=false."
             )
+
+
+class LogConfig(pl.Callback):
+    """Logs a run's config as hyper-parameters.
+
+    Args:
+        config: The config, as plain data.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # before Lightning writes files of hyper-parameters, which some loggers write once
+        for logger in trainer.loggers:
+            logger.log_hyperparams(self.config)
 
 
 def _tell_of_changes(folder: Path, config: DictConfig) -> None:

@@ -10,7 +10,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from clkit.metrics.connectivity_file import Line
-from clkit.report.figures.canvas import TWO_COLUMNS, legend, legend_height, line_styles, new_figure, style, wrapped
+from clkit.report.figures.canvas import (
+    SOFT,
+    TWO_COLUMNS,
+    legend,
+    legend_height,
+    line_styles,
+    new_figure,
+    readable,
+    spoken,
+    style,
+    wrapped,
+)
 
 
 def connectivity_figure(
@@ -48,7 +59,7 @@ def connectivity_figure(
                 if kind == kinds[0]:
                     axes.set_title(f"{lines[number].start} → {lines[number].end}", fontsize=9)
                 if column == 0:
-                    axes.set_ylabel(f"{score} (%)" if kind == "score" else "loss")
+                    axes.set_ylabel(f"{spoken(score)} (%)" if kind == "score" else "loss")
                 if row == (band + 1) * len(kinds) - 1 and number + columns >= len(lines):
                     axes.set_xlabel("position on the line")
                     axes.tick_params(labelbottom=True)
@@ -67,10 +78,10 @@ def _draw_line(axes: Axes, line: Line, kind: str, styles: Sequence[dict[str, Any
         return
     axes.set_ylim(bottom=min(0.0, np.nanmin(values, initial=0.0)))
     highest = np.nanmax(line.loss_barrier, initial=0.0)
-    color = "#52606D"
+    color = SOFT
     if highest > 0:
         worst = int(np.nanargmax(line.loss_barrier))
         color = styles[worst]["color"]
         axes.plot([0, 1], values[[0, -1], worst], color=color, linestyle=":", linewidth=0.8)
     text = f"barrier {highest:.2g}" if highest > 0 else "no barrier"
-    axes.set_title(text, loc="right", fontsize=8, color=color, pad=2)
+    axes.set_title(text, loc="right", fontsize=8, color=readable(color), pad=2)

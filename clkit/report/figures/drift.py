@@ -24,7 +24,7 @@ def drift_figure(drift: Drift, *, title: str = "", width: float = TWO_COLUMNS) -
         figure = new_figure(width, 1.3 + 0.16 * len(rows))
         left, right = figure.subplots(1, 2, sharey=True, gridspec_kw={"width_ratios": [3, 1]})
         shown = np.where(within > 0, within, np.nan)
-        image = left.imshow(shown, norm="log", aspect="auto", interpolation="nearest")
+        image = left.imshow(shown, norm="log", aspect="auto")
         figure.colorbar(image, label="mean |change| of a weight", location="bottom", shrink=0.6, pad=0.02)
         left.set_yticks(range(len(names)), names, fontsize=7)
         steps = [step for step, _ in drift.points]

@@ -1,0 +1,83 @@
+"""Which part of a stream each Lightning epoch is."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
+from clkit.errors import ConfigurationError, check_whole
+
+
+class Plan:
+    """How long each experience lasts, in Lightning epochs: passes over its samples, or some optimizer steps each.
+
+    Args:
+        n_experiences: Number of experiences K.
+        epochs: Lightning epochs of each experience: one number, or one for each.
+        steps: Optimizer steps of each instead: one number, or one for each.
+        every: Steps of a Lightning epoch where ``steps`` count, fewer in an experience's last; all when ``None``.
+
+    Attributes:
+        epochs: Lightning epochs of each experience, K numbers.
+        steps: Optimizer steps of each, K numbers; ``None`` where an epoch is a pass over the samples.
+
+    Raises:
+        ConfigurationError: If a number is out of range, or lists do not have one entry for each experience.
+    """
+
+    def __init__(
+        self,
+        n_experiences: int,
+        epochs: int | Sequence[int] = 1,
+        steps: int | Sequence[int] | None = None,
+        every: int | None = None,
+    ) -> None:
+        self.steps = None if steps is None else _for_each(n_experiences, "steps", steps)
+        self._every = every
+        self.epochs = (
+            _for_each(n_experiences, "epochs", epochs)
+            if self.steps is None
+            else [1 if every is None else -(-number // every) for number in self.steps]
+        )
+        self._ends = list(accumulate(self.epochs))
+
+    @property
+    def total_epochs(self) -> int:
+        """Lightning epochs of the whole stream."""
+        return self._ends[-1]
+
+    @property
+    def spans(self) -> list[range]:
+        """The epochs of each experience."""
+        return [range(first, after) for first, after in pairwise([0, *self._ends])]
+
+    def experience(self, epoch: int) -> int:
+        """Return the index of the experience that an epoch belongs to; of the last one for all that come later."""
+        return min(bisect_right(self._ends, epoch), len(self.epochs) - 1)
+
+    def within(self, epoch: int) -> int:
+        """Return how many epochs of its experience come before an epoch."""
+        return epoch - self.spans[self.experience(epoch)].start
+
+    def left_after(self, epoch: int) -> int:
+        """Return how many epochs of its experience come after an epoch."""
+        return max(self._ends[self.experience(epoch)] - 1 - epoch, 0)
+
+    def steps_in(self, epoch: int) -> int | None:
+        """Return the optimizer steps of an epoch; ``None`` where it is a pass over the samples."""
+        if self.steps is None:
+            return None
+        whole = self.steps[self.experience(epoch)]
+        return whole if self._every is None else min(self._every, whole - self._every * self.within(epoch))
+
+
+def _for_each(n_experiences: int, name: str, value: int | Sequence[int]) -> list[int]:
+    values = [value] * n_experiences if isinstance(value, int) else list(value)
+    if len(values) != n_experiences:
+        raise ConfigurationError(
+            f"{name} has {len(values)} entries for {n_experiences} experiences; give one number, or one for each."
+        )
+    for entry in values:
+        check_whole(name, entry, 1)
+    return values

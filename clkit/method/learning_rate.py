@@ -73,8 +73,7 @@ class LearningRate:
         if trainer is None:
             raise ConfigurationError("The length of a LearningRate is that of a fit; attach the module to a trainer.")
         data = getattr(trainer, "datamodule", None)
-        known = isinstance(data, StreamDataModule)
-        steps = data.planned_steps if known else [int(trainer.estimated_stepping_batches)]
+        steps = data.planned_steps if isinstance(data, StreamDataModule) else [int(trainer.estimated_stepping_batches)]
         scheduler = StreamLR(optimizer, self.factor, steps, self.span)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

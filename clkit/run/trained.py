@@ -241,7 +241,7 @@ def _restore(
                 f"{path} does not fit the network of {folder / '.hydra' / 'config.yaml'} "
                 f"({str(error).splitlines()[-1].strip()}); has the code changed since?"
             ) from error
-    module.trainer = None  # type: ignore[assignment]
+    module.trainer = None
     return module.cpu().eval(), data
 
 

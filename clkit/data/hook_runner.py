@@ -35,6 +35,9 @@ class Clock(Protocol):
     def is_last_epoch(self) -> bool:
         """Whether the current epoch is the last of its experience."""
 
+    def prepare(self, module: LightningModule) -> None:
+        """Let the module read what the collate function makes."""
+
     def check_plan(self) -> None:
         """Refuse a trainer with which an experience could not be learned to its end."""
 
@@ -66,6 +69,7 @@ class HookRunner(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.stream_clock.check_plan()
+        self.stream_clock.prepare(pl_module)
         extend_step(trainer, pl_module, callbacks_of(trainer, Hooks), lambda: self in callbacks_of(trainer))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

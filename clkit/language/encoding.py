@@ -117,7 +117,7 @@ class Encoder:
         if len(places) != len(record.images) or self.images.token_id in encoded.answer:
             raise ConfigurationError(
                 f"The record with the prompt {record.prompt!r:.80} has {len(record.images)} images, but the chat "
-                f"template writes {len(places)} places for them; use a template that writes one for each, or chat=false."
+                f"template writes {len(places)} places for them; use a template that writes each, or chat=false."
             )
         kinds = [self.images.expansion(source) for source in record.images]
         prompt = encoded.prompt.copy()
@@ -222,20 +222,19 @@ class Encoder:
                 "learned nor scored."
             )
         starts, _ = self._tokens(prompts)
-        tokens, at = self._tokens([prompt + rest for prompt, rest in zip(prompts, rests, strict=True)])
-        before = [len(prompt) for prompt in prompts]
+        wholes, at = self._tokens([prompt + rest for prompt, rest in zip(prompts, rests, strict=True)])
+        shifts = [len(prompt) for prompt in prompts]
         # tokenizers such as Llama's begin a text in another way than they go on with one
-        apart = [i for i, start in enumerate(starts) if not np.array_equal(tokens[i][: len(start)], start)]
+        apart = [i for i, start in enumerate(starts) if not np.array_equal(wholes[i][: len(start)], start)]
         if apart:
             alone, alone_at = self._tokens([rests[i] for i in apart])
-            for position, i in enumerate(apart):
-                tokens[i] = np.concatenate([starts[i], alone[position]])
-                before[i] = 0
+            for n, i in enumerate(apart):
+                wholes[i], shifts[i] = np.concatenate([starts[i], alone[n]]), 0
                 if at is not None and alone_at is not None:
-                    at[i] = np.concatenate([np.zeros((len(starts[i]), 2), dtype=np.int32), alone_at[position]])
+                    at[i] = np.concatenate([np.zeros((len(starts[i]), 2), dtype=np.int32), alone_at[n]])
         return [
             self._ended(
-                start, tokens[i][len(start) :], None if at is None else at[i][len(start) :] - before[i], bounds[i]
+                start, wholes[i][len(start) :], None if at is None else at[i][len(start) :] - shifts[i], bounds[i]
             )
             for i, start in enumerate(starts)
         ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -63,6 +64,28 @@ class ImageFile:
 
 
 @dataclass(frozen=True)
+class ImageBytes:
+    """An encoded image in memory.
+
+    Args:
+        name: Its name for messages, which tells it from others.
+        content: The content of an image file.
+    """
+
+    name: str
+    content: bytes = field(repr=False)
+
+    @functools.cached_property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels, as it is shown."""
+        return size_of_image(self.content)
+
+    def read(self) -> bytes:
+        """Return the encoded image."""
+        return self.content
+
+
+@dataclass(frozen=True)
 class TableImage:
     """An image in a column of a data set of Hugging Face.
 
@@ -85,15 +108,65 @@ class TableImage:
     def read(self) -> bytes:
         """Return the encoded image."""
         cell = self.table[self.row][self.column]
-        return encoded(cell if self.position is None else cell[self.position])
+        return _encoded(cell if self.position is None else cell[self.position])
 
 
-def encoded(cell: Any) -> bytes:
-    """Return the bytes of an image that ``datasets`` did not decode: a mapping of ``bytes`` and ``path``.
+class ImageColumns:
+    """Finds the images of the rows of a data set of Hugging Face.
 
-    Raises:
-        ValueError: If it is something else.
+    Args:
+        table: The data set.
+
+    Attributes:
+        columns: Names of the columns that hold images, or lists of them.
     """
+
+    def __init__(self, table: Any) -> None:
+        import datasets
+
+        self.columns: set[str] = set()
+        for name, feature in table.features.items():
+            inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+            if isinstance(feature, datasets.Image) or isinstance(inner, datasets.Image):
+                bare = datasets.Image(decode=False)
+                kind = bare if isinstance(feature, datasets.Image) else datasets.Sequence(bare)
+                table = table.cast_column(name, kind)
+                self.columns.add(name)
+        self.table = table
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Return the rows one by one, each image as what :meth:`__call__` takes."""
+        for number, row in enumerate(self.table):
+            yield {**row, **{name: self._entries(row[name], name, number) for name in self.columns}}
+
+    def _entries(self, cell: Any, name: str, row: int) -> Any:
+        if isinstance(cell, list):
+            return [_Cell(one, name, row, position) for position, one in enumerate(cell)]
+        return None if cell is None else _Cell(cell, name, row, None)
+
+    def __call__(self, entry: Any) -> TableImage:
+        """Return the image of an entry of :meth:`rows`.
+
+        Raises:
+            ValueError: If it is no image.
+        """
+        if not isinstance(entry, _Cell):
+            raise ValueError(f"its image is {type(entry).__name__}; the images must be a column of images")
+        name = f"in column {entry.column!r} of row {entry.row}"
+        size = size_of_image(_encoded(entry.cell))
+        return TableImage(name, self.table, entry.row, entry.column, entry.position, size)
+
+
+@dataclass(frozen=True)
+class _Cell:
+    cell: Any
+    column: str
+    row: int
+    position: int | None
+
+
+def _encoded(cell: Any) -> bytes:
+    """The bytes of an image that ``datasets`` did not decode: a mapping of ``bytes`` and ``path``."""
     if not isinstance(cell, Mapping) or (cell.get("bytes") is None and cell.get("path") is None):
         raise ValueError(f"its image is {type(cell).__name__} and must be an image's bytes or path")
     return Path(cell["path"]).read_bytes() if cell["bytes"] is None else bytes(cell["bytes"])

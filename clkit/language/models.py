@@ -326,8 +326,8 @@ class VisionLanguage(LanguageModule):
         own = set(self._parts.projector_parameters)
         projector = [parameter for parameter in parameters if parameter in own]
         others = [parameter for parameter in parameters if parameter not in own]
-        groups = [{"params": others}, {"params": projector, "lr": self.projector_lr}]
-        return [group for group in groups if group["params"]]
+        groups = [(others, {}), (projector, {"lr": self.projector_lr})]
+        return [{"params": params, **settings} for params, settings in groups if params]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)

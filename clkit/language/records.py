@@ -129,9 +129,19 @@ def _record(messages: list[tuple[str, str]], answer: str, extra: Mapping[str, An
     return Record(tuple(messages), answer, extra, tuple(images))
 
 
-def read_records(
-    path: str | Path, on_error: OnError = "raise", find: FindImage | None = None
-) -> tuple[list[Record], int]:
+class Records(list[Record]):
+    """The records of a file or a split.
+
+    Attributes:
+        n_objects: Objects that they are from; one object may hold several.
+        n_bad: Bad objects that were left out.
+    """
+
+    n_objects = 0
+    n_bad = 0
+
+
+def read_records(path: str | Path, on_error: OnError = "raise", find: FindImage | None = None) -> tuple[Records, int]:
     """Read a file of records: a JSON list (``.json``) or one JSON object a line (``.jsonl``); see :func:`records_of`.
 
     Args:
@@ -152,7 +162,7 @@ def read_records(
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path} cannot be read: {error}. Give a file of UTF-8 text.") from error
-    records, n_bad = [], 0
+    records = Records()
     for line, item in _lines(text) if path.suffix == ".jsonl" else _items(text, path):
         try:
             if isinstance(item, ValueError):
@@ -163,10 +173,11 @@ def read_records(
                 raise ConfigurationError(
                     f"{path}, line {line}: {error}. Mend it, or leave bad records out with on_error=skip."
                 ) from error
-            n_bad += 1
+            records.n_bad += 1
+        records.n_objects += 1
     if not records:
-        raise ConfigurationError(f"{path} has no usable record ({n_bad} bad); give at least one.")
-    return records, n_bad
+        raise ConfigurationError(f"{path} has no usable record ({records.n_bad} bad); give at least one.")
+    return records, records.n_bad
 
 
 def write_records(path: str | Path, records: Iterable[Record]) -> None:
@@ -298,8 +309,8 @@ def _in_order(item: Mapping[str, Any], messages: Sequence[tuple[str, str]], own:
     if places.count(None) != len(given) or any(PLACE in text for role, text in messages if role == "assistant"):
         n_images = n - places.count(None) + len(given)
         raise ValueError(
-            f"it has {n} places for images ({PLACE}, none of them in an answer) and {n_images} images; give as many, or "
-            "no place for images that come first"
+            f"it has {n} places for images ({PLACE}, none of them in an answer) and {n_images} images; give as many, "
+            "or no place for images that come first"
         )
     left = iter(given)
     return [next(left) if entry is None else entry for entry in places]

@@ -148,11 +148,11 @@ class TextStorage:
         spans = {key: span[index].numpy() for key, span in used_spans(batch).items()}
         columns = {}
         for key in self.form:
-            part = batch[key]
-            if isinstance(part, Images):
-                part, n = part.numbers, (part.numbers >= 0).sum(dim=1)
+            numbers = batch[key].numbers if isinstance(batch[key], Images) else batch[key]
+            if isinstance(batch[key], Images):
+                n = (numbers >= 0).sum(dim=1)
                 spans[key] = torch.stack([torch.zeros_like(n), n], dim=1)[index].numpy()
-            columns[key] = _int32(part, index)
+            columns[key] = _int32(numbers, index)
 
         def packed(i: int) -> Iterator[bytes]:
             pieces, header = [], [int(columns[key][i]) for key in self._numbers]

@@ -13,6 +13,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from clkit.errors import ConfigurationError
 from clkit.language.images import ImageTable
 from clkit.language.records import PLACE, Record
+from clkit.language.templates import ChatTemplate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,7 +76,7 @@ class Encoder:
         own = getattr(tokenizer, "chat_template", None)
         of_processor = None if images is None else getattr(images.processor, "chat_template", None)
         self._template = of_processor or own
-        self._options: dict[str, Any] = {"chat_template": of_processor} if of_processor else {}
+        self._write_chat = ChatTemplate(tokenizer, of_processor, template_options)
         has_template = bool(self._template)
         self.tokenizer, self.chat, self.images = tokenizer, has_template if chat is None else chat, images
         self.template_options = dict(template_options or {})
@@ -172,16 +173,10 @@ class Encoder:
         assert self.images is not None
         content = [{"type": "image"}, {"type": "text", "text": _PROBE}]
         try:
-            written = self._render([{"role": "user", "content": content}], add_generation_prompt=True)
+            written = self._write_chat([{"role": "user", "content": content}], answered=False)
         except (TemplateError, TypeError, ValueError):
             return False
         return bool(written.count(self.images.token) == 1 and written.count(_PROBE) == 1)
-
-    def _render(self, messages: list[dict[str, Any]], **options: Any) -> str:
-        text: Any = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, **self._options, **self.template_options, **options
-        )
-        return str(text)
 
     def _plain(self, records: Sequence[Record]) -> list[Encoded]:
         if any(len(record.messages) > 1 for record in records):
@@ -245,8 +240,8 @@ class Encoder:
         messages = [{"role": role, "content": self._content(parts)} for role, parts in self._messages(record)]
         answer = {"role": "assistant", "content": self._content([self._harmless(record.answer)])}
         try:
-            prompt = self._render(messages, add_generation_prompt=True)
-            whole = self._render([*messages, answer])
+            prompt = self._write_chat(messages, answered=False)
+            whole = self._write_chat([*messages, answer])
         except TemplateError as error:
             roles = ", ".join(role for role, _ in record.messages)
             raise ConfigurationError(

@@ -23,8 +23,9 @@ class ChatTemplate:
 
     It is asked once for each form of a conversation (roles, and texts and images in them), with marks for the texts,
     which then are filled in. A conversation is written by the template itself where a text could change what is around
-    it: it is empty or has white space at an end, or has what the template looks for (``</think>``, say); so are all if
-    a template has filters that change texts, or the first few conversations come out differently.
+    it: it is empty or has white space at an end, or has what the template looks for (``</think>``, say). So are all if
+    a template has filters that change texts or looks at single characters, or if one of the first few conversations
+    comes out differently.
 
     Args:
         tokenizer: A tokenizer of transformers.
@@ -101,6 +102,13 @@ def _filled(message: Message, marks: Iterator[str]) -> Message:
     }
 
 
+def _holds_text(node: nodes.Node) -> bool:
+    """Whether a variable, attribute or key has the name of a content or text."""
+    key = node.arg.value if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const) else None
+    name = node.name if isinstance(node, nodes.Name) else node.attr if isinstance(node, nodes.Getattr) else key
+    return isinstance(name, str) and ("content" in name or "text" in name)
+
+
 def _sought(template: Any) -> re.Pattern[str] | None:
     """What a template looks for in texts; ``None`` where that cannot be told."""
     try:
@@ -109,6 +117,10 @@ def _sought(template: Any) -> re.Pattern[str] | None:
         return None
     if any(found.name not in _BLIND for found in tree.find_all(nodes.Filter)):
         return None
+    for item in tree.find_all(nodes.Getitem):
+        named = isinstance(item.arg, nodes.Const) and isinstance(item.arg.value, str)
+        if not named and _holds_text(item.node):
+            return None
     sought = set()
     for compared in tree.find_all(nodes.Compare):
         sides = [compared.expr, *(operand.expr for operand in compared.ops)]

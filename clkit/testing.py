@@ -18,11 +18,14 @@ import itertools
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 from pytorch_lightning.tuner.tuning import Tuner
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -35,7 +38,8 @@ from clkit.data.stream import Experience, Stream
 from clkit.errors import ConfigurationError
 from clkit.evaluation.stability_gap import StabilityGap
 from clkit.language.dataset import InstructionDataset, Pad
-from clkit.language.models import CausalLM, transformers
+from clkit.language.images import ImageBytes, ImageTable
+from clkit.language.models import CausalLM, VisionLanguage, transformers
 from clkit.language.records import Record
 from clkit.method.adapters import lora
 from clkit.method.parameters import trainable
@@ -46,14 +50,17 @@ __all__ = [
     "CHECKS",
     "SmallModule",
     "check_strategy",
+    "small_image_instructions",
     "small_instructions",
     "small_language_module",
+    "small_processor",
     "small_stream",
     "small_tokenizer",
+    "small_vision_language_module",
 ]
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 Build = Callable[[], Strategy | Sequence[pl.Callback]]
 
@@ -197,6 +204,78 @@ def small_instructions(n_experiences: int = 3, n: int = 24) -> Stream:
             parts.append(data.for_scores() if parts else data)
         experiences.append(Experience(k, name, *parts))
     return Stream(experiences, name="instructions", kind="instruction", collate_fn=Pad())
+
+
+def small_processor(chat: bool = True) -> ProcessorMixin:
+    """Build a processor of :func:`small_tokenizer` and images of 16 pixels, which take 4 tokens each.
+
+    Args:
+        chat: With a chat template.
+    """
+    tokenizer = small_tokenizer(chat)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    size = {"height": 16, "width": 16}
+    images = transformers().CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size)
+    settings = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    return cast("ProcessorMixin", transformers().LlavaProcessor(images, tokenizer, **settings))
+
+
+def small_vision_language_module(**options: Any) -> VisionLanguage:
+    """Build a LLaVA with random weights, two layers in its tower and two in its language model, and LoRA; SGD.
+
+    For :func:`small_image_instructions`.
+
+    Args:
+        **options: More arguments of :class:`~clkit.language.models.VisionLanguage`.
+    """
+    layers = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    words = {"vocab_size": len(_WORDS) + 1, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    config = transformers().LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", "image_size": 16, "patch_size": 8, **layers},
+        text_config={"model_type": "llama", "max_position_embeddings": 128, **layers, **words},
+        image_token_index=len(_WORDS),
+        image_seq_length=4,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    adapter = lora(4, target_modules="all-linear", modules_to_save=None, task_type="CAUSAL_LM")
+    optimizer = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+    return VisionLanguage(config, **{"adapter": adapter, "optimizer": optimizer, **options})
+
+
+def small_image_instructions(n_experiences: int = 3, n: int = 24) -> Stream:
+    """Build a stream of instruction tasks about images of one colour each, some of them about two, some about none.
+
+    Args:
+        n_experiences: Number of experiences, at most 3.
+        n: Training samples of each; half as many are held out.
+    """
+    colours = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
+    table, experiences = ImageTable(small_processor()), []
+    for k, (name, asks) in enumerate([("colours", "name the colour"), ("options", "pick"), ("numbers", "say")]):
+        parts: list[Any] = []
+        for size, first in ((n, 0), (n // 2, 100)):
+            records = []
+            for i in range(first, first + size):
+                shown = [list(colours)[(i + j) % 3] for j in range((1, 2, 1, 0)[i % 4])]
+                answer = (*shown, "no")[-1]
+                images = [_one_colour(f"{name} {i} {j}", colours[colour], i) for j, colour in enumerate(shown)]
+                extra = {"instruction": asks}
+                records.append(Record((("user", f"{asks} {' '.join(['of'] * (i % 4))} :"),), answer, extra, (*images,)))
+            data = InstructionDataset(records, table.processor, images=table)
+            parts.append(data.for_scores() if parts else data)
+        experiences.append(Experience(k, name, *parts))
+    return Stream(
+        experiences[:n_experiences], name="image instructions", kind="instruction", collate_fn=Pad("right", table)
+    )
+
+
+def _one_colour(name: str, colour: tuple[int, int, int], seed: int) -> ImageBytes:
+    """An image of about one colour."""
+    noise = np.random.default_rng(seed).integers(-20, 20, (16, 16, 3))
+    content = BytesIO()
+    Image.fromarray((np.array(colour) + noise).astype(np.uint8)).save(content, "PNG")
+    return ImageBytes(name, content.getvalue())
 
 
 class _Suite:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from clkit.data.columns import Column, map_columns, sent, size_of, take
+from clkit.data.images import Images
 
 IGNORED = -100
 """The label of a token that no loss or score counts."""
@@ -116,6 +117,8 @@ def concatenate(batches: Sequence[Any]) -> Any:
 
 
 def _cat(*parts: Any) -> Column:
+    if isinstance(parts[0], Images):
+        return Images.joined(parts)
     if not isinstance(parts[0], Tensor):
         return [text for part in parts for text in part]
     return torch.cat([sent(part, parts[0].device) for part in parts])
@@ -136,9 +139,11 @@ def gather_batch(trainer: Trainer, batch: Any) -> Any:
 
     def gather(tensor: Column) -> Column:
         if not isinstance(tensor, Tensor):
-            texts: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(texts, tensor)
-            return _cat(*texts)
+            others: list[Any] = [None] * trainer.world_size
+            # other processes' pixels stay there: whoever needs them reads the image
+            own = Images(tensor.numbers) if isinstance(tensor, Images) else tensor
+            torch.distributed.all_gather_object(others, own)
+            return _cat(*others)
         parts = [torch.empty_like(tensor) for _ in range(trainer.world_size)]
         torch.distributed.all_gather(parts, tensor.detach().contiguous())
         return torch.cat(parts)

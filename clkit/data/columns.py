@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clkit.data.images import Images
 from clkit.errors import ConfigurationError
 
 
@@ -16,8 +17,8 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
-Column = Tensor | list[str]
-"""One part of a batch: a tensor ``[B, ...]``, or a list of ``B`` strings (file names, say)."""
+Column = Tensor | list[str] | Images
+"""One part of a batch: a tensor ``[B, ...]``, a list of ``B`` strings (file names, say), or ``B`` samples' images."""
 
 
 def map_columns(function: Callable[..., Any], *batches: Any) -> Any:
@@ -30,9 +31,7 @@ def map_columns(function: Callable[..., Any], *batches: Any) -> Any:
     """
     first, *others = batches
     if first is None or _is_column(first):
-        if any(
-            (other is None, isinstance(other, Tensor)) != (first is None, isinstance(first, Tensor)) for other in others
-        ):
+        if any(_kind(other) is not _kind(first) for other in others):
             raise _differ(batches)
         return None if first is None else function(*batches)
     if isinstance(first, Mapping):
@@ -79,6 +78,8 @@ def take(batch: Any, rows: Tensor | slice) -> Any:
     def pick(column: Column) -> Column:
         if isinstance(column, Tensor):
             return column[sent(rows, column.device) if isinstance(rows, Tensor) else rows]
+        if isinstance(column, Images):
+            return column.take(rows)
         return list(column[rows]) if isinstance(rows, slice) else [column[row] for row in rows.tolist()]
 
     return map_columns(pick, batch)
@@ -97,6 +98,8 @@ def describe(batch: Any) -> str:
     """Return a batch's form in words, such as ``(float32 [4, 1, 8, 8], int64 [4])``."""
     if isinstance(batch, Tensor):
         return f"{str(batch.dtype).removeprefix('torch.')} {list(batch.shape)}"
+    if isinstance(batch, Images):
+        return f"images of {len(batch)} samples"
     if _is_column(batch):
         return f"{len(batch)} strings"
     if isinstance(batch, Mapping):
@@ -108,7 +111,11 @@ def describe(batch: Any) -> str:
 
 def _is_column(part: Any) -> bool:
     texts = isinstance(part, (tuple, list)) and bool(part) and all(isinstance(entry, str) for entry in part)
-    return texts or isinstance(part, Tensor)
+    return texts or isinstance(part, (Tensor, Images))
+
+
+def _kind(part: Any) -> type:
+    return next((kind for kind in (Tensor, Images, type(None)) if isinstance(part, kind)), object)
 
 
 def _differ(batches: Sequence[Any]) -> ConfigurationError:

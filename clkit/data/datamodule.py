@@ -273,6 +273,8 @@ class StreamDataModule(pl.LightningDataModule):
             ConfigurationError: If the trainer would run past the end of the stream.
         """
         trainer = self.trainer
+        if trainer is not None and stage != "fit":
+            self.prepare(trainer.lightning_module)
         if stage != "fit" or trainer is None:
             return
         self._start(trainer)
@@ -408,6 +410,12 @@ class StreamDataModule(pl.LightningDataModule):
                     "a step differs from one process's where answers differ in length; compare runs of equally many "
                     "processes."
                 )
+
+    def prepare(self, module: pl.LightningModule) -> None:
+        """Let the module read what the collate function makes, where that is more than tensors."""
+        prepare = getattr(self.collate_fn, "prepare", None)
+        if prepare is not None:
+            prepare(module)
 
     def check_last_batches(self, module: pl.LightningModule) -> None:
         """Refuse a module that cannot take a batch of one sample where there is one.

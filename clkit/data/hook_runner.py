@@ -42,6 +42,9 @@ class Clock(Protocol):
     def augmented(self, batch: Any) -> Any:
         """Return a batch with its inputs augmented for the current step."""
 
+    def prepare(self, module: LightningModule) -> None:
+        """Let the module read what the collate function makes."""
+
     def check_plan(self) -> None:
         """Refuse a trainer with which an experience could not be learned to its end."""
 
@@ -81,6 +84,7 @@ class HookRunner(Callback):
         self.stream_clock.check_plan()
         if self.watch.rule is not None:
             self.watch.rule.check_module(pl_module)
+        self.stream_clock.prepare(pl_module)
         augment = None if self.stream_clock.stream.augment is None else self.stream_clock.augmented
         strategies = callbacks_of(trainer, Hooks)
         extend_step(trainer, pl_module, strategies, lambda: self in callbacks_of(trainer), augment)

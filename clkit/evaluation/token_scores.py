@@ -35,7 +35,10 @@ def language_model(module: nn.Module) -> Any:
 
 def positions(model: Any) -> int | None:
     """Return how many tokens the model has positions for; ``None`` where its config names no limit."""
-    return getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    config: Any = getattr(model, "config", None)
+    # that of a model of texts and images has a part for the texts
+    texts = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(texts, "max_position_embeddings", None)
 
 
 def is_encoder_decoder(module: nn.Module) -> bool:

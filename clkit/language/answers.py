@@ -130,6 +130,28 @@ def sari(prediction: str, references: str | Sequence[str], source: str) -> float
     return sum(scores) / len(scores)
 
 
+def contains(prediction: str, reference: str) -> float:
+    """1 if the reference's words stand in the answer one after another, but for case, punctuation and articles."""
+    words = f" {_normal(reference)} "
+    return float(words in f" {_normal(prediction)} ")
+
+
+def box_iou(prediction: str, reference: str) -> float:
+    r"""1 if the answer's box and the reference's overlap by more than half: :math:`|A \cap B| / |A \cup B| > 0.5`.
+
+    A box is the first four numbers of a text, ``[x1, y1, x2, y2]``, in any unit that both share; the strict reading
+    takes nothing but these in brackets.
+
+    Raises:
+        ConfigurationError: If the reference states no box.
+    """
+    wanted = find_box(reference)
+    if wanted is None:
+        raise ConfigurationError(f"The reference {reference!r} states no box; use another metric.")
+    found = find_box(prediction)
+    return float(found is not None and _iou(found, wanted) > 0.5)
+
+
 METRICS: Mapping[str, Callable[..., float]] = MappingProxyType(
     {
         "exact_match": exact_match,
@@ -140,11 +162,15 @@ METRICS: Mapping[str, Callable[..., float]] = MappingProxyType(
         "rouge_l": rouge_l,
         "sari": sari,
         "edit_similarity": edit_similarity,
+        "contains": contains,
+        "box_iou": box_iou,
     }
 )
 """The metrics by name, in their lenient reading."""
 
-_FORMAT_MATTERS = ("exact_match", "letter", "number", "yes_no")
+_FORMAT_MATTERS = ("exact_match", "letter", "number", "yes_no", "contains")
+_DECIMAL = r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
+_BOX = rf"\[\s*{_DECIMAL}(?:\s*,\s*{_DECIMAL}){{3}}\s*\]"
 
 
 def score_answer(
@@ -164,8 +190,8 @@ def score_answer(
         reference: The right one.
         source: The text that was to be simplified, for ``sari``.
         choices: Number of options, for ``letter``; 26 when ``None``.
-        strict: Whether the format matters too; the same as without for ``f1``, ``rouge_l``, ``sari`` and
-            ``edit_similarity``.
+        strict: Whether the format matters too: of ``contains`` the answer is the reference, of ``box_iou`` a box in
+            brackets; the same as without for ``f1``, ``rouge_l``, ``sari`` and ``edit_similarity``.
 
     Returns:
         The score, in [0, 1]; 0 for an empty answer.
@@ -182,6 +208,8 @@ def score_answer(
     lenient = METRICS[metric](prediction, reference, **needs.get(metric, {}))
     if not prediction.strip():
         return 0.0
+    if strict and metric == "box_iou":
+        return lenient * bool(re.fullmatch(_BOX, prediction.strip()))
     return float(prediction.strip() == reference.strip()) if strict and metric in _FORMAT_MATTERS else lenient
 
 
@@ -238,6 +266,25 @@ def find_letter(text: str, choices: int | None = None) -> str | None:
     small = rf"[a-{last.lower()}](?= ?(?:$|[)\]:]|\.$))"
     found = _stated(rf"({one}|{small})", text)
     return found and found.upper()
+
+
+def find_box(text: str) -> tuple[float, float, float, float] | None:
+    """Return the first four numbers of a text, the corners of a box: left, top, right, bottom."""
+    found = [float(number) for number in re.findall(_DECIMAL, text)[:4]]
+    return (found[0], found[1], found[2], found[3]) if len(found) == 4 else None
+
+
+def _iou(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> float:
+    """Intersection over union of two boxes; 0 of one without an area."""
+    left, top, right, bottom = (
+        max(one[0], other[0]),
+        max(one[1], other[1]),
+        min(one[2], other[2]),
+        min(one[3], other[3]),
+    )
+    common = max(right - left, 0) * max(bottom - top, 0)
+    areas = [max(box[2] - box[0], 0) * max(box[3] - box[1], 0) for box in (one, other)]
+    return common / (sum(areas) - common) if all(areas) else 0.0
 
 
 def find_number(text: str) -> Fraction | None:

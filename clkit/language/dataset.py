@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
 from pytorch_lightning.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from clkit.data.batch import IGNORED, fill_value
+from clkit.data.images import Images
 from clkit.errors import ConfigurationError, check_whole
 from clkit.language.encoding import Encoded, Encoder
+from clkit.language.images import ImageTable, let_read
 from clkit.language.records import Record
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 TooLong = Literal["drop", "cut_prompt"]
 Side = Literal["right", "left"]
@@ -29,23 +32,27 @@ class InstructionDataset(Dataset[Sample]):
     """Prompts with their answers as samples ``{"input_ids": [S], "labels": [S]}``, ``int64``.
 
     Labels are the tokens of the answer and of the end after it, and -100 before. See
-    :class:`~clkit.language.encoding.Encoder` for what is the prompt and what the answer.
+    :class:`~clkit.language.encoding.Encoder` for what is the prompt and what the answer. With a processor, samples have
+    ``images`` too: their images' numbers in the table, ``int64`` ``[K]``; the tokens are those that the processor puts
+    in for each, as many as an image of its size takes. Images are read when :class:`Pad` makes a batch.
 
     Args:
         records: The records.
-        tokenizer: A tokenizer of transformers.
+        tokenizer: A tokenizer of transformers; for texts with images a processor.
         max_length: Most tokens of a sample.
         too_long: ``"drop"`` samples that are longer, or ``"cut_prompt"``: cut the middle out of the longest messages
-            before the answer. The template's marks, a system's message, and the beginning and the end of the prompt
-            stay. The answer is never cut: samples that are too long without a prompt are dropped. A warning counts
-            them, and so does ``metrics.json``.
+            before the answer. The template's marks, images, a system's message, and the beginning and the end of the
+            prompt stay. The answer is never cut: samples that are too long without a prompt are dropped. A warning
+            counts them, and so does ``metrics.json``.
         chat: Use the tokenizer's chat template; when ``None``, if it has one.
         template_options: More variables of the chat template, such as ``enable_thinking`` or ``date_string``.
         name: Name for messages.
         metric: How answers to these records are scored, see :mod:`clkit.language.answers`.
+        images: The stream's table of images, where several datasets share one.
 
     Attributes:
         records: The records that are left, in order.
+        images: The table of images; ``None`` without a processor.
         lengths: Tokens of each sample, ``int64`` ``[N]``.
         prompt_lengths: Tokens before each sample's answer, ``int64`` ``[N]``.
         ends: The tokens that end an answer.
@@ -60,7 +67,7 @@ class InstructionDataset(Dataset[Sample]):
     def __init__(
         self,
         records: Sequence[Record],
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
         *,
         max_length: int = 1024,
         too_long: TooLong = "drop",
@@ -68,12 +75,16 @@ class InstructionDataset(Dataset[Sample]):
         template_options: Mapping[str, Any] | None = None,
         name: str = "dataset",
         metric: str = "exact_match",
+        images: ImageTable | None = None,
     ) -> None:
         check_whole("max_length", max_length, 2)
         if too_long not in ("drop", "cut_prompt"):
             raise ConfigurationError(f"too_long={too_long!r} is unknown; use drop or cut_prompt.")
-        self.metric, self.tokenizer = metric, tokenizer
-        encoder = Encoder(tokenizer, chat, template_options)
+        if images is None and hasattr(tokenizer, "image_processor"):
+            images = ImageTable(cast("ProcessorMixin", tokenizer))
+        own = tokenizer if images is None else images.tokenizer
+        self.metric, self.tokenizer, self.images = metric, cast("PreTrainedTokenizerBase", own), images
+        encoder = Encoder(self.tokenizer, chat, template_options, images)
         kept: list[tuple[Record, Encoded]] = []
         self.n_bad = self.n_dropped = self.n_cut = 0
         for record, whole in zip(records, encoder(records), strict=True):
@@ -92,12 +103,15 @@ class InstructionDataset(Dataset[Sample]):
             )
         self.records = [record for record, _ in kept]
         encoded = [found for _, found in kept]
-        self.prompt_lengths = np.array([len(found.prompt) for found in encoded])
+        self.prompt_lengths = np.array([found.prompt_length for found in encoded])
         self.lengths = np.array([found.length for found in encoded])
         self.ends = sorted({int(found.answer[-1]) for found in encoded})
         self._content = self.prompt_lengths[:, None] + np.array([found.content for found in encoded])
         self._labelled = np.stack([self.prompt_lengths, self.lengths], axis=1)
-        self._starts = np.concatenate([[0], np.cumsum(self.lengths)])
+        # an image's tokens are stored as one number
+        self._stored = np.array([(len(found.prompt), len(found.answer)) for found in encoded])
+        self._starts = np.concatenate([[0], np.cumsum(self._stored.sum(axis=1))])
+        self._numbers = [found.images for found in encoded]
         self._tokens = torch.from_numpy(np.concatenate([part for found in encoded for part in found[:2]]))
 
     def _report(self, name: str, max_length: int) -> None:
@@ -113,11 +127,20 @@ class InstructionDataset(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         index = range(len(self))[index]
-        tokens = self._tokens[self._starts[index] : self._starts[index + 1]].long()
+        tokens = self._read(index, self._stored[index].sum())
         start, end = self._labelled[index]
         labels = torch.full_like(tokens, IGNORED)
         labels[start:end] = tokens[start:end]
-        return {"input_ids": tokens, "labels": labels}
+        return {"input_ids": tokens, "labels": labels, **self._images_of(index)}
+
+    def _read(self, index: int, n: int) -> Tensor:
+        """The sample's first stored tokens, images with all of theirs."""
+        start = self._starts[index]
+        tokens = self._tokens[start : start + n]
+        return (tokens if self.images is None else self.images.expanded(tokens)).long()
+
+    def _images_of(self, index: int) -> Sample:
+        return {} if self.images is None else {"images": torch.tensor(self._numbers[index], dtype=torch.int64)}
 
     def for_scores(self) -> InstructionDataset:
         """Return the same samples with labels for the content of each answer alone.
@@ -131,8 +154,11 @@ class InstructionDataset(Dataset[Sample]):
 
     def prompt(self, index: int) -> Tensor:
         """Return the tokens before the answer, ``int64`` ``[S]``."""
-        start = self._starts[index]
-        return self._tokens[start : start + self.prompt_lengths[index]].long()
+        return self._read(index, self._stored[index, 0])
+
+    def question(self, index: int) -> Sample:
+        """Return a sample without its answer: ``input_ids`` as :meth:`prompt`, and ``images`` with a processor."""
+        return {"input_ids": self.prompt(index), **self._images_of(index)}
 
 
 class TextDataset(Dataset[Sample]):
@@ -185,30 +211,44 @@ class Pad:
     """Collates samples ``{"input_ids": [S], "labels": [S] or scalar, ...}`` into a batch padded to its longest.
 
     Adds ``attention_mask``, and ``position_ids`` where texts are padded on the left, so that each begins at position 0.
+    Texts with images get no positions: their models count for themselves, some of them in three dimensions. ``images``
+    of samples, ``int64`` ``[K]``, become :class:`~clkit.data.images.Images` with what the model takes of each.
 
     Args:
         side: ``"right"`` or ``"left"``.
+        images: Where images are read.
     """
 
-    def __init__(self, side: Side = "right") -> None:
+    def __init__(self, side: Side = "right", images: ImageTable | None = None) -> None:
         if side not in ("right", "left"):
             raise ConfigurationError(f"side={side!r} is unknown; use right or left.")
-        self.side = side
+        self.side, self.images = side, images
 
-    def __call__(self, samples: list[Sample]) -> Sample:
+    def __call__(self, samples: list[Sample]) -> dict[str, Any]:
         mask = self._used([len(sample["input_ids"]) for sample in samples])
-        batch: Sample = {"attention_mask": mask.long()}
+        batch: dict[str, Any] = {"attention_mask": mask.long()}
         for key, first in samples[0].items():
             parts = [sample[key] for sample in samples]
-            if first.dim() == 0:
+            if key == "images":
+                batch[key] = self._read(parts)
+            elif first.dim() == 0:
                 batch[key] = torch.stack(parts)
             else:
                 used = self._used([len(part) for part in parts])
                 filled = torch.full(used.shape, fill_value(key), dtype=first.dtype)
                 batch[key] = filled.masked_scatter(used, torch.cat(parts))
-        if self.side == "left":
+        if self.side == "left" and "images" not in batch:
             batch["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
         return batch
+
+    def _read(self, numbers: list[Tensor]) -> Images:
+        images = Images(pad_sequence(numbers, batch_first=True, padding_value=-1))
+        return images if self.images is None else Images(images.numbers, self.images.pixels(images))
+
+    def prepare(self, module: nn.Module) -> None:
+        """Let the model in a module read the images of batches; nothing happens for texts alone."""
+        if self.images is not None:
+            let_read(module, self.images)
 
     def _used(self, lengths: list[int]) -> Tensor:
         """Which columns of each sample are no padding, ``bool`` ``[B, S]``."""

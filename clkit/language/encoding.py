@@ -11,7 +11,9 @@ from jinja2 import TemplateError
 from pytorch_lightning.utilities import rank_zero_warn
 
 from clkit.errors import ConfigurationError
-from clkit.language.records import Record
+from clkit.language.images import ImageTable
+from clkit.language.records import PLACE, Record
+from clkit.language.templates import ChatTemplate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,19 +27,24 @@ class Encoded(NamedTuple):
     """A record's tokens.
 
     Args:
-        prompt: Those before the answer, ``int32`` ``[S]``.
+        prompt: Those before the answer, ``int32`` ``[S]``. ``-1 - n`` stands for all tokens of an image, which are
+            number ``n`` of the table's expansions.
         answer: Those of the answer with its end, ``int32`` ``[S]``.
         content: First token of the answer's own text in ``answer``, and the one after its last; the others are format.
+        prompt_length: Tokens before the answer, all those of images counted.
+        images: Numbers of the images in the table.
     """
 
     prompt: Tokens
     answer: Tokens
     content: tuple[int, int]
+    prompt_length: int
+    images: tuple[int, ...] = ()
 
     @property
     def length(self) -> int:
         """Number of tokens."""
-        return len(self.prompt) + len(self.answer)
+        return self.prompt_length + len(self.answer)
 
 
 class Encoder:
@@ -51,6 +58,9 @@ class Encoder:
         tokenizer: A tokenizer of transformers.
         chat: Use its chat template; when ``None``, if it has one.
         template_options: More variables of the chat template.
+        images: The stream's images, with the processor that they go through; its chat template comes first. Where a
+            template takes texts only, and without one, an image's token stands in the text, followed by the end of the
+            line if images come first.
 
     Raises:
         ConfigurationError: If there is no chat template, or no EOS token.
@@ -61,15 +71,20 @@ class Encoder:
         tokenizer: PreTrainedTokenizerBase,
         chat: bool | None = None,
         template_options: Mapping[str, Any] | None = None,
+        images: ImageTable | None = None,
     ) -> None:
-        has_template = bool(getattr(tokenizer, "chat_template", None))
-        self.tokenizer, self.chat = tokenizer, has_template if chat is None else chat
+        own = getattr(tokenizer, "chat_template", None)
+        of_processor = None if images is None else getattr(images.processor, "chat_template", None)
+        self._template = of_processor or own
+        self._write_chat = ChatTemplate(tokenizer, of_processor, template_options)
+        has_template = bool(self._template)
+        self.tokenizer, self.chat, self.images = tokenizer, has_template if chat is None else chat, images
         self.template_options = dict(template_options or {})
         if self.chat and not has_template:
             raise ConfigurationError(
                 f"{type(tokenizer).__name__} has no chat template; use chat=false, or set tokenizer.chat_template."
             )
-        unused = [key for key in self.template_options if not self.chat or key not in str(tokenizer.chat_template)]
+        unused = [key for key in self.template_options if not self.chat or key not in str(self._template)]
         if unused:
             raise ConfigurationError(
                 f"template_options has {unused[0]!r}, which the chat template of {type(tokenizer).__name__} "
@@ -80,16 +95,88 @@ class Encoder:
         self._eos = np.int32(tokenizer.eos_token_id)
         added: Any = getattr(tokenizer, "added_tokens_decoder", {})
         special = {number for number, token in added.items() if token.special}
-        self._special = np.array([*{*getattr(tokenizer, "all_special_ids", ()), *special, int(self._eos)}])
+        self._special = {*getattr(tokenizer, "all_special_ids", ()), *special, int(self._eos)}
         self._around: tuple[str, str] | None = None
+        self._takes_parts = self.chat and images is not None and self._probe_parts()
 
     def __call__(self, records: Sequence[Record]) -> list[Encoded]:
         """Encode records.
 
         Raises:
-            ConfigurationError: If messages need a chat template, or the template cannot write them.
+            ConfigurationError: If messages need a chat template, the template cannot write them, or it writes more or
+                fewer images than there are.
         """
-        return self._chat(records) if self.chat else self._plain(records)
+        found = self._chat(records) if self.chat else self._plain(records)
+        if self.images is None:
+            return found
+        return [self._with_images(record, encoded) for record, encoded in zip(records, found, strict=True)]
+
+    def _with_images(self, record: Record, encoded: Encoded) -> Encoded:
+        """Let each token of an image stand for all that the image takes."""
+        assert self.images is not None
+        places = np.flatnonzero(encoded.prompt == self.images.token_id)
+        if len(places) != len(record.images) or self.images.token_id in encoded.answer:
+            raise ConfigurationError(
+                f"The record with the prompt {record.prompt!r:.80} has {len(record.images)} images, but the chat "
+                f"template writes {len(places)} places for them; use a template that writes each, or chat=false."
+            )
+        kinds = [self.images.expansion(source) for source in record.images]
+        prompt = encoded.prompt.copy()
+        prompt[places] = [-1 - kind for kind in kinds]
+        length = len(prompt) + sum(len(self.images.expansions[kind]) - 1 for kind in kinds)
+        numbers = tuple(self.images.add(source) for source in record.images)
+        return encoded._replace(prompt=prompt, prompt_length=length, images=numbers)
+
+    def _messages(self, record: Record) -> list[tuple[str, list[str | None]]]:
+        """Roles, and texts with ``None`` for each image between them."""
+        if self.images is None:
+            return [(role, [text]) for role, text in record.messages]
+        placed = any(PLACE in text for _, text in record.messages) if record.images else False
+        first = next((i for i, (role, _) in enumerate(record.messages) if role == "user"), 0)
+        found: list[tuple[str, list[str | None]]] = []
+        for position, (role, text) in enumerate(record.messages):
+            pieces = text.split(PLACE) if placed else [text]
+            parts: list[str | None] = [self._harmless(pieces[0])]
+            for piece in pieces[1:]:
+                parts += [None, self._harmless(piece)]
+            if record.images and not placed and position == first:
+                parts = [*[None] * len(record.images), parts[0]]
+            found.append((role, parts))
+        return found
+
+    def _harmless(self, text: str) -> str:
+        """A text in which nothing is taken for an image."""
+        token = "" if self.images is None else self.images.token
+        return text.replace(token, f"{token[:1]} {token[1:]}") if token and token in text else text
+
+    def _content(self, parts: Sequence[str | None]) -> Any:
+        """A message's content as the template, or a prompt without one, takes it."""
+        if self._takes_parts:
+            found: list[dict[str, str]] = []
+            for text in parts:
+                if text is None:
+                    found.append({"type": "image"})
+                elif text:
+                    # the template has its own way to go on after an image
+                    after = bool(found) and found[-1]["type"] == "image"
+                    found.append({"type": "text", "text": text.removeprefix("\n") if after else text})
+            return found
+        if self.images is None:
+            return parts[0]
+        token = self.images.token
+        if parts[0] is None:
+            return "".join(f"{token}\n" if text is None else text for text in parts)
+        return "".join(token if text is None else text for text in parts)
+
+    def _probe_parts(self) -> bool:
+        """Whether the template takes messages made of texts and images."""
+        assert self.images is not None
+        content = [{"type": "image"}, {"type": "text", "text": _PROBE}]
+        try:
+            written = self._write_chat([{"role": "user", "content": content}], answered=False)
+        except (TemplateError, TypeError, ValueError):
+            return False
+        return bool(written.count(self.images.token) == 1 and written.count(_PROBE) == 1)
 
     def _plain(self, records: Sequence[Record]) -> list[Encoded]:
         if any(len(record.messages) > 1 for record in records):
@@ -99,10 +186,15 @@ class Encoder:
             )
         bos = self.tokenizer.bos_token_id
         begin = np.array([] if bos is None else [bos], dtype=np.int32)
-        prompts, _ = self._tokens([record.prompt for record in records])
-        answers, _ = self._tokens([record.answer for record in records])
+        prompts, _ = self._tokens([self._content(self._messages(record)[0][1]) for record in records])
+        answers, _ = self._tokens([self._harmless(record.answer) for record in records])
         return [
-            Encoded(np.concatenate([begin, prompt]), np.append(answer, self._eos), (0, len(answer)))
+            Encoded(
+                np.concatenate([begin, prompt]),
+                np.append(answer, self._eos),
+                (0, len(answer)),
+                len(begin) + len(prompt),
+            )
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
 
@@ -125,27 +217,31 @@ class Encoder:
                 "learned nor scored."
             )
         starts, _ = self._tokens(prompts)
-        alone, alone_at = self._tokens(rests)
-        wholes, wholes_at = self._tokens([prompt + rest for prompt, rest in zip(prompts, rests, strict=True)])
-        found = []
-        for i, (prompt, start, whole) in enumerate(zip(prompts, starts, wholes, strict=True)):
-            # tokenizers such as Llama's begin a text in another way than they go on with one
-            if np.array_equal(whole[: len(start)], start):
-                at = None if wholes_at is None else wholes_at[i][len(start) :] - len(prompt)
-                found.append(self._ended(start, whole[len(start) :], at, bounds[i]))
-            else:
-                found.append(self._ended(start, alone[i], None if alone_at is None else alone_at[i], bounds[i]))
-        return found
+        wholes, at = self._tokens([prompt + rest for prompt, rest in zip(prompts, rests, strict=True)])
+        shifts = [len(prompt) for prompt in prompts]
+        # tokenizers such as Llama's begin a text in another way than they go on with one
+        apart = [i for i, start in enumerate(starts) if not np.array_equal(wholes[i][: len(start)], start)]
+        if apart:
+            alone, alone_at = self._tokens([rests[i] for i in apart])
+            for n, i in enumerate(apart):
+                wholes[i], shifts[i] = np.concatenate([starts[i], alone[n]]), 0
+                if at is not None and alone_at is not None:
+                    at[i] = np.concatenate([np.zeros((len(starts[i]), 2), dtype=np.int32), alone_at[n]])
+        return [
+            self._ended(
+                start, wholes[i][len(start) :], None if at is None else at[i][len(start) :] - shifts[i], bounds[i]
+            )
+            for i, start in enumerate(starts)
+        ]
 
     def _write(self, record: Record) -> tuple[str, str]:
         """The template's text before the answer, and that of the answer."""
         name = type(self.tokenizer).__name__
-        messages = [{"role": role, "content": text} for role, text in record.messages]
-        answered = [*messages, {"role": "assistant", "content": record.answer}]
-        options: dict[str, Any] = {**self.template_options, "tokenize": False}
+        messages = [{"role": role, "content": self._content(parts)} for role, parts in self._messages(record)]
+        answer = {"role": "assistant", "content": self._content([self._harmless(record.answer)])}
         try:
-            prompt: Any = self.tokenizer.apply_chat_template(messages, **options, add_generation_prompt=True)
-            whole: Any = self.tokenizer.apply_chat_template(answered, **options)
+            prompt = self._write_chat(messages, answered=False)
+            whole = self._write_chat([*messages, answer])
         except TemplateError as error:
             roles = ", ".join(role for role, _ in record.messages)
             raise ConfigurationError(
@@ -168,22 +264,25 @@ class Encoder:
                 self._around = (before, after) if found else None
             if self._around is not None:
                 before, after = self._around
-                if rest in (before + record.answer + after, before + record.answer.strip() + after):
+                answer = self._harmless(record.answer)
+                if rest in (before + answer + after, before + answer.strip() + after):
                     return self._around
         return None
 
     def _ended(self, prompt: Tokens, tokens: Tokens, at: Tokens | None, bounds: tuple[int, int] | None) -> Encoded:
         """Leave out what a template writes after the end of a turn, which no model need learn."""
         if at is None or bounds is None:
-            tokens = self._until(tokens, np.flatnonzero(tokens == self._eos)[-1:])
-            return Encoded(prompt, tokens, (0, len(tokens) - 1))
+            tokens = self._until(tokens, np.flatnonzero(tokens == self._eos)[-1:].tolist())
+            return Encoded(prompt, tokens, (0, len(tokens) - 1), len(prompt))
         begin, end = bounds
         own = np.flatnonzero((at[:, 1] > begin) & (at[:, 0] < end))
-        tokens = self._until(tokens, np.flatnonzero(np.isin(tokens, self._special) & (at[:, 0] >= end))[:1])
-        return Encoded(prompt, tokens, (int(own[0]), int(own[-1]) + 1) if len(own) else (0, len(tokens) - 1))
+        after = np.flatnonzero(at[:, 0] >= end).tolist()
+        tokens = self._until(tokens, [position for position in after if int(tokens[position]) in self._special][:1])
+        content = (int(own[0]), int(own[-1]) + 1) if len(own) else (0, len(tokens) - 1)
+        return Encoded(prompt, tokens, content, len(prompt))
 
-    def _until(self, tokens: Tokens, ends: np.ndarray[Any, Any]) -> Tokens:
-        return tokens[: ends[0] + 1] if len(ends) else np.append(tokens, self._eos)
+    def _until(self, tokens: Tokens, ends: Sequence[int]) -> Tokens:
+        return tokens[: ends[0] + 1] if ends else np.append(tokens, self._eos)
 
     def _tokens(self, texts: list[str]) -> tuple[list[Tokens], list[Tokens] | None]:
         """Tokens of texts, and where each begins and ends in its text, ``[S, 2]``, if the tokenizer can tell."""
@@ -202,12 +301,14 @@ class Encoder:
     def shortened(self, record: Record, encoded: Encoded, max_length: int) -> Encoded | None:
         """Cut the middle out of a record's longest messages, all but the system's, until it has few enough tokens.
 
-        The template's marks, the beginning of each message (its instruction) and its end stay.
+        The template's marks, images, the beginning of each message (its instruction) and its end stay; so do those of
+        each part of a message between images.
 
         Returns:
             The tokens; ``None`` if even one character of each message is too much.
         """
-        texts = [text for role, text in record.messages if role != "system"]
+        split = [(role, text.split(PLACE) if record.images else [text]) for role, text in record.messages]
+        texts = [text for role, parts in split if role != "system" for text in parts]
         most = max(len(text) for text in texts)
         size = max(1, sum(map(len, texts)))
         while encoded.length > max_length:
@@ -216,7 +317,10 @@ class Encoder:
             per_token = size / max(1, len(encoded.prompt))
             remove = 1 + int((encoded.length - max_length) * per_token)
             most = max(1, min(most - 1, _cap([min(len(text), most) for text in texts], remove)))
-            messages = [(role, text if role == "system" else _middle_cut(text, most)) for role, text in record.messages]
+            messages = [
+                (role, PLACE.join(text if role == "system" else _middle_cut(text, most) for text in parts))
+                for role, parts in split
+            ]
             encoded = self([dataclasses.replace(record, messages=tuple(messages))])[0]
         return encoded
 

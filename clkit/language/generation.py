@@ -23,7 +23,8 @@ from clkit.evaluation.subsets import choose
 from clkit.evaluation.token_scores import is_encoder_decoder, language_model, positions
 from clkit.files import result_folder, set_aside, write_atomically
 from clkit.language.answers import score_answer
-from clkit.language.dataset import InstructionDataset, Pad
+from clkit.language.dataset import InstructionDataset, Pad, Sample
+from clkit.language.images import ImageTable, reader_of
 from clkit.language.models import transformers
 from clkit.method.evaluation_mode import untouched
 from clkit.method.routing import by_route, route_of
@@ -37,12 +38,13 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def generate(
     module: nn.Module,
-    prompts: Sequence[Tensor],
+    prompts: Sequence[Tensor | Sample],
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_new_tokens: int = 64,
     batch_size: int = 16,
     ends: Sequence[int] = (),
+    images: ImageTable | None = None,
 ) -> list[str]:
     """Return the greedy answer to each prompt, without special tokens and outer white space.
 
@@ -51,22 +53,28 @@ def generate(
 
     Args:
         module: A language model of transformers or peft, or a module that holds one.
-        prompts: Token numbers, ``int64`` ``[S]`` each.
+        prompts: Token numbers, ``int64`` ``[S]`` each; with images, samples as
+            :meth:`~clkit.language.dataset.InstructionDataset.question` returns them.
         tokenizer: The model's.
         max_new_tokens: Most tokens of an answer.
         batch_size: Prompts at once.
         ends: More tokens that end an answer than the tokenizer's and the model's.
+        images: Where the images of prompts are read.
     """
+    samples = [{"input_ids": prompt} if isinstance(prompt, Tensor) else prompt for prompt in prompts]
     model = language_model(module)
     device = model.get_input_embeddings().weight.device
     config = _greedy(model, tokenizer, max_new_tokens, ends)
-    pad, answers = Pad("left"), [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    pad, answers = Pad("left", images), [""] * len(samples)
+    order = sorted(range(len(samples)), key=lambda i: len(samples[i]["input_ids"]))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = pad([{"input_ids": prompts[i]} for i in chosen])
+        batch = pad([samples[i] for i in chosen])
         width = batch["input_ids"].shape[1]
-        inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
+        batch.pop("position_ids", None)
+        inputs = {key: part.to(device) for key, part in batch.items()}
+        if "images" in inputs:
+            inputs = reader_of(model).inputs(model, inputs)
         written = model.generate(**inputs, generation_config=config)[:, width:]
         for i, text in zip(chosen, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
             answers[i] = text.strip()
@@ -220,13 +228,12 @@ class AnswerScores(Callback):
         data = self._data(trainer, k)
         chosen = choose(len(data), self.subset, self.seed, k).tolist()
         own = chosen[own_share(trainer)]
-        settings = {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
+        settings: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
         scored, views = [], views_of(trainer)
         for name, rows in by_route(route_of(trainer), stream_data(trainer).stream[k], data, torch.tensor(own)).items():
             with views[name](module):
-                texts = generate(
-                    module, [data.prompt(i) for i in rows.tolist()], data.tokenizer, ends=data.ends, **settings
-                )
+                questions = [data.question(i) for i in rows.tolist()]
+                texts = generate(module, questions, data.tokenizer, ends=data.ends, images=data.images, **settings)
             scored += [self._scored(data, i, text) for i, text in zip(rows.tolist(), texts, strict=True)]
         parts: list[Any] = [scored]
         if trainer.world_size > 1 and not holds_shards(trainer):

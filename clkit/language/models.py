@@ -6,20 +6,22 @@ import functools
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from clkit.errors import ConfigurationError
+from clkit.errors import ConfigurationError, check_choice
 from clkit.evaluation.token_scores import positions
+from clkit.language.images import reader_of
+from clkit.language.vision import PROJECTORS, for_language_model, vision_parts
 from clkit.method.adapters import add_adapter
 from clkit.method.learning_rate import LearningRate
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 _ADAMW = functools.partial(torch.optim.AdamW, lr=2e-4, weight_decay=0.0)
 
@@ -87,6 +89,20 @@ def adapter_base(name: str) -> str | None:
         return str(json.loads(described.read_text(encoding="utf-8"))["base_model_name_or_path"])
     except (ValueError, KeyError) as error:
         raise ConfigurationError(f"{described} names no base_model_name_or_path ({error}); mend the file.") from error
+
+
+def load_processor(name: str) -> ProcessorMixin:
+    """Load the processor of a model of texts and images by the model's name or path; see :func:`load_tokenizer`.
+
+    Raises:
+        ConfigurationError: If it cannot be loaded.
+    """
+    base = None if any(Path(name).glob("*processor_config.json")) else adapter_base(name)
+    processor = load(transformers().AutoProcessor, base or name)
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is not None and tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return cast("ProcessorMixin", processor)
 
 
 def load_model(kind: Any, name: str, **options: Any) -> Any:
@@ -165,13 +181,21 @@ class LanguageModule(pl.LightningModule):
             else:
                 net = auto.from_config(net, dtype=number, **options)
         assert isinstance(net, nn.Module)
-        self.net: Any = net if adapter is None else add_adapter(net, adapter)
+        self.net: Any = self.adapted(net, adapter)
         self.optimizer, self.scheduler = optimizer, scheduler
         self._sharded = False
         if gradient_checkpointing:
             cast(Any, self.net).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
-    def forward(self, **inputs: Tensor) -> Any:
+    def adapted(self, net: nn.Module, adapter: PeftConfig | None) -> nn.Module:
+        """Return the model with its adapter, everything else frozen."""
+        return net if adapter is None else add_adapter(net, adapter)
+
+    def groups(self, parameters: list[nn.Parameter]) -> list[Any]:
+        """Return what the optimizer is made from: trainable parameters, or groups of them with their own settings."""
+        return parameters
+
+    def forward(self, **inputs: Any) -> Any:
         """Return the model's output, with ``logits`` and, where there are ``labels``, ``loss``."""
         return self.net(**inputs)
 
@@ -216,7 +240,7 @@ class LanguageModule(pl.LightningModule):
                 f"No parameter of {type(self.net).__name__} has requires_grad=True, so there is nothing to train; "
                 "unfreeze some of them, or give the model an adapter."
             )
-        optimizer = self.optimizer(parameters)
+        optimizer = self.optimizer(self.groups(parameters))
         if self.scheduler is None:
             return optimizer
         if isinstance(self.scheduler, LearningRate):
@@ -232,6 +256,99 @@ class CausalLM(LanguageModule):
     """
 
     auto = "AutoModelForCausalLM"
+
+
+class VisionLanguage(LanguageModule):
+    """Any ``AutoModelForImageTextToText`` as a Lightning module; see :class:`LanguageModule`.
+
+    Batches have ``images`` (:class:`~clkit.data.images.Images`), as streams of texts and images make them; the model
+    gets the pixels of each, and text alone where there are none. The loss is that of :class:`CausalLM`.
+
+    Args:
+        net: As in :class:`LanguageModule`.
+        adapter: As in :class:`LanguageModule`, for the language model alone unless ``tower="adapted"``: modules of the
+            same names in the tower or the projector are left as they are.
+        tower: The vision tower is ``"frozen"`` and stays in evaluation mode (no dropout, no running statistics); or it
+            is ``"adapted"``, by the adapter, or ``"trained"`` as a whole.
+        train_projector: Train the projector between tower and language model as a whole (as a part of the adapter, if
+            there is one).
+        projector_lr: Learning rate of the projector; the optimizer's own when ``None``.
+        **options: As in :class:`LanguageModule`. Gradient checkpointing is that of the language model.
+
+    Raises:
+        ConfigurationError: If the model has no tower, or the projector that is to be trained cannot be found.
+    """
+
+    auto = "AutoModelForImageTextToText"
+
+    def __init__(
+        self,
+        net: nn.Module | PretrainedConfig | str,
+        *,
+        adapter: PeftConfig | None = None,
+        tower: Literal["frozen", "adapted", "trained"] = "frozen",
+        train_projector: bool = True,
+        projector_lr: float | None = None,
+        **options: Any,
+    ) -> None:
+        check_choice("tower", tower, ("frozen", "adapted", "trained"))
+        if projector_lr is not None and not train_projector:
+            raise ConfigurationError(
+                f"projector_lr={projector_lr} is for a projector that train_projector=false freezes."
+            )
+        self.tower, self.train_projector, self.projector_lr = tower, train_projector, projector_lr
+        super().__init__(net, adapter=adapter, **options)
+        reader_of(self.net)
+        self._parts = vision_parts(self.net)
+        self.train(self.training)
+        for part in self._parts.tower:
+            if getattr(part, "gradient_checkpointing", False) and tower == "frozen":
+                cast(Any, part).gradient_checkpointing = False
+
+    def adapted(self, net: nn.Module, adapter: PeftConfig | None) -> nn.Module:
+        parts = vision_parts(net)
+        if self.train_projector and not parts.projector_roots:
+            raise ConfigurationError(
+                f"{type(net).__name__} has no projector with a known name ({', '.join(PROJECTORS)}); use "
+                "train_projector=false."
+            )
+        if adapter is not None:
+            return add_adapter(net, for_language_model(net, adapter, self.tower, self.train_projector))
+        if self.tower == "adapted":
+            raise ConfigurationError("tower='adapted' is for a model with an adapter; give it one, or use trained.")
+        # an adapter that came with the model says itself what is trained
+        if not hasattr(net, "get_base_model"):
+            for parameter in parts.tower_parameters:
+                parameter.requires_grad_(self.tower == "trained")
+            for parameter in parts.projector_parameters:
+                parameter.requires_grad_(self.train_projector)
+        return net
+
+    def groups(self, parameters: list[nn.Parameter]) -> list[Any]:
+        if self.projector_lr is None:
+            return parameters
+        own = set(self._parts.projector_parameters)
+        projector = [parameter for parameter in parameters if parameter in own]
+        others = [parameter for parameter in parameters if parameter not in own]
+        groups = [(others, {}), (projector, {"lr": self.projector_lr})]
+        return [{"params": params, **settings} for params, settings in groups if params]
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        images = batch.get("images")
+        if self._trainer is not None and self._trainer.world_size > 1 and not (images and images.used()):
+            # every process has a gradient of every parameter, with images or without
+            unused = [*self._parts.projector_parameters, *self._parts.tower_parameters]
+            loss = loss + 0.0 * sum(parameter.sum() for parameter in unused if parameter.requires_grad)
+        return loss
+
+    def train(self, mode: bool = True) -> VisionLanguage:
+        """Set the mode; a frozen tower stays in evaluation mode."""
+        super().train(mode)
+        if self.tower == "frozen":
+            for part in self._parts.tower:
+                part.training = False
+        return self
 
 
 class TextClassifier(LanguageModule):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,15 @@ from clkit.errors import ConfigurationError
 from clkit.files import write_atomically
 
 OnError = Literal["raise", "skip"]
+FindImage = Callable[[Any], Any]
+"""Turns a record's entry for an image into what reads it; a ``ValueError`` says why it cannot."""
+
+PLACE = "<image>"
+"""Stands for an image in the texts of records."""
+
 _ROLES = ("system", "user", "assistant", "tool")
+_LLAVA_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
+_INLINE = ("image", "path", "url", "base64")
 
 
 @dataclass(frozen=True)
@@ -23,11 +32,14 @@ class Record:
         messages: What comes before the answer, as ``(role, text)`` pairs; the last one is not the assistant's.
         answer: The text to learn.
         extra: Whatever else the file's object holds (``choices``, ``source``, ``instruction``, ...), by its key.
+        images: The images, in reading order. They stand where the messages have ``<image>``, or, if these have none,
+            before the first message of the user.
     """
 
     messages: tuple[tuple[str, str], ...]
     answer: str
     extra: Mapping[str, Any] = field(default_factory=dict)
+    images: tuple[Any, ...] = ()
 
     @property
     def prompt(self) -> str:
@@ -35,41 +47,107 @@ class Record:
         return self.messages[-1][1]
 
     @classmethod
-    def from_object(cls, item: Any) -> Record:
-        """Read ``{"prompt": ..., "answer": ...}`` or ``{"messages": [{"role": ..., "content": ...}, ...]}``.
-
-        Messages end with the assistant's, which is the answer.
+    def from_object(cls, item: Any, find: FindImage | None = None) -> Record:
+        """Read the one record of an object; see :func:`records_of`.
 
         Raises:
-            ValueError: If it is neither; the message says what is wrong.
+            ValueError: If it is none; the message says what is wrong.
         """
-        if not isinstance(item, Mapping):
-            raise ValueError(f"a record is an object, not {type(item).__name__}")
-        if "messages" in item:
-            extra = {key: value for key, value in item.items() if key != "messages"}
-            *before, (role, answer) = _messages(item["messages"])
-            if role != "assistant":
-                raise ValueError(f"the last of its messages is the {role}'s and must be the assistant's")
-            messages = tuple(before)
-        else:
-            missing = [key for key in ("prompt", "answer") if key not in item]
-            if missing:
-                raise ValueError(f"it has no {missing[0]!r}; its keys are {', '.join(map(repr, item))}")
-            extra = {key: value for key, value in item.items() if key not in ("prompt", "answer")}
-            messages, answer = (("user", _text(item["prompt"], "prompt")),), _text(item["answer"], "answer")
-        if not messages or messages[-1][0] == "assistant":
-            raise ValueError("nothing is asked before the assistant's answer")
-        if not answer.strip():
-            raise ValueError("its answer is empty")
-        return cls(messages, answer, extra)
+        *others, found = records_of(item, find)
+        if others:
+            raise ValueError(f"it has {len(others) + 1} answers; read it with records_of")
+        return found
 
 
-def read_records(path: str | Path, on_error: OnError = "raise") -> tuple[list[Record], int]:
-    """Read a file of records: a JSON list (``.json``) or one JSON object a line (``.jsonl``).
+def records_of(item: Any, find: FindImage | None = None) -> list[Record]:
+    """Read an object of a file.
+
+    It is one of
+
+    - ``{"prompt": ..., "answer": ...}``, or ``"text"`` for the prompt;
+    - ``{"messages": [{"role": ..., "content": ...}, ...]}``, the last one the assistant's, which is the answer;
+    - LLaVA's ``{"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]}``. Each answer
+      makes a record, with all turns before it as its messages. One ``<image>`` moves to the front of its turn, as LLaVA
+      does it.
+
+    With ``find``, ``"image"`` or ``"images"`` are its images, one entry or a list. They stand where its texts have
+    ``<image>``, or before them if there is none. The content of a message may be a list of ``{"type": "text", "text":
+    ...}`` and ``{"type": "image"}``, of which each is the next of ``"images"``, or has its own as ``"image"`` or
+    ``"path"``. Without ``find`` images are no part of a record.
+
+    Raises:
+        ValueError: If it is none of these, or the places of images are not as many as the images; the message says
+            what is wrong.
+    """
+    if not isinstance(item, Mapping):
+        raise ValueError(f"a record is an object, not {type(item).__name__}")
+    with_images = find is not None
+    own: list[Any] = []
+    if "messages" in item:
+        used: tuple[str, ...] = ("messages",)
+        messages = _messages(item["messages"], own if with_images else None)
+        if messages[-1][0] != "assistant":
+            raise ValueError(f"the last of its messages is the {messages[-1][0]}'s and must be the assistant's")
+        turns = [len(messages) - 1]
+    elif "conversations" in item:
+        used = ("conversations",)
+        messages = _conversation(item["conversations"], with_images)
+        turns = [position for position, (role, _) in enumerate(messages) if role == "assistant"]
+        if not turns:
+            raise ValueError("its conversations have no answer of gpt")
+    else:
+        asked = "text" if "text" in item and "prompt" not in item else "prompt"
+        answered = "answer_bbox" if "answer_bbox" in item and "answer" not in item else "answer"
+        used = (asked, answered)
+        missing = [key for key in used if key not in item]
+        if missing:
+            raise ValueError(f"it has no {missing[0]!r}; its keys are {', '.join(map(repr, item))}")
+        messages = [("user", _text(item[asked], asked)), ("assistant", _text(item[answered], answered))]
+        turns = [1]
+    images: list[Any] = []
+    if find is not None:
+        used += ("image", "images")
+        images = [find(entry) for entry in _in_order(item, messages, own)]
+        messages = _without_first(messages, len(images))
+    extra = {key: value for key, value in item.items() if key not in used}
+    found = []
+    for turn in turns:
+        # of images that stand in the texts, an early turn knows those before it
+        n = sum(text.count(PLACE) for _, text in messages[:turn])
+        shown = images[:n] if any(PLACE in text for _, text in messages) else images
+        found.append(_record(messages[:turn], messages[turn][1], extra, shown))
+    return found
+
+
+def _record(messages: list[tuple[str, str]], answer: str, extra: Mapping[str, Any], images: list[Any]) -> Record:
+    if not messages or messages[-1][0] == "assistant":
+        raise ValueError("nothing is asked before the assistant's answer")
+    if not answer.strip():
+        raise ValueError("its answer is empty")
+    if images and PLACE in answer:
+        raise ValueError(f"its answer has {PLACE}, which stands for an image; write it in another way")
+    return Record(tuple(messages), answer, extra, tuple(images))
+
+
+class Records(list[Record]):
+    """The records of a file or a split.
+
+    Attributes:
+        n_objects: Objects that they are from; one object may hold several.
+        n_bad: Bad objects that were left out.
+    """
+
+    n_objects = 0
+    n_bad = 0
+
+
+def read_records(path: str | Path, on_error: OnError = "raise", find: FindImage | None = None) -> tuple[Records, int]:
+    """Read a file of records: a JSON list (``.json``) or one JSON object a line (``.jsonl``); see :func:`records_of`.
 
     Args:
         path: The file, UTF-8.
         on_error: ``"raise"``, or ``"skip"`` to leave bad records out.
+        find: Finds the images that records name.
 
     Returns:
         The records, and how many were left out.
@@ -84,21 +162,22 @@ def read_records(path: str | Path, on_error: OnError = "raise") -> tuple[list[Re
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path} cannot be read: {error}. Give a file of UTF-8 text.") from error
-    records, n_bad = [], 0
+    records = Records()
     for line, item in _lines(text) if path.suffix == ".jsonl" else _items(text, path):
         try:
             if isinstance(item, ValueError):
                 raise ValueError(f"no JSON: {getattr(item, 'msg', item)}")
-            records.append(Record.from_object(item))
+            records += records_of(item, find)
         except ValueError as error:
             if on_error == "raise":
                 raise ConfigurationError(
                     f"{path}, line {line}: {error}. Mend it, or leave bad records out with on_error=skip."
                 ) from error
-            n_bad += 1
+            records.n_bad += 1
+        records.n_objects += 1
     if not records:
-        raise ConfigurationError(f"{path} has no usable record ({n_bad} bad); give at least one.")
-    return records, n_bad
+        raise ConfigurationError(f"{path} has no usable record ({records.n_bad} bad); give at least one.")
+    return records, records.n_bad
 
 
 def write_records(path: str | Path, records: Iterable[Record]) -> None:
@@ -110,7 +189,8 @@ def write_records(path: str | Path, records: Iterable[Record]) -> None:
         else:
             messages = [*record.messages, ("assistant", record.answer)]
             item = {"messages": [{"role": role, "content": text} for role, text in messages]}
-        rows.append(json.dumps({**item, **record.extra}, ensure_ascii=False))
+        images = {"images": [image.name for image in record.images]} if record.images else {}
+        rows.append(json.dumps({**item, **images, **record.extra}, ensure_ascii=False))
     is_list = Path(path).suffix == ".json"
     content = "[\n" + ",\n".join(rows) + "\n]\n" if is_list else "".join(row + "\n" for row in rows)
     write_atomically(path, content)
@@ -162,7 +242,8 @@ def _items(text: str, path: Path) -> Iterator[tuple[int, Any]]:
             raise broken("a ',' or the closing ']' is missing")
 
 
-def _messages(value: Any) -> list[tuple[str, str]]:
+def _messages(value: Any, own: list[Any] | None) -> list[tuple[str, str]]:
+    """Messages as roles and texts; into ``own`` goes each image's own entry, ``None`` where it has none."""
     if not isinstance(value, list) or not value:
         raise ValueError("its messages are no list, or an empty one")
     found = []
@@ -171,8 +252,78 @@ def _messages(value: Any) -> list[tuple[str, str]]:
             raise ValueError(f"message {position} has no 'role' and 'content'")
         if message["role"] not in _ROLES:
             raise ValueError(f"message {position} has the role {message['role']!r}; known are {', '.join(_ROLES)}")
-        found.append((message["role"], _text(message["content"], f"content of message {position}")))
+        content, name = message["content"], f"content of message {position}"
+        if own is None or not isinstance(content, list):
+            found.append((message["role"], _text(content, name)))
+            if own is not None:
+                own += [None] * found[-1][1].count(PLACE)
+            continue
+        parts = []
+        for part in content:
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            if kind == "image":
+                own.append(next((part[key] for key in _INLINE if part.get(key) is not None), None))
+                parts.append(PLACE)
+            elif kind == "text":
+                parts.append(_text(part.get("text"), name))
+                own += [None] * parts[-1].count(PLACE)
+            else:
+                raise ValueError(f"the {name} has a part that is neither a text nor an image: {part!r:.60}")
+        found.append((message["role"], "".join(parts)))
     return found
+
+
+def _conversation(value: Any, with_images: bool) -> list[tuple[str, str]]:
+    if not isinstance(value, list) or not value:
+        raise ValueError("its conversations are no list, or an empty one")
+    found: list[tuple[str, str]] = []
+    for position, turn in enumerate(value):
+        if not isinstance(turn, Mapping) or not {"from", "value"} <= turn.keys():
+            raise ValueError(f"turn {position} has no 'from' and 'value'")
+        if turn["from"] not in _LLAVA_ROLES:
+            raise ValueError(f"turn {position} is from {turn['from']!r}; known are {', '.join(_LLAVA_ROLES)}")
+        role, text = _LLAVA_ROLES[turn["from"]], _text(turn["value"], f"turn {position}")
+        if with_images and text.count(PLACE) == 1:
+            text = f"{PLACE}\n{text.replace(PLACE, '').strip()}"
+        if role == (found[-1][0] if found else "assistant"):
+            # as LLaVA does it, which leaves an answer out that nobody asked for
+            if not found:
+                continue
+            raise ValueError(f"turn {position} is from {turn['from']!r} again; human and gpt take turns")
+        found.append((role, text))
+    return found
+
+
+def _in_order(item: Mapping[str, Any], messages: Sequence[tuple[str, str]], own: Sequence[Any]) -> list[Any]:
+    """A record's entries for images in reading order."""
+    given = [
+        entry
+        for key in ("image", "images")
+        if item.get(key) is not None
+        for entry in (item[key] if isinstance(item[key], (list, tuple)) else [item[key]])
+    ]
+    n = sum(text.count(PLACE) for _, text in messages)
+    if n == 0:
+        return given
+    places = list(own) or [None] * n
+    if places.count(None) != len(given) or any(PLACE in text for role, text in messages if role == "assistant"):
+        n_images = n - places.count(None) + len(given)
+        raise ValueError(
+            f"it has {n} places for images ({PLACE}, none of them in an answer) and {n_images} images; give as many, "
+            "or no place for images that come first"
+        )
+    left = iter(given)
+    return [next(left) if entry is None else entry for entry in places]
+
+
+def _without_first(messages: list[tuple[str, str]], n: int) -> list[tuple[str, str]]:
+    """Leave the places out where all images come first anyway."""
+    first = next((position for position, (role, _) in enumerate(messages) if role == "user"), 0)
+    role, text = messages[first]
+    bare = re.fullmatch(rf"(?:\s*{PLACE}\s*){{{n}}}((?s:.*))", text) if n else None
+    if bare is None or PLACE in bare[1] or any(PLACE in other for _, other in messages[:first] + messages[first + 1 :]):
+        return messages
+    return [*messages[:first], (role, bare[1]), *messages[first + 1 :]]
 
 
 def _text(value: Any, name: str) -> str:

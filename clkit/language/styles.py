@@ -7,7 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -179,12 +179,12 @@ class AnswerStyles:
                 answer = texts[i][0] if texts[i] else sample.truth
             role = records[i].messages[-1][0]
             message = (role, f"{question}\n{self.instructions[style]}")
-            rewritten[i] = Record((*records[i].messages[:-1], message), answer, extra)
+            rewritten[i] = replace(
+                records[i], messages=(*records[i].messages[:-1], message), answer=answer, extra=extra
+            )
 
         result = [
-            rewritten[i]
-            if i in rewritten
-            else Record(record.messages, record.answer, {**record.extra, "style": native})
+            rewritten[i] if i in rewritten else replace(record, extra={**record.extra, "style": native})
             for i, record in enumerate(records)
         ]
         failed = Counter(style for i, style in style_of.items() if i not in rewritten)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from clkit.data.batch import fill_value, is_text, per_token, used_spans
 from clkit.data.columns import Column, map_columns, sent, take, unnamed
+from clkit.data.images import Images
 from clkit.errors import ConfigurationError
 from clkit.files import scratch
 
@@ -116,7 +117,8 @@ class TextStorage:
     """Texts without their padding, as 32-bit integers; reading pads on the right.
 
     A mask of ones and positions that count from 0 take no room; others (packed texts, say) are kept as they are. So are
-    labels, which an encoder-decoder's input may be shorter than.
+    labels, which an encoder-decoder's input may be shorter than. Of images the numbers are kept, 4 bytes each: what is
+    read has no pixels, and the model's side reads the image from the stream.
 
     Args:
         like: A batch with an ``attention_mask`` ``[B, S]``, or what :meth:`packed` returned.
@@ -144,7 +146,13 @@ class TextStorage:
             )
         index = torch.from_numpy(rows)
         spans = {key: span[index].numpy() for key, span in used_spans(batch).items()}
-        columns = {key: _int32(batch[key], index) for key in self.form}
+        columns = {}
+        for key in self.form:
+            numbers = batch[key].numbers if isinstance(batch[key], Images) else batch[key]
+            if isinstance(batch[key], Images):
+                n = (numbers >= 0).sum(dim=1)
+                spans[key] = torch.stack([torch.zeros_like(n), n], dim=1)[index].numpy()
+            columns[key] = _int32(numbers, index)
 
         def packed(i: int) -> Iterator[bytes]:
             pieces, header = [], [int(columns[key][i]) for key in self._numbers]
@@ -161,7 +169,7 @@ class TextStorage:
 
         self._texts.update((int(slot), b"".join(packed(i))) for i, slot in enumerate(slots))
 
-    def read(self, slots: Slots) -> dict[str, Tensor]:
+    def read(self, slots: Slots) -> dict[str, Tensor | Images]:
         """Return the texts, padded to the longest: labels with -100, all else with 0."""
         texts = [np.frombuffer(self._texts[int(slot)], dtype=np.int32) for slot in slots]
         n = len(self._numbers)
@@ -170,7 +178,8 @@ class TextStorage:
         parts = dict(zip(self._numbers, torch.from_numpy(headers[:, :n].copy()).unbind(1), strict=True))
         at = np.full(len(texts), headers.shape[1])
         for column, key in enumerate(self._tokens):
-            filled = np.full((len(texts), lengths[:, column].max()), fill_value(key), dtype=np.int32)
+            empty = -1 if self.form[key][1] == _IMAGES else fill_value(key)
+            filled = np.full((len(texts), lengths[:, column].max()), empty, dtype=np.int32)
             for row, (text, length) in enumerate(zip(texts, lengths[:, column].tolist(), strict=True)):
                 if headers[row, n + column] < 0:
                     filled[row, :length] = _REGULAR[key](length)
@@ -178,8 +187,12 @@ class TextStorage:
                     filled[row, :length] = text[at[row] : at[row] + length]
                     at[row] += length
             parts[key] = torch.from_numpy(filled)
-        typed = {key: parts[key].to(getattr(torch, dtype)) for key, (_, dtype) in self.form.items()}
-        return {key: sent(part, self._device) for key, part in typed.items()}
+        return {
+            key: Images(parts[key].long())
+            if dtype == _IMAGES
+            else sent(parts[key].to(getattr(torch, dtype)), self._device)
+            for key, (_, dtype) in self.form.items()
+        }
 
     def packed(self, slots: Slots) -> dict[str, Any]:
         """Return the texts one after another, ``int32``, and the number of integers of each."""
@@ -204,18 +217,25 @@ class TextStorage:
 _REGULAR: dict[str, Callable[[int], np.ndarray[Any, Any]]] = {"attention_mask": np.ones, "position_ids": np.arange}
 """What these are where nothing else is stored."""
 
+_IMAGES = "images"
+"""Stands for a dtype in the form of texts with images."""
+
 
 def _form(batch: Mapping[str, Any]) -> dict[str, tuple[bool, str]]:
-    """For each key, whether it has one number a token (else one a sample), and the dtype's name."""
+    """For each key, whether it has one number a token or image (else one a sample), and the dtype's name."""
     each, rows = per_token(batch), len(batch["attention_mask"])
-    for key, part in batch.items():
+    numbers = {key: part for key, part in batch.items() if not isinstance(part, Images)}
+    for key, part in numbers.items():
         of_sample = isinstance(part, Tensor) and part.shape == (rows,)
         if not ((key in each and part.dim() == 2) or of_sample) or part.is_floating_point() or part.is_complex():
             raise ConfigurationError(
                 f"A buffer of texts keeps integers for each token [B, S] or each sample [B]; {key!r} is something "
                 "else. Leave it out of the batch."
             )
-    return {key: (key in each, str(part.dtype).removeprefix("torch.")) for key, part in batch.items()}
+    return {
+        key: (key in each, str(part.dtype).removeprefix("torch.")) if key in numbers else (True, _IMAGES)
+        for key, part in batch.items()
+    }
 
 
 def _is_packed_text(packed: Any) -> bool:

@@ -27,6 +27,7 @@ def project(gradient, reference):
     agem.memory = ReservoirBuffer(1)
     agem.memory.insert((torch.tensor([reference]), torch.zeros(1)))
     module.trainer = trainer = pl.Trainer(**QUIET)
+    trainer.datamodule = StreamDataModule(make_stream())
     module.w.grad = torch.tensor(gradient)
     agem.on_before_optimizer_step(trainer, module, None)
     return module.w.grad

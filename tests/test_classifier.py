@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
-from hydra import compose, initialize_config_module
+from command_line import composed
 from hydra.utils import instantiate
 from hypothesis import given
 from hypothesis import strategies as st
@@ -281,16 +281,14 @@ def test_stream_with_more_classes_than_outputs_is_refused():
         fit(Classifier(nn.Linear(64, 5), n_classes=5), SplitDigits(5))
 
 
-LANGUAGE = ("causal_lm", "encoder")
+LANGUAGE = ("causal_lm", "encoder", "vision_language")
 IMAGE_MODELS = sorted(path for path in Path("conf/model").glob("[!_]*.yaml") if path.stem not in LANGUAGE)
 
 
 @pytest.mark.parametrize("path", IMAGE_MODELS, ids=lambda path: path.stem)
 def test_model_config_builds_a_classifier_with_the_class_defaults(path):
     assert path.read_text().startswith("# ")
-    with initialize_config_module("clkit.conf", version_base="1.3"):
-        config = compose(f"model/{path.stem}").model
-    module = instantiate(config, input_shape=(1, 8, 8), n_classes=10)
+    module = instantiate(composed(f"model={path.stem}").model, input_shape=(1, 8, 8), n_classes=10)
     assert module(torch.randn(2, 1, 8, 8)).shape == (2, 10)
     optimizer = module.configure_optimizers()
     if path.stem != "pretrained_mlp":

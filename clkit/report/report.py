@@ -78,8 +78,8 @@ class Report:
         if len(groups) == 1:
             yield tables.experiences_table(groups[0]).rich()
         yield from (Text(f"! {note}", style="yellow") for note in self.notes)
-        page = next(file for file in self.files if file.suffix == ".html")
-        yield Text(f"{page}, and {len(self.files) - 1} other files beside it", style="dim")
+        pages = [file for file in self.files if file.suffix == ".html"]
+        yield from (Text(f"{page}, and {len(self.files) - 1} other files beside it", style="dim") for page in pages)
 
     @staticmethod
     def _fitting(console: rich.console.Console, groups: Sequence[Group], metrics: list[str], width: int) -> list[str]:

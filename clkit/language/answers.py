@@ -8,6 +8,7 @@ knowledge where it was (Chen et al., *SEFE*, arXiv 2505.02486). An empty answer 
 
 from __future__ import annotations
 
+import math
 import re
 import string
 import unicodedata
@@ -143,11 +144,11 @@ def box_iou(prediction: str, reference: str) -> float:
     takes nothing but these in brackets.
 
     Raises:
-        ConfigurationError: If the reference states no box.
+        ConfigurationError: If the reference states no box with an area.
     """
     wanted = find_box(reference)
-    if wanted is None:
-        raise ConfigurationError(f"The reference {reference!r} states no box; use another metric.")
+    if wanted is None or not 0 < _area(wanted) < math.inf:
+        raise ConfigurationError(f"The reference {reference!r} states no box with an area; use another metric.")
     found = find_box(prediction)
     return float(found is not None and _iou(found, wanted) > 0.5)
 
@@ -268,23 +269,25 @@ def find_letter(text: str, choices: int | None = None) -> str | None:
     return found and found.upper()
 
 
-def find_box(text: str) -> tuple[float, float, float, float] | None:
+Box = tuple[float, float, float, float]
+"""Corners of a box: left, top, right, bottom."""
+
+
+def find_box(text: str) -> Box | None:
     """Return the first four numbers of a text, the corners of a box: left, top, right, bottom."""
     found = [float(number) for number in re.findall(_DECIMAL, text)[:4]]
     return (found[0], found[1], found[2], found[3]) if len(found) == 4 else None
 
 
-def _iou(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> float:
-    """Intersection over union of two boxes; 0 of one without an area."""
-    left, top, right, bottom = (
-        max(one[0], other[0]),
-        max(one[1], other[1]),
-        min(one[2], other[2]),
-        min(one[3], other[3]),
-    )
-    common = max(right - left, 0) * max(bottom - top, 0)
-    areas = [max(box[2] - box[0], 0) * max(box[3] - box[1], 0) for box in (one, other)]
-    return common / (sum(areas) - common) if all(areas) else 0.0
+def _iou(one: Box, other: Box) -> float:
+    """Intersection over union of two boxes, the second one with an area."""
+    sides = [min(one[i + 2], other[i + 2]) - max(one[i], other[i]) for i in (0, 1)]
+    common = max(sides[0], 0) * max(sides[1], 0)
+    return common / (_area(one) + _area(other) - common)
+
+
+def _area(box: Box) -> float:
+    return max(box[2] - box[0], 0) * max(box[3] - box[1], 0)
 
 
 def find_number(text: str) -> Fraction | None:

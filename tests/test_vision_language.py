@@ -190,7 +190,7 @@ def with_batch_norm():
     return VisionLanguage(module.net, optimizer=module.optimizer)
 
 
-def test_a_frozen_tower_stays_in_evaluation_mode_while_the_rest_trains():
+def test_a_frozen_tower_stays_in_evaluation_mode_while_the_rest_trains(tmp_path):
     module = with_batch_norm()
     norm = next(part for part in module.modules() if isinstance(part, nn.BatchNorm2d))
     statistics = [buffer.clone() for buffer in norm.buffers()]
@@ -202,7 +202,7 @@ def test_a_frozen_tower_stays_in_evaluation_mode_while_the_rest_trains():
         def on_train_batch_end(self, trainer, pl_module, *args):
             modes.append((norm.training, pl_module.training, pl_module.net.training))
 
-    fit(module, data, [Watch(), StabilityGap(every=1, subset=4, score="token_accuracy", dir=None)])
+    fit(module, data, [Watch(), StabilityGap(every=1, subset=4, score="token_accuracy", dir=tmp_path)])
     assert set(modes) == {(False, True, True)}
     assert all(torch.equal(a, b) for a, b in zip(statistics, norm.buffers(), strict=True))
     module.eval()

@@ -237,7 +237,7 @@ def _position(folder: Path, last: Attempt, held: bool) -> tuple[int, int]:
 def _end_of(history: Path) -> tuple[int, int]:
     """Return the number of the experience and the step of a history's last whole line."""
     with history.open("rb") as file:
-        head = file.readline().decode().strip().split(",")
+        head = file.readline().decode(errors="replace").strip().split(",")
         file.seek(max(history.stat().st_size - _TAIL, file.tell()))
         lines = file.read().decode(errors="replace").split("\n")[:-1]
     if not lines:

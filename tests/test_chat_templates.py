@@ -60,7 +60,8 @@ def test_a_filled_template_is_what_the_template_writes(template, filled):
 
     def content(n):
         text = rng.choice(TEXTS) if rng.random() < 0.4 else f"text {n}"
-        return [*[{"type": "image"}] * (n % 3), {"type": "text", "text": text}] if "in m.content %}" in template else text
+        parts = [*[{"type": "image"}] * (n % 3), {"type": "text", "text": text}]
+        return parts if "in m.content %}" in template else text
 
     for n in range(200):
         messages = [{"role": "user", "content": content(n)}, {"role": "assistant", "content": content(n + 1)}]

@@ -6,11 +6,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Small networks on few cores: more threads only wait for each other. Subprocesses inherit it
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # It guards against a failure of the power
 os.fsync = lambda descriptor: None
+
+# A busy machine is no fault of what is tested
+settings.register_profile("clkit", deadline=None)
+settings.load_profile("clkit")
 
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
 

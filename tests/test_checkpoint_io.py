@@ -59,7 +59,7 @@ def same(one, other) -> bool:
     return type(one) is type(other) and one == other
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(content=nested)
 def test_what_is_saved_comes_back_with_its_types(tmp_path_factory: pytest.TempPathFactory, content) -> None:
     assert same(content, through(content, tmp_path_factory.getbasetemp()))

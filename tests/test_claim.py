@@ -55,7 +55,7 @@ GARBAGE = (b"", b"null", b"\xff\xfe", b'{"runs": 1, "metrics": 2, "experience": 
 command = st.tuples(st.sampled_from([0, 1]), st.booleans(), st.booleans(), st.integers(0, len(MADE)))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.sets(st.sampled_from(THEIRS)), st.lists(st.tuples(command, st.sampled_from(THEIRS)), max_size=4))
 def test_no_command_loses_a_file_and_a_refused_one_changes_none(theirs: set[str], commands: list[Any]) -> None:
     numbers = itertools.count()

@@ -81,7 +81,7 @@ def after_steps(weights, gradients):
     return ema.average["w"], shares
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(1, 50), st.floats(-6, 6), st.integers(0, 2**31))
 def test_fisher_depends_neither_on_the_size_of_a_tensor_nor_on_the_scale_of_the_loss(times, scale, seed):
     rng = torch.Generator().manual_seed(seed)
@@ -108,7 +108,6 @@ def test_fisher_knows_nothing_of_new_rows():
 numbers = st.lists(st.floats(-1e3, 1e3, width=32), min_size=3, max_size=3)
 
 
-@settings(deadline=None)
 @given(st.sampled_from(PRESETS), numbers, numbers, numbers, st.none() | numbers, numbers)
 def test_the_average_stays_between_itself_and_the_live_weights(preset, average, before, after, earlier, gradient):
     result, live, _ = moved(preset, average, before, after, earlier, gradient)

@@ -36,7 +36,7 @@ def test_a_worked_example():
     assert {i for i in memories[2] if i < 13} < set(memories[1])
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     st.integers(1, 30), st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=3), min_size=1, max_size=4), st.data()
 )

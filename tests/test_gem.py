@@ -71,7 +71,7 @@ def problems(draw):
     return rows[0], rows[1:]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(problems(), st.sampled_from([0.0, 0.5]), st.sampled_from([1e-3, 0.1]))
 def test_it_is_the_minimum_and_never_opposes_a_memory(problem, margin, eps):
     gradient, references = problem
@@ -90,7 +90,7 @@ def test_it_is_the_minimum_and_never_opposes_a_memory(problem, margin, eps):
     assert reached <= lowest + 1e-6 * (1 + abs(lowest))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(problems())
 def test_without_margin_and_eps_no_memory_is_opposed(problem):
     gradient, references = problem

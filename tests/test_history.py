@@ -58,7 +58,7 @@ def test_reading_returns_what_was_written(path):
     assert (history.steps.dtype, history.scores.dtype) == (np.int64, np.float64)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
 def test_scores_round_trip_exactly(tmp_path_factory, values):
     path = tmp_path_factory.mktemp("history") / "history.csv"

@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import timm
 import torch
 import torchvision
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from plain import QUIET, UserModule, make_module, make_stream, weights
 from torch import nn
@@ -82,7 +82,6 @@ def test_published_averages(decay, ramp, expected):
     assert found == pytest.approx(expected)
 
 
-@settings(deadline=None)
 @given(st.floats(0, 1), st.booleans(), st.lists(st.floats(-9, 9, width=32), min_size=1, max_size=6))
 def test_slow_weights_stay_among_the_fast_ones_seen(decay, ramp, fast):
     strategy = InterpolatedLoRA(decay=decay, ramp=ramp)

@@ -61,7 +61,7 @@ def ask(prompt: str, answer: str) -> Record:
 WORDS = st.text(st.sampled_from("ab <>think/\n.1"), min_size=1, max_size=12).filter(lambda s: s.strip())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.sampled_from([*TEMPLATES, None]), st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=3))
 def test_labels_are_the_answer_with_its_end_and_content_is_the_answer_alone(name, pairs):
     tokenizer = letters(TEMPLATES[name] if name else None)
@@ -144,7 +144,7 @@ def test_a_model_that_knows_the_format_alone_scores_nothing(name, tmp_path):
     assert token_accuracy(module, batch).tolist() == [1, 0]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.sampled_from([*TEMPLATES, None]), st.integers(1, 90), st.integers(24, 80), st.booleans())
 def test_a_cut_prompt_keeps_the_marks_its_beginning_and_its_end(name, n, max_length, system):
     tokenizer = letters(TEMPLATES[name] if name else None)

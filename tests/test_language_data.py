@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from hydra import compose, initialize_config_module
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from language import objects, write_tasks
 from torch.utils.data import ConcatDataset
@@ -248,7 +248,6 @@ def test_answer_styles_change_training_records_alone(tmp_path):
     assert all("style" not in record.extra for record in stream[0].test.records)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=300), st.integers(1, 7))
 def test_grouping_by_length_is_a_permutation_with_less_padding(lengths, size):
     from clkit.data.order import group_by_length

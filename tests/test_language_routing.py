@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from clkit import ConfigurationError, StabilityGap, Stream, StreamDataModule
@@ -48,7 +48,6 @@ def test_similarity_is_symmetric_and_within_0_and_1(one, other):
     assert mean_similarity(tfidf_cosine, one[:1], one[:1]) == 1
 
 
-@settings(deadline=None)
 @given(st.lists(sets, min_size=1, max_size=6), st.floats(0, 1))
 @pytest.mark.slow
 def test_groups_are_at_most_as_many_as_tasks_and_matching_again_changes_nothing(tasks, threshold):

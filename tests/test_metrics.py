@@ -243,7 +243,6 @@ def test_windowed_metrics_equal_the_brute_force(values, window):
         assert rise == pytest.approx(max(changes))
 
 
-@settings(deadline=None)
 @given(st.lists(scores, min_size=1, max_size=30), windows)
 def test_windowed_metrics_under_symmetries(values, window):
     fall, rise = windowed_forgetting(values, window), windowed_plasticity(values, window)
@@ -286,7 +285,6 @@ def mean(values):
     return sum(values) / len(values) if values else NAN
 
 
-@settings(deadline=None)
 @given(histories(holes=True), st.integers(2, 6))
 def test_history_metrics_equal_the_brute_force(history, window):
     rows = [
@@ -309,7 +307,6 @@ def test_history_metrics_equal_the_brute_force(history, window):
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, nan_ok=True)
 
 
-@settings(deadline=None)
 @given(histories())
 def test_ranges(history):
     metrics = compute_metrics(history)
@@ -320,14 +317,12 @@ def test_ranges(history):
         assert math.isnan(value) or low <= value <= high
 
 
-@settings(deadline=None)
 @given(histories(subsets_only=True))
 def test_worst_case_never_exceeds_acc_at_an_experience_end(history):
     metrics = compute_metrics(history)
     assert metrics["WC-ACC"] <= metrics["ACC"] + 1e-12
 
 
-@settings(deadline=None)
 @given(histories(subsets_only=True, min_experiences=2), st.data())
 def test_sparser_evaluation_is_never_more_pessimistic(history, data):
     history = history.select("step")
@@ -341,14 +336,12 @@ def test_sparser_evaluation_is_never_more_pessimistic(history, data):
     assert coarse["WF100"] <= fine["WF100"] + 1e-12
 
 
-@settings(deadline=None)
 @given(histories(subsets_only=True, min_experiences=2))
 def test_unbounded_windowed_forgetting_bounds_forgetting(history):
     k, metrics = history.n_experiences, compute_metrics(history)
     assert metrics["WF100"] >= (k - 1) / k * metrics["FORG"] - 1e-12
 
 
-@settings(deadline=None)
 @given(histories(subsets_only=True, min_experiences=2))
 def test_running_minimum_never_rises_within_an_experience(history):
     for first, second in zip(range(1, len(history)), range(2, len(history) + 1), strict=True):
@@ -372,7 +365,7 @@ def as_floats(values):
     return {name: float(value) for name, value in values.items()}
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(histories(holes=True), st.integers(2, 6))
 def test_streaming_equals_the_function_on_the_history(history, window):
     metric = feed(StabilityGapMetrics(history.n_experiences, windows=(window, 3)), history)
@@ -438,7 +431,6 @@ def test_single_metrics_of_transfer(metric, name):
     assert float(feed(metric, history).compute()) == pytest.approx(compute_metrics(history)[name])
 
 
-@settings(deadline=None)
 @given(st.lists(scores | st.just(NAN), max_size=15), scores, st.sampled_from([0.0, 0.05, 0.11]))
 def test_gap_equals_the_brute_force(values, before, within):
     steps = [3 * n + 2 for n in range(len(values))]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from plain import UserModule, make_stream
 from test_reglora import fit, lora_module, state
@@ -24,7 +24,6 @@ def paper_penalty(earlier, a, form):
     return sum((old @ a.T)[j, k].abs() ** power for old in earlier for j in range(len(old)) for k in range(len(a)))
 
 
-@settings(deadline=None)
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 7), st.sampled_from(FORMS), st.integers(0, 99))
 def test_value_and_gradient_equal_autograds_of_the_papers_sum(t, r, n, form, seed):
     generator = torch.Generator().manual_seed(seed)

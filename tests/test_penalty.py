@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import pytorch_lightning as pl
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from plain import QUIET, UserModule, make_module, make_stream, weights
 from torch import nn
@@ -205,7 +205,6 @@ def test_qkv_mode_trains_qkv_and_head_and_holds_qkv_alone(name):
 positive = st.floats(1e-3, 1e3)
 
 
-@settings(deadline=None)
 @given(positive, positive, positive, st.sampled_from(["ewc", "mas", "si", "l2"]))
 def test_a_step_of_sgd_lands_on_the_old_weights_at_most_and_is_exact_below(strength, importance, lr, name):
     module, strategy = Weights([3.0, 3.0]), ALL[name]()

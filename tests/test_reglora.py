@@ -4,7 +4,7 @@ import peft
 import pytest
 import pytorch_lightning as pl
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from plain import QUIET, UserModule, make_stream
 from torch import nn
@@ -75,7 +75,6 @@ def test_published_example():
         assert all(float(part.abs().sum()) == 0 for part in nothing)
 
 
-@settings(deadline=None)
 @given(
     st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4)),
     st.integers(0, 81),

@@ -31,7 +31,7 @@ def unpadded(batch):
     }
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=6), min_size=1, max_size=6),
     st.integers(1, 9),
@@ -79,7 +79,7 @@ sequence = st.lists(st.integers(1, 30), min_size=1, max_size=6)
 text = st.tuples(sequence, sequence, st.integers(1, 3))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.lists(st.lists(text, min_size=1, max_size=4), min_size=1, max_size=3),
     st.sampled_from(["own", "input", "same", "wide"]),

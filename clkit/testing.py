@@ -308,10 +308,12 @@ class _Suite:
         batch_size: int | None = None,
         checkpoint: Path | None = None,
         search: bool = False,
+        after: Path | None = None,
         **settings: Any,
     ) -> pl.LightningModule:
         module = self.module() if module is None else module
-        data = StreamDataModule(stream or self._stream(), batch_size=batch_size or self.batch_size, epochs=2)
+        size = batch_size or self.batch_size
+        data = StreamDataModule(stream or self._stream(), batch_size=size, epochs=2, after=after)
         chosen = self.strategies() if strategies is None else strategies
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -341,6 +343,28 @@ class _Suite:
                 _same(whole.state_dict(), module.state_dict(), f"weights after a resume from {path.name}")
                 own, resumed = ([s.state_dict() for s in strategies] for strategies in (first, again))
                 _same(own, resumed, f"the strategy's state after a resume from {path.name}")
+
+    def growth(self) -> None:
+        """A stream of two experiences that goes on with a third, then known, ends in the bits of one of three.
+
+        So does a run that branches off at the end of the first, with the settings that it had.
+        """
+        noisy = {} if self._module is not None else {"noisy": True}
+        stream = self._stream()
+        with tempfile.TemporaryDirectory() as folder:
+            first, saves = self.strategies(), StreamCheckpoint(Path(folder, "whole"), keep_ends="whole")
+            whole = self.fit(strategies=first, module=self.module(**noisy), callbacks=[saves], stream=stream)
+            short = StreamCheckpoint(Path(folder, "short"))
+            self.fit(module=self.module(**noisy), callbacks=[short], stream=stream[:2])
+            branch = Path(folder, "whole", "end=000.ckpt")
+            for path, after in ((checkpoints(Path(folder, "short"))[0], None), (branch, branch)):
+                again = self.strategies()
+                module = self.module(**noisy)
+                self.fit(strategies=again, module=module, stream=stream, checkpoint=path, after=after)
+                how = "a stream that grew" if after is None else "branching off"
+                _same(whole.state_dict(), module.state_dict(), f"weights after {how}")
+                own, later = ([s.state_dict() for s in strategies] for strategies in (first, again))
+                _same(own, later, f"the strategy's state after {how}")
 
     def fresh(self) -> None:
         """A second fit, after a learning-rate search, ends in the same bits as the first."""
@@ -521,6 +545,7 @@ def _words(what: str) -> Callable[[str], str]:
 
 CHECKS = (
     "resume",
+    "growth",
     "fresh",
     "batch",
     "order",
@@ -548,6 +573,8 @@ def check_strategy(
     """Check that a strategy keeps clkit's promises, on a small real stream; seconds on one CPU core.
 
     - ``resume``: from every checkpoint of a run, with fresh objects, in the same bits;
+    - ``growth``: a stream that grows by an experience, and a run that branches off at an experience's end, in the same
+      bits as one run of all;
     - ``fresh``: a second fit with the same object, after a learning-rate search, in the same bits as the first;
     - ``batch``: it sees the stream's batches, whatever ``training_step`` does to them;
     - ``order``: what others remember at an experience's end is what the next one starts from (``at_end``);

@@ -53,6 +53,12 @@ UNLIKE_ONE_PROCESS = {
     "ewc_online": "fisher='batch' depends on the batch size of a process",
 }
 
+PLAN_THE_WHOLE_STREAM = {
+    "joint": "it trains on all experiences from the first step",
+    "kfpf": "its phases are spread over the steps of the whole stream",
+    "er+fpf": "its phase follows the last experience",
+}
+
 
 @pytest.fixture(autouse=True)
 def _quiet(caplog):
@@ -64,6 +70,8 @@ def _quiet(caplog):
 def test_strategy(name, check):
     if check == "processes" and name in UNLIKE_ONE_PROCESS:
         pytest.skip(UNLIKE_ONE_PROCESS[name])
+    if check == "growth" and name in PLAN_THE_WHOLE_STREAM:
+        pytest.skip(PLAN_THE_WHOLE_STREAM[name])
     build, limit = STRATEGIES[name]
     check_strategy(build, only=[check], state_limit=limit)
 

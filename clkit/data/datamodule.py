@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any, cast
 
 import pytorch_lightning as pl
@@ -22,6 +23,7 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from clkit.data.augment import seeded, with_inputs
 from clkit.data.batch import labels_tokens
+from clkit.data.branch import Branching, Past
 from clkit.data.check import check_lone_sample, check_samples
 from clkit.data.checkpoint_io import CLOCK, VerifiedCheckpointIO
 from clkit.data.datasets import lengths_of
@@ -46,6 +48,9 @@ class StreamDataModule(pl.LightningDataModule):
     ``Trainer(max_epochs=data.total_epochs)``. The order of samples is a function of ``seed``, experience and epoch
     alone, so a resumed run goes on at the very next batch, whatever the number of workers.
 
+    A stream may grow: ``trainer.fit(..., ckpt_path=...)`` takes a checkpoint of a stream that begins with the same
+    experiences, whatever came, or comes, after those that it has learned.
+
     Args:
         stream: The experiences.
         batch_size: Samples per batch and process.
@@ -62,9 +67,14 @@ class StreamDataModule(pl.LightningDataModule):
             samples are sorted by length, and the batches shuffled. The datasets must have ``lengths``.
         keep_memory: Let strategies that were in a fit before go on with what they remember. They start fresh by
             default, as if they were new.
+        after: A checkpoint of an experience's end that the fit goes on from with other settings than it was made with:
+            ``ckpt_path`` of the same fit. The experiences that it has learned keep the epochs that they had; ``epochs``
+            and ``steps`` are those of the others.
+        fresh: What starts fresh then although it could go on: ``"optimizer"``, or names of callbacks' classes.
 
     Raises:
-        ConfigurationError: If a number is out of range, or lists do not have one entry for each experience.
+        ConfigurationError: If a number is out of range, lists do not have one entry for each experience, or the stream
+            does not begin with what ``after`` has learned.
 
     Example:
         >>> from clkit.scenarios import SplitDigits
@@ -88,6 +98,8 @@ class StreamDataModule(pl.LightningDataModule):
         collate_fn: Callable[[list[Any]], Any] | None = None,
         group_by_length: bool = False,
         keep_memory: bool = False,
+        after: str | Path | None = None,
+        fresh: Sequence[str] = (),
     ) -> None:
         super().__init__()
         if both_names():
@@ -113,12 +125,16 @@ class StreamDataModule(pl.LightningDataModule):
                 f"steps={steps} and {stop_when} do not go together; use StopWhen(every_n_steps=...) with steps, where "
                 "it says how often to look, and none with epochs."
             )
-        self._plan = Plan(len(stream), epochs, steps, every)
+        self._known_fingerprints: list[str] = []
+        past = None if after is None else Past.read(after)
+        if past is not None:
+            self._check_past(past.experiences, str(past.path))
+        self._branching = None if past is None else Branching(past, fresh)
+        self._plan = Plan(len(stream), epochs, steps, every, past=[] if past is None else past.plan)
         self._max_epochs: int | None = None
         self.keep_memory = keep_memory
         self.train_sets: list[Dataset[Any]] = [experience.train for experience in stream]
         self._augmented, self._augmented_at = 0, (-1, -1)
-        self._known_fingerprint = ""
         self._set_up_as: dict[str, Any] = {}
         self._runner: HookRunner | None = None
         if any(experience.val is not None for experience in stream):
@@ -248,6 +264,11 @@ class StreamDataModule(pl.LightningDataModule):
         return 0 if self._runner is None else self._runner.watch.left_out
 
     @property
+    def is_branch(self) -> bool:
+        """Whether the fit goes on from the checkpoint ``after``."""
+        return self._branching is not None and self._branching.is_active
+
+    @property
     def is_over(self) -> bool:
         """Whether the whole stream has been learned."""
         return self.planned_epoch >= self.total_epochs
@@ -285,13 +306,15 @@ class StreamDataModule(pl.LightningDataModule):
         with isolate_rng():
             check_samples(self.stream, self.collate_fn)
         trainer.strategy.checkpoint_io = VerifiedCheckpointIO(trainer.strategy.checkpoint_io)
+        if self._branching is not None:
+            trainer.strategy.checkpoint_io = self._branching.reading(trainer.strategy.checkpoint_io, trainer)
         if self.stop_when is not None:
             self.stop_when.check(self.stream, trainer)
         self._max_epochs = trainer.max_epochs
         self._limit_epochs()
         self._reload_period = cast(Any, trainer).reload_dataloaders_every_n_epochs
         cast(Any, trainer).reload_dataloaders_every_n_epochs = 1
-        cast(Any, trainer).callbacks.insert(0, self._runner)
+        cast(Any, trainer).callbacks[:0] = [self._runner, *([] if self._branching is None else [self._branching])]
 
     def _start(self, trainer: pl.Trainer) -> None:
         """Start fresh, or go on where this trainer stopped."""
@@ -311,8 +334,11 @@ class StreamDataModule(pl.LightningDataModule):
             if self._left_out:
                 cast(Any, self.trainer).fit_loop.max_epochs = self._max_epochs
             self._max_epochs = None
-            own_io = cast(VerifiedCheckpointIO, self.trainer.strategy.checkpoint_io).checkpoint_io
-            self.trainer.strategy.checkpoint_io = cast(CheckpointIO, own_io)
+            for _ in range(1 if self._branching is None else 2):
+                own_io = cast(VerifiedCheckpointIO, self.trainer.strategy.checkpoint_io).checkpoint_io
+                self.trainer.strategy.checkpoint_io = cast(CheckpointIO, own_io)
+            if self._branching is not None:
+                cast(Any, self.trainer).callbacks.remove(self._branching)
 
     def on_exception(self, exception: BaseException) -> None:
         self.teardown("fit")
@@ -482,16 +508,18 @@ class StreamDataModule(pl.LightningDataModule):
         return self.trainer.world_size if self.trainer is not None else 1
 
     def state_dict(self) -> dict[str, Any]:
-        state = self._identity()
+        fingerprints, steps = self._fingerprints(), self.steps or [None] * len(self.stream)
+        experiences = [
+            {"name": e.name, "fingerprint": one, "classes": list(e.classes), "task": e.task, "epochs": n, "steps": m}
+            for e, one, n, m in zip(self.stream, fingerprints, self.epochs, steps, strict=True)
+        ]
+        state = {**self._identity(), "experiences": experiences}
         if self.trainer is not None and self._runner is not None:
             state[CLOCK] = self._runner.clock(self.trainer)
         return state
 
     def _identity(self) -> dict[str, Any]:
         return {
-            "stream": self._fingerprint(),
-            "epochs": self.epochs,
-            "steps": self.steps,
             "stop_when": settings_of(self.stop_when),
             "global_batch_size": self.batch_size * self._world_size,
             "seed": self.seed,
@@ -499,26 +527,51 @@ class StreamDataModule(pl.LightningDataModule):
             "group_by_length": self.group_by_length,
         }
 
-    def _fingerprint(self) -> str:
+    def _fingerprints(self) -> list[str]:
         # once, and never in a save: reading samples may draw random numbers
-        if not self._known_fingerprint:
+        if not self._known_fingerprints:
             with isolate_rng():
-                self._known_fingerprint = self.stream.fingerprint()
-        return self._known_fingerprint
+                self._known_fingerprints = self.stream.fingerprints()
+        return self._known_fingerprints
+
+    def _check_past(self, learned: Sequence[Mapping[str, Any]], where: str) -> None:
+        if len(self.stream) < len(learned):
+            raise ConfigurationError(
+                f"The checkpoint belongs to another run: {where} has learned {len(learned)} experiences, and the stream "
+                f"has {len(self.stream)}; give all that it has learned, and then others."
+            )
+        for about, experience, own in zip(learned, self.stream, self._fingerprints(), strict=False):
+            if about["fingerprint"] != own:
+                raise ConfigurationError(
+                    f"The checkpoint belongs to another run: {where} has learned another experience {experience.index} "
+                    f"({about['name']}) than this one ({experience.name}): names, sizes, classes or data differ. Begin "
+                    "the stream with what it has learned, or start anew."
+                )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that the checkpoint belongs to this stream and schedule.
+        """Check that the checkpoint belongs to this schedule, and to a stream that begins like this one.
 
         Raises:
             ConfigurationError: If it does not; the message names what differs.
         """
         # Lightning's BatchSizeFinder changes the batch size between the start of a fit and this
         own = self._set_up_as or self._identity()
-        differing = differences(state_dict, own)
+        if "experiences" not in state_dict:
+            raise ConfigurationError(
+                "The checkpoint is of an earlier version of clkit, which did not tell the experiences of a stream "
+                "apart; go on with that version, or start anew."
+            )
+        learned = state_dict["experiences"][: state_dict[CLOCK]["started"] + 1]
+        self._check_past(learned, "it")
+        planned = {"epochs": [about["epochs"] for about in learned], "steps": [about["steps"] for about in learned]}
+        steps = self.steps or [None] * len(self.stream)
+        here = {"epochs": self.epochs[: len(learned)], "steps": steps[: len(learned)]}
+        differing = differences({**state_dict, **planned}, {**({} if self.is_branch else own), **here})
         if differing:
             raise ConfigurationError(
                 f"The checkpoint belongs to another run: {differing} differ(s); "
-                "resume with the settings it was made with, or start anew."
+                "resume with the settings it was made with, or start anew; from an experience's end on, "
+                "StreamDataModule(after=...) takes other ones."
             )
         if self.trainer is not None and self._runner is not None:
             self._runner.set_clock(self.trainer, state_dict[CLOCK])

@@ -24,11 +24,14 @@ class Hooks(FreshStart):
         appends_samples: Whether :meth:`transform_batch` appends samples to every batch but the first.
         reads_batch: Whether the hooks look at batches. Where one does, ``training_step`` works on a copy, so that they
             see what the stream gave.
+        needs_start: Whether it remembers what the module was before the first experience, so that it cannot begin
+            later.
     """
 
     at_end: Literal["replaces", "trains", "reads"] = "reads"
     appends_samples = False
     reads_batch = True
+    needs_start = False
 
     def on_experience_start(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
         """Called before the first batch of an experience."""

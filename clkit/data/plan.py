@@ -17,6 +17,8 @@ class Plan:
         epochs: Lightning epochs of each experience: one number, or one for each.
         steps: Optimizer steps of each instead: one number, or one for each.
         every: Steps of a Lightning epoch where ``steps`` count, fewer in an experience's last; all when ``None``.
+        past: Lightning epochs and steps of the first experiences, which were learned by another plan; what is given for
+            each is then for these too, or for the others alone.
 
     Attributes:
         epochs: Lightning epochs of each experience, K numbers.
@@ -32,14 +34,24 @@ class Plan:
         epochs: int | Sequence[int] = 1,
         steps: int | Sequence[int] | None = None,
         every: int | None = None,
+        past: Sequence[tuple[int, int | None]] = (),
     ) -> None:
-        self.steps = None if steps is None else _for_each(n_experiences, "steps", steps)
+        self.steps = None if steps is None else _for_each(n_experiences, "steps", steps, len(past))
         self._every = every
         self.epochs = (
-            _for_each(n_experiences, "epochs", epochs)
+            _for_each(n_experiences, "epochs", epochs, len(past))
             if self.steps is None
             else [1 if every is None else -(-number // every) for number in self.steps]
         )
+        if any((steps is None) != (learned is None) for _, learned in past):
+            own, other = ("epochs", "steps") if steps is None else ("steps", "epochs")
+            raise ConfigurationError(
+                f"What was learned is counted in {other}, and what comes in {own}; count {other} as before."
+            )
+        for k, (learned_epochs, learned_steps) in enumerate(past):
+            self.epochs[k] = learned_epochs
+            if self.steps is not None and learned_steps is not None:
+                self.steps[k] = learned_steps
         self._ends = list(accumulate(self.epochs))
 
     @property
@@ -69,11 +81,14 @@ class Plan:
         if self.steps is None:
             return None
         whole = self.steps[self.experience(epoch)]
-        return whole if self._every is None else min(self._every, whole - self._every * self.within(epoch))
+        left = whole if self._every is None else min(self._every, whole - self._every * self.within(epoch))
+        return max(left, 0)
 
 
-def _for_each(n_experiences: int, name: str, value: int | Sequence[int]) -> list[int]:
+def _for_each(n_experiences: int, name: str, value: int | Sequence[int], n_past: int = 0) -> list[int]:
     values = [value] * n_experiences if isinstance(value, int) else list(value)
+    if len(values) == n_experiences - n_past > 0:
+        values = [1] * n_past + values
     if len(values) != n_experiences:
         raise ConfigurationError(
             f"{name} has {len(values)} entries for {n_experiences} experiences; give one number, or one for each."

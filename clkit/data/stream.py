@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Any, Literal, cast, get_args, overload
 
@@ -268,22 +268,70 @@ class Stream(Sequence[Experience]):
         :class:`~clkit.language.dataset.InstructionDataset`), two training samples of each experience, and of other
         datasets the ``targets``, where they have some.
         """
-        parts = [(e.name, e.classes, e.task, _size(e.train), _size(e.test)) for e in self._experiences]
+        parts = [_about(e) for e in self._experiences]
         digest = hashlib.sha256(repr((self.name, self.kind, self.n_classes, parts)).encode())
         seen: dict[int, tuple[Any, bytes]] = {}
         for experience in self._experiences:
-            for dataset in (experience.train, experience.val, experience.test):
-                for part in contents_of(dataset):
-                    digest.update(_digest(part, seen))
-            if can_slice(experience.train):
-                x = read_batch(experience.train, torch.tensor([0, _size(experience.train) // 2]))[0]
-                digest.update(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-                continue
-            for row in (0, _size(experience.train) // 2):
-                sample = experience.train[row]
-                if isinstance(sample, Mapping) and "input_ids" in sample:
-                    digest.update(torch.as_tensor(sample["input_ids"]).contiguous().numpy().tobytes())
+            _add_data(digest, experience, seen)
         return digest.hexdigest()[:16]
+
+    def fingerprints(self) -> list[str]:
+        """Short hashes of each experience alone, whatever comes before and after it; see :meth:`fingerprint`."""
+        seen: dict[int, tuple[Any, bytes]] = {}
+        found = []
+        for experience in self._experiences:
+            digest = hashlib.sha256(repr((self.kind, _about(experience))).encode())
+            _add_data(digest, experience, seen)
+            found.append(digest.hexdigest()[:16])
+        return found
+
+    def after(self, past: Stream) -> Stream:
+        """Return the stream of the experiences of another one, and then these, with the numbers that follow.
+
+        Args:
+            past: What comes before; its name is kept.
+
+        Raises:
+            ConfigurationError: If the two are of different kinds, or a task occurs in both.
+        """
+        if past.kind != self.kind:
+            raise ConfigurationError(
+                f"Stream {self.name!r} is {self.kind}, and what it is to come after, {past.name!r}, {past.kind}; go on "
+                "with the same kind."
+            )
+        shared = {e.task for e in past if e.task is not None} & {e.task for e in self}
+        if shared:
+            raise ConfigurationError(
+                f"Task {min(shared)} is in stream {past.name!r} and in what is to come after it; number new tasks from "
+                f"{1 + max(e.task for e in past if e.task is not None)}, or give the whole stream."
+            )
+        numbers = [n for n in (past.n_classes, self.n_classes) if n is not None]
+        return Stream(
+            [*past, *(replace(e, index=len(past) + k) for k, e in enumerate(self))],
+            name=past.name,
+            kind=self.kind,
+            n_classes=max(numbers, default=None),
+            collate_fn=self.collate_fn,
+            augment=self.augment,
+        )
+
+
+def _about(e: Experience) -> tuple[Any, ...]:
+    return (e.name, e.classes, e.task, _size(e.train), _size(e.test))
+
+
+def _add_data(digest: Any, experience: Experience, seen: dict[int, tuple[Any, bytes]]) -> None:
+    for dataset in (experience.train, experience.val, experience.test):
+        for part in contents_of(dataset):
+            digest.update(_digest(part, seen))
+    if can_slice(experience.train):
+        x = read_batch(experience.train, torch.tensor([0, _size(experience.train) // 2]))[0]
+        digest.update(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return
+    for row in (0, _size(experience.train) // 2):
+        sample = experience.train[row]
+        if isinstance(sample, Mapping) and "input_ids" in sample:
+            digest.update(torch.as_tensor(sample["input_ids"]).contiguous().numpy().tobytes())
 
 
 def task_in(sample: Any) -> int:

@@ -73,8 +73,8 @@ class Recorder:
             return HistoryWriter(self.path, len(self._counts))
         offset, origin = state["offset"], Path(state["path"])
         if not self.path.exists() and origin.exists():
-            self.path.write_bytes(origin.read_bytes()[:offset])
-        return HistoryWriter.resume(self.path, len(self._counts), offset)
+            self.path.write_bytes(origin.read_bytes())
+        return HistoryWriter.resume(self.path, len(self._counts), offset, state.get("columns"))
 
     def __len__(self) -> int:
         return len(self._pending)
@@ -137,4 +137,10 @@ class Recorder:
         if self._writer is not None:
             self._writer.sync()
             self._offset = self._writer.offset
-        return {"offset": self._offset, "path": str(self.path), "n_undefined": self.n_undefined, "latest": self.latest}
+        return {
+            "offset": self._offset,
+            "path": str(self.path),
+            "columns": len(self._counts),
+            "n_undefined": self.n_undefined,
+            "latest": self.latest,
+        }

@@ -161,7 +161,7 @@ class StabilityGap(FreshStart):
         self._start_step = self._last_step = self._evaluated_step = 0
         self._clock = Stopwatch()
         self._approximation: dict[str, float] = {}
-        self._module_mask = False
+        self._module_mask = self._branches = False
         self._names: list[str] = []
 
     def __repr__(self) -> str:
@@ -259,7 +259,7 @@ class StabilityGap(FreshStart):
                 self._recorder.note(0, 0, "init", first, self._evaluator.now(0, first))
             if self._is_monitored:
                 self._flush()
-        elif resumed is not None and resumed["evaluator"]:
+        elif resumed is not None and resumed["evaluator"] and resumed["columns"] == len(stream):
             self._evaluator.load_state_dict(resumed["evaluator"])
         else:
             self._evaluator.start()
@@ -421,8 +421,8 @@ class StabilityGap(FreshStart):
     def _history_state(self) -> dict[str, Any]:
         if self._recorder is not None:
             return self._recorder.state_dict()
-        before = self._resume_from or {"offset": 0, "path": "", "n_undefined": 0, "latest": []}
-        return {name: before[name] for name in ("offset", "path", "n_undefined", "latest")}
+        before = self._resume_from or {"offset": 0, "path": "", "columns": 0, "n_undefined": 0, "latest": []}
+        return {name: before[name] for name in ("offset", "path", "columns", "n_undefined", "latest")}
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -436,8 +436,15 @@ class StabilityGap(FreshStart):
             "seed": self.seed,
         }
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._branches = stream_data(trainer).is_branch
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        differing = differences(state_dict["settings"], self._settings())
+        settings = self._settings()
+        if self._branches:
+            # when it is evaluated, and which weights are, may change; what a number is of may not
+            settings = {name: settings[name] for name in ("subset", "split", "mask", "seed")}
+        differing = differences(state_dict["settings"], settings)
         if differing:
             raise ConfigurationError(
                 f"The checkpoint's run was evaluated in another way: {differing} differ(s); one history cannot hold "

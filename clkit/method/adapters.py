@@ -274,6 +274,8 @@ class AdapterPerExperience(Strategy):
         self.layers = lora_layers(pl_module)
 
     def on_experience_start(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
+        # a stream that has grown goes on after its last experience
+        self._last = None
         if experience.index > 0:
             self._finish(experience.index - 1)
             forget_state(trainer, [parameter for entry in self.layers for parameter in entry.weights])

@@ -163,13 +163,21 @@ class HistoryWriter:
         self._open(path, n_experiences, len(header))
 
     @classmethod
-    def resume(cls, path: str | Path, n_experiences: int, offset: int) -> HistoryWriter:
+    def resume(cls, path: str | Path, n_experiences: int, offset: int, written_for: int | None = None) -> HistoryWriter:
         """Continue a history after its first ``offset`` bytes; later rows, of a run killed there, are cut.
+
+        Args:
+            path: The file.
+            n_experiences: Number of experiences K in the whole stream.
+            offset: Where the rows to keep end, in a file of ``written_for`` experiences.
+            written_for: Number of experiences that the stream had then, before it grew; K when ``None``.
 
         Raises:
             ConfigurationError: If the file is missing, shorter than ``offset`` or the history of another stream.
         """
         path = Path(path)
+        if written_for is not None and written_for < n_experiences:
+            offset = _widen(path, n_experiences, offset, written_for)
         header = f"{_header(n_experiences)}\n".encode()
         size = path.stat().st_size if path.is_file() else 0
         if size < offset:
@@ -228,6 +236,29 @@ class HistoryWriter:
     def close(self) -> None:
         """Flush and close the file."""
         self._file.close()
+
+
+def _widen(path: Path, n_experiences: int, offset: int, written_for: int) -> int:
+    """Give a history columns for experiences that were not known; return where the rows up to ``offset`` end now.
+
+    The file may have some of them already, of a run that was killed after it had begun to go on.
+    """
+    content = path.read_bytes() if path.is_file() else b""
+    columns = content.partition(b"\n")[0].count(b",") - 2
+    if columns < written_for or content[: content.find(b"\n")] != _header(columns).encode():
+        return offset
+    kept, size = [], 0
+    for line in content.splitlines(keepends=True):
+        if size >= offset or not line.endswith(b"\n"):
+            break
+        cells = line.rstrip(b"\n").split(b",")[: 3 + written_for]
+        size += len(b",".join(cells)) + 1
+        kept.append(b",".join([*cells, *[b""] * (n_experiences - written_for)]) + b"\n")
+    if size != offset:
+        return offset
+    wide = b"".join([f"{_header(n_experiences)}\n".encode(), *kept[1:]])
+    write_atomically(path, wide)
+    return len(wide)
 
 
 def _header(n_experiences: int) -> str:

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
@@ -17,7 +17,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from clkit.data.checkpoint_io import verify_checkpoint
 from clkit.data.datamodule import stream_data
 from clkit.data.stream import Experience
-from clkit.errors import ConfigurationError
+from clkit.errors import ConfigurationError, check_choice
 from clkit.files import naming, put_in_place, result_folder, set_aside, unfinished_name
 from clkit.signals import StopSignals
 
@@ -40,7 +40,8 @@ class StreamCheckpoint(Checkpoint):
         every_n_minutes: Minutes between two files inside an experience; none when ``None``.
         keep: Number of newest files to keep, at least 1; one more than 1 guards against a damaged last file.
         keep_ends: Also keep the weights in training at the end of each experience, without all else that resuming
-            needs, as ``end=K.ckpt`` with the experience's index K; ``clkit connect`` reads them.
+            needs, as ``end=K.ckpt`` with the experience's index K; ``clkit connect`` reads them. With ``"whole"`` these
+            files have all of it, so that another run can go on from the end of each experience.
 
     Raises:
         ConfigurationError: If a number is out of range.
@@ -53,8 +54,9 @@ class StreamCheckpoint(Checkpoint):
         every_n_steps: int | None = None,
         every_n_minutes: float | None = None,
         keep: int = 2,
-        keep_ends: bool = False,
+        keep_ends: bool | Literal["whole"] = False,
     ) -> None:
+        check_choice("keep_ends", keep_ends, (False, True, "whole"))
         for name, value in (("every_n_steps", every_n_steps), ("every_n_minutes", every_n_minutes), ("keep", keep)):
             if value is not None and value <= 0:
                 raise ConfigurationError(f"{name}={value} is not possible; use a number above 0, or null for never.")
@@ -125,14 +127,20 @@ class StreamCheckpoint(Checkpoint):
         self._save_if(trainer, self._stops(trainer) or self._due(trainer))
 
     def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
-        if self.keep_ends:
-            assert self.dir is not None
-            self._write(trainer, self.dir / f"end={experience.index:03d}.ckpt", weights_only=True)
+        if self.keep_ends is True:
+            self._write(trainer, self._end_file(experience.index), weights_only=True)
+
+    def _end_file(self, index: int) -> Path:
+        assert self.dir is not None
+        return self.dir / f"end={index:03d}.ckpt"
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # a resume from the end of an epoch that was cut short would skip the rest of it
         if trainer.is_last_batch:
             last = stream_data(trainer).is_last_epoch or trainer.current_epoch + 1 == trainer.max_epochs
+            if stream_data(trainer).is_last_epoch and self.keep_ends == "whole":
+                # not in on_experience_end: the state of an epoch's end is whole only now
+                self._write(trainer, self._end_file(stream_data(trainer).experience.index), weights_only=False)
             self._save_if(trainer, last or self._stops(trainer) or self._due(trainer))
 
     def _stops(self, trainer: Trainer) -> bool:

@@ -49,6 +49,7 @@ class GDumb(Strategy):
     """
 
     renews_weights = True
+    needs_start = True
     replaces_data = True
 
     def __init__(self, capacity: int = 200, *, epochs: int | None = 50, seed: int = 0) -> None:

@@ -70,9 +70,9 @@ class Past:
 class Branching(Callback):
     """Takes from a checkpoint what goes on, and leaves to the new fit what it has settings of its own for.
 
-    The module's weights, the states of the callbacks that are there again, the optimizers' momentum and statistics, the
-    schedules' and the stream's clocks and the random states go on. The optimizers' settings are the new ones; a learning
-    rate whose setting is the old one goes on where its schedule was.
+    The module's weights, the states of the callbacks that are there again, the optimizers' momentum and statistics,
+    the clocks of schedules and stream and the random states go on. The optimizers' settings are the new ones; a
+    learning rate whose setting is the old one goes on where its schedule was.
 
     Args:
         past: The checkpoint; the fit may also go on from another one, which is then restored as it is.
@@ -111,7 +111,7 @@ class Branching(Callback):
                     f"{type(strategy).__name__} needs what the network was before its first experience, and "
                     f"{self.past.path} knows it of no {type(strategy).__name__}; train it from the start of the stream."
                 )
-        fresh = [type(strategy).__name__ for strategy in begins if strategy.state_dict()]
+        fresh = [type(one).__name__ for one in begins if type(one).state_dict is not Callback.state_dict]
         keys = {callback.state_key for callback in callbacks_of(trainer)}
         left = sorted(key.partition("{")[0] for key in self.past.states - keys if key.partition("{")[0] not in _SILENT)
         said = [f"{', '.join(fresh)} start(s) fresh"] if fresh else []
@@ -189,7 +189,7 @@ def _same_form(optimizers: Sequence[Optimizer], states: Sequence[Mapping[str, An
 
 
 def _adopt(group: dict[str, Any], settings: Mapping[str, Any]) -> None:
-    """Give a restored group of parameters its new settings; what a schedule moves goes on unless its setting changed."""
+    """Give a restored group of parameters its new settings; a schedule goes on unless the rate's setting changed."""
     cycled = ("momentum", "betas") if "max_momentum" in group else ()
     group.update({name: value for name, value in settings.items() if name not in (*_RATES, *cycled)})
     base, new = ((g.get("initial_lr"), g.get("initial_lr", g["lr"])) for g in (group, settings))

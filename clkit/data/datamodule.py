@@ -537,8 +537,8 @@ class StreamDataModule(pl.LightningDataModule):
     def _check_past(self, learned: Sequence[Mapping[str, Any]], where: str) -> None:
         if len(self.stream) < len(learned):
             raise ConfigurationError(
-                f"The checkpoint belongs to another run: {where} has learned {len(learned)} experiences, and the stream "
-                f"has {len(self.stream)}; give all that it has learned, and then others."
+                f"The checkpoint belongs to another run: {where} has learned {len(learned)} experiences, and the "
+                f"stream has {len(self.stream)}; give all that it has learned, and then others."
             )
         for about, experience, own in zip(learned, self.stream, self._fingerprints(), strict=False):
             if about["fingerprint"] != own:

@@ -121,9 +121,21 @@ class ReservoirBuffer:
 
     def state_dict(self) -> dict[str, Any]:
         samples = None if self.storage is None else self.storage.packed(self.occupied())
-        return {"samples": samples, "n_seen": self.n_seen, "rng": rng_state(self.rng)}
+        return {"samples": samples, "capacity": self.capacity, "n_seen": self.n_seen, "rng": rng_state(self.rng)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned.
+
+        Raises:
+            ConfigurationError: If that memory was full at another capacity: what it holds is no sample of this one's.
+        """
+        there = state.get("capacity", self.capacity)
+        if min(state["n_seen"], there) != min(state["n_seen"], self.capacity):
+            raise ConfigurationError(
+                f"capacity={self.capacity} is not possible for a memory that goes on: it has seen {state['n_seen']} "
+                f"samples with capacity={there}. Keep that, or start it fresh (fresh=[NAME] beside from=RUN, "
+                "StreamDataModule(fresh=[CLASS]))."
+            )
         self.n_seen = state["n_seen"]
         set_rng_state(self.rng, state["rng"])
         self.storage = None

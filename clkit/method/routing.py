@@ -35,6 +35,7 @@ class Router(Strategy):
     """
 
     renews_weights = True
+    needs_start = True
 
     def __init__(self) -> None:
         self.bank: dict[str, dict[str, Tensor]] = {}

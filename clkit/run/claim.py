@@ -27,7 +27,7 @@ RESULTS = (
     *("metrics.json", "checkpoints", "history*.csv", "tensorboard", "csv", "wandb", "mlruns", "adapters"),
     *("report.md", "report.tex", "report.csv", "runs.csv", "report.html", "timing.json", "gradients.csv"),
     *("drift.csv", "flops.json", "connectivity.csv", "answers", "answers.csv", "answers.json", "eval*.csv"),
-    *("mlflow.db", "mlartifacts"),
+    *("mlflow.db", "mlartifacts", "start", "held_out"),
     *(f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")),
 )
 RECORDS = ("attempts.jsonl", LOG, ".hydra")
@@ -45,6 +45,8 @@ class Owner:
         data: Fingerprint of the data that it read; empty until known.
         data_root: Where they were.
         code: What it ran, see :func:`~clkit.run.provenance.code_of`.
+        parent: The run that it goes on from (``run``), and the ``experience`` and its ``name`` after which; empty if it
+            goes on from none.
     """
 
     config: str
@@ -53,6 +55,7 @@ class Owner:
     data: str = ""
     data_root: str = ""
     code: Mapping[str, str] = field(default_factory=dict)
+    parent: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Write ``run.json``."""
@@ -146,6 +149,13 @@ def note_data(folder: Path, data: str, root: str) -> None:
         replace(there, data=data, data_root=root).write(folder)
 
 
+def note_parent(folder: Path, parent: Mapping[str, Any]) -> None:
+    """Note in ``run.json`` what a run goes on from."""
+    there = owner(folder)
+    assert there is not None
+    replace(there, parent=dict(parent)).write(folder)
+
+
 def claim(folder: Path, config: DictConfig) -> Path | None:
     """Make the folder that of this config's run and write its ``.hydra/``; call it with the folder held.
 
@@ -208,7 +218,9 @@ def _some(names: list[str]) -> str:
 
 def _content(config: DictConfig) -> dict[str, Any]:
     content: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
-    return {key: value for key, value in content.items() if key not in NOT_IN_RESULT}
+    content = {key: value for key, value in content.items() if key not in NOT_IN_RESULT}
+    # as before there were such settings
+    return {key: value for key, value in content.items() if key not in ("from", "fresh") or value}
 
 
 def _differences(folder: Path, config: DictConfig, there: Owner) -> str:

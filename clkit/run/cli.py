@@ -101,7 +101,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(overrides: list[str]) -> int:
-    with _hydra_raises(), _arguments([sys.argv[0], *overrides]):
+    from clkit.run.inherit import inherited
+
+    with _hydra_raises(), _arguments([sys.argv[0], *inherited(overrides)]):
         from clkit.run import jobs
         from clkit.run.explain import complain
         from clkit.run.rank import is_rank_zero

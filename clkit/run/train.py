@@ -18,8 +18,9 @@ from clkit.data.stream import Stream
 from clkit.errors import ConfigurationError, check_whole
 from clkit.files import scratch_in
 from clkit.report import write_report
+from clkit.run.branch import Start, about, classes_of, parent_of
 from clkit.run.checkpoint import checkpoints, latest_checkpoint
-from clkit.run.claim import SCRATCH, claim, data_root, fingerprint, note_data, owner, refuse_foreign
+from clkit.run.claim import SCRATCH, claim, data_root, fingerprint, note_data, note_parent, owner, refuse_foreign
 from clkit.run.config_check import check
 from clkit.run.folder import (
     LOG,
@@ -89,13 +90,24 @@ def _train(config: DictConfig, folder: Path, checkpoint: Path | None, record: Re
         raise ConfigurationError(
             f"No checkpoint in {folder / 'checkpoints'} can be read; start over with resume=false, or put one back."
         )
+    start = Start.of(_inside(config, folder))
+    if start is not None:
+        if is_rank_zero():
+            start.take_over(config)
+        start.wait()
+        past = start.past
+        if record is not None:
+            note_parent(folder, about(config, past))
+        if checkpoint is None:
+            checkpoint = start.checkpoint
     trainer, module, data = build(config, folder)
     settings = OmegaConf.to_container(_inside(config, folder), resolve=True)
     cast(Any, trainer).callbacks[:0] = [RunMark(fingerprint(config), record), LogConfig(cast(dict[str, Any], settings))]
     if record is not None:
         note_data(folder, data.stream.fingerprint(), data_root(config))
     if checkpoint is not None:
-        console.print(f"Going on from {checkpoint}")
+        began = start is not None and checkpoint == start.checkpoint
+        console.print(f"Going on from {parent_of(about(config, past)) if began else checkpoint}")
     fit(trainer, module, data, checkpoint)
 
 
@@ -121,6 +133,8 @@ class RunMark(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        if stream_data(trainer).is_branch:
+            return
         there = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("config")
         if there != self.config:
             what = "another config" if there else "no run of clkit train"
@@ -159,7 +173,7 @@ def _tell_of_changes(folder: Path, config: DictConfig) -> None:
 def _check_data(folder: Path, config: DictConfig) -> None:
     """Compare what a finished run read with what is there now; that it is gone is no reason to refuse."""
     try:
-        stream = build_stream(config)
+        stream = build_stream(_inside(config, folder))
     except Exception as error:
         warnings.warn(f"Its data cannot be read now ({' '.join(str(error).split())}).", stacklevel=2)
         return
@@ -204,8 +218,9 @@ def build(config: DictConfig, folder: Path) -> tuple[pl.Trainer, pl.LightningMod
 
 def build_module(config: Any) -> tuple[pl.LightningModule, StreamDataModule]:
     """Build the module, as it is before training, and its stream; the global seed is set to the config's."""
-    stream = build_stream(config)
-    data: StreamDataModule = instantiate(config.data, _partial_=True)(stream)
+    stream, start = build_stream(config), Start.of(config)
+    branch = {} if start is None else {"after": start.checkpoint, "fresh": classes_of(config)}
+    data: StreamDataModule = instantiate(config.data, _partial_=True)(stream, **branch)
     module = instantiate(config.model, **stream.model_arguments)
     return module, data
 
@@ -220,7 +235,8 @@ def build_stream(config: Any) -> Stream:
                 f"experiences={config.experiences} is not possible; {stream.name} has {len(stream)} experiences."
             )
         stream = stream[: config.experiences]
-    return stream
+    start = Start.of(config)
+    return stream if start is None else start.joined(stream)
 
 
 def fit(trainer: pl.Trainer, module: pl.LightningModule, data: StreamDataModule, checkpoint: Path | None) -> None:
@@ -272,6 +288,11 @@ def _check_own(config: DictConfig) -> None:
         raise ConfigurationError(f"trainer.devices={devices} is not possible; this machine has {cores} CPU cores.")
     if config.get("experiences") is not None:
         check_whole("experiences", config.experiences, 1)
+    if config.get("fresh") and config.get("from") is None:
+        raise ConfigurationError(
+            f"fresh={list(config.fresh)} is about what goes on from another run; name that run with from=RUN."
+        )
+    classes_of(config)
     check_whole("attempts", config.attempts, 1)
 
 

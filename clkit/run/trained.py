@@ -21,7 +21,7 @@ from pytorch_lightning.plugins.io.wrapper import _WrappingCheckpointIO
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 
-from clkit.data.checkpoint_io import CLOCK, verify_checkpoint
+from clkit.data.checkpoint_io import CLOCK
 from clkit.data.datamodule import StreamDataModule
 from clkit.data.stream import Stream
 from clkit.errors import ConfigurationError, check_choice
@@ -31,11 +31,8 @@ from clkit.evaluation.stability_gap import StabilityGap
 from clkit.files import write_atomically
 from clkit.method.routing import Router
 from clkit.method.strategy import Strategy, chosen_view
-from clkit.run.checkpoint import checkpoints, experience_ends, latest_checkpoint
-from clkit.run.folder import is_finished
+from clkit.run.kept import end_of, is_whole, stream_state
 from clkit.run.train import build_module
-
-KEEP = "checkpoint.keep=N keeps the last N whole checkpoints, checkpoint.keep_ends=true the weights of every experience"
 
 
 class Trained(NamedTuple):
@@ -208,9 +205,9 @@ def _restore(
 ) -> tuple[pl.LightningModule, StreamDataModule]:
     """Restore a run as resuming it would, by a fit that has no step left to do, and let the reader look at it."""
     config = _config_of(folder, data_root)
-    path = _weights_of(folder, at)
-    saved = _stream_state(path)
-    whole = path.name.startswith("step=")
+    path = end_of(folder, at)
+    saved = stream_state(path)
+    whole = is_whole(path)
     reader.config, reader.last = config, saved[CLOCK]["started"]
     # one process has the batches of all that trained
     config.data.batch_size = saved["global_batch_size"]
@@ -255,56 +252,6 @@ def _config_of(folder: Path, data_root: str | Path | None) -> DictConfig:
     if data_root is not None:
         config.data_root = str(data_root)
     return config
-
-
-def _weights_of(folder: Path, at: int | None) -> Path:
-    """Return the checkpoint with the weights of a run's end, or of an experience's."""
-    kept = folder / "checkpoints"
-    if at is None:
-        if not is_finished(folder):
-            raise ConfigurationError(
-                f"The run in {folder} is not finished; start its command again, or name an experience (at=K, --at K) "
-                f"whose end it has kept: {_kept(folder)}."
-            )
-        path = latest_checkpoint(kept)
-        if path is not None:
-            return path
-        ends = experience_ends(kept)
-        if ends:
-            return ends[-1]
-        raise ConfigurationError(
-            f"{kept} holds no weights: they were taken away, or every file is damaged. Train anew with resume=false."
-        )
-    for path in checkpoints(kept):
-        try:
-            clock = _stream_state(path)[CLOCK]
-        except ConfigurationError:
-            continue
-        if clock["started"] == clock["ended"] == at:
-            return path
-    path = kept / f"end={at:03d}.ckpt"
-    if not path.is_file():
-        raise ConfigurationError(
-            f"{folder} has not kept the weights of the end of experience {at}; kept: {_kept(folder)}. {KEEP}."
-        )
-    return path
-
-
-def _kept(folder: Path) -> str:
-    ends = {int(path.stem.removeprefix("end=")) for path in experience_ends(folder / "checkpoints")}
-    for path in checkpoints(folder / "checkpoints"):
-        clock = _stream_state(path)[CLOCK]
-        if clock["started"] == clock["ended"]:
-            ends.add(clock["ended"])
-    return ", ".join(map(str, sorted(ends))) or "none"
-
-
-def _stream_state(path: Path) -> dict[str, Any]:
-    """Return what the datamodule has saved into a checkpoint."""
-    verify_checkpoint(path)
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    (state,) = (state for state in content.values() if isinstance(state, dict) and CLOCK in state)
-    return cast(dict[str, Any], state)
 
 
 def _refuse_weights_alone(path: Path, callbacks: Sequence[pl.Callback], reader: _Reader) -> None:

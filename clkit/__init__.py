@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from clkit.evaluation.drift import ModuleDrift as ModuleDrift
     from clkit.evaluation.flops import Flops as Flops
     from clkit.evaluation.gradients import GradientNorms as GradientNorms
+    from clkit.evaluation.kept_data import KeepHeldOut as KeepHeldOut
     from clkit.evaluation.stability_gap import StabilityGap as StabilityGap
     from clkit.method.adapters import SaveAdapters as SaveAdapters
     from clkit.method.optimizer import ResetOptimizer as ResetOptimizer
@@ -43,6 +44,7 @@ _PUBLIC = {
     "GradientNorms": "clkit.evaluation.gradients",
     "History": "clkit.metrics.history",
     "InMemoryDataset": "clkit.data.datasets",
+    "KeepHeldOut": "clkit.evaluation.kept_data",
     "ModuleDrift": "clkit.evaluation.drift",
     "ResetOptimizer": "clkit.method.optimizer",
     "SaveAdapters": "clkit.method.adapters",

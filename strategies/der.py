@@ -79,7 +79,15 @@ class DER(Strategy):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_output(trainer, pl_module, "DER", "use ExperienceReplay")
+        self._widen_memory(stream_data(trainer).stream.n_classes)
         self.buffer.to(pl_module.device)
+
+    def _widen_memory(self, n_classes: int | None) -> None:
+        """Give remembered logits the classes of a stream that has grown."""
+        state = self.buffer.state_dict()
+        if state["samples"] is not None:
+            batch, logits = state["samples"]
+            self.buffer.load_state_dict({**state, "samples": (batch, _widened(logits, n_classes))})
 
     def loss_term(self, trainer: Trainer, module: LightningModule, batch: Any, loss: Tensor) -> Tensor | None:
         stream = stream_data(trainer).stream

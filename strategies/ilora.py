@@ -13,13 +13,14 @@ from torch.utils._pytree import tree_map_only
 
 from clkit.data.batch import gather_batch
 from clkit.data.datamodule import stream_data
+from clkit.data.stream import Experience
 from clkit.errors import ConfigurationError, check_choice, check_whole
 from clkit.evaluation.token_scores import is_encoder_decoder
 from clkit.memory.buffer import ReservoirBuffer, draw_replay
 from clkit.method.evaluation_mode import evaluation_mode
 from clkit.method.forward import task_loss
 from clkit.method.hidden_states import capture, find_blocks
-from clkit.method.parameters import averageable, swapped
+from clkit.method.parameters import averageable, grown, swapped
 from clkit.method.setup_checks import check_memory
 from clkit.method.statistics import Statistics, horizon
 from clkit.method.strategy import Strategy
@@ -123,6 +124,11 @@ class InterpolatedLoRA(Strategy):
             self.slow = tree_map_only(Tensor, lambda tensor: tensor.to(pl_module.device), self.slow)
         else:
             self.slow = {name: p.detach().float().clone() for name, p in averageable(pl_module).items()}
+
+    def on_experience_start(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
+        # a head that grows has new rows, which the slow learner has from their first values on
+        live = averageable(module)
+        self.slow = {n: old if old.shape == live[n].shape else grown(old, live[n]) for n, old in self.slow.items()}
 
     def transform_batch(self, trainer: Trainer, module: LightningModule, batch: Any) -> Any:
         self._replayed, self._targets = None, []

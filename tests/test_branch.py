@@ -14,10 +14,11 @@ from plain import QUIET, UserModule, make_module, make_stream, weights
 
 from clkit import ConfigurationError, StabilityGap, Stream, StreamCheckpoint, StreamDataModule
 from clkit.metrics.history import History, HistoryWriter
+from clkit.report import write_report
 from clkit.run.inherit import inherited
 from clkit.run.train import run
 from clkit.run.trained import evaluate, load
-from clkit.strategies import EWC, AGEM, ExperienceReplay, GDumb
+from clkit.strategies import AGEM, EWC, ExperienceReplay, GDumb
 
 ALL = make_stream(5, n_inputs=10)
 """Five experiences; a slice of it is a stream that was not known to the end."""
@@ -31,9 +32,7 @@ def fit(folder: Path, stream: Stream, ckpt_path=None, *, strategies=None, module
         StabilityGap(every=2, dir=folder, plot=False),
         StreamCheckpoint(folder / "checkpoints", keep_ends="whole"),
     ]
-    trainer = pl.Trainer(
-        max_epochs=data.total_epochs, callbacks=callbacks, **{**QUIET, "enable_checkpointing": True}
-    )
+    trainer = pl.Trainer(max_epochs=data.total_epochs, callbacks=callbacks, **{**QUIET, "enable_checkpointing": True})
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     return module, trainer
 
@@ -95,12 +94,11 @@ def test_a_branch_keeps_the_plan_of_what_was_learned_and_has_its_own_afterwards(
     assert trainer.global_step == 5 * (2 + 2 + 3 + 1 + 2)
     with pytest.raises(ConfigurationError, match="counted in epochs, and what comes in steps"):
         fit(tmp_path, ALL, path, after=path, steps=4)
+    data = StreamDataModule(ALL, batch_size=8, epochs=2)
+    saves = StreamCheckpoint(tmp_path / "steps", every_n_steps=3, keep=99)
+    settings = {**QUIET, "enable_checkpointing": True}
+    pl.Trainer(max_epochs=1, callbacks=[saves], **settings).fit(make_module(n_inputs=10, n_classes=10), data)
     with pytest.raises(ConfigurationError, match="in the middle of experience"):
-        pl.seed_everything(0, verbose=False)
-        data = StreamDataModule(ALL, batch_size=8, epochs=2)
-        saves = StreamCheckpoint(tmp_path / "steps", every_n_steps=3, keep=99)
-        settings = {**QUIET, "enable_checkpointing": True}
-        pl.Trainer(max_epochs=1, callbacks=[saves], **settings).fit(make_module(n_inputs=10, n_classes=10), data)
         StreamDataModule(ALL, after=tmp_path / "steps" / "step=000000003.ckpt")
 
 
@@ -139,9 +137,11 @@ def test_another_strategy_and_optimizer_start_fresh_and_it_is_said(whole, tmp_pa
     path = end(whole[0], 3)
     torch.manual_seed(0)
     module = Adam(n_inputs=10, n_classes=10)
-    with pytest.warns(UserWarning, match=r"AGEM start\(s\) fresh; the state of EWC, ExperienceReplay is left"):
-        with pytest.warns(UserWarning, match="The optimizer starts fresh"):
-            fit(tmp_path, ALL, path, strategies=[AGEM(8)], module=module, after=path)
+    with pytest.warns() as found:
+        fit(tmp_path, ALL, path, strategies=[AGEM(8)], module=module, after=path)
+    said = " ".join(str(warning.message) for warning in found)
+    assert "AGEM start(s) fresh; the state of EWC, ExperienceReplay is left behind" in said
+    assert "The optimizer starts fresh" in said
     with pytest.raises(ConfigurationError, match="GDumb needs what the network was before"):
         fit(tmp_path, ALL, path, strategies=[GDumb(8)], after=path)
     with pytest.raises(ConfigurationError, match="did you mean ExperienceReplay"):
@@ -207,6 +207,10 @@ def test_a_run_branches_off_in_the_shell(digits, tmp_path):
     other = train(tmp_path / "other", f"from='{digits}@1'", "strategy=ewc", "model.optimizer.lr=0.01")
     assert not torch.equal(final(other), final(digits))
     assert evaluate(other).scores[0].n == evaluate(digits).scores[0].n
+    tree = ["run", "├─ other, after experience 1 (2-3)", "└─ same, after experience 1 (2-3)"]
+    write_report([tmp_path])
+    assert "\n".join(tree) in (tmp_path / "report.md").read_text()
+    assert tree[1] in (tmp_path / "report.html").read_text()
 
 
 def test_a_finished_run_goes_on_with_experiences_of_another_command(digits, tmp_path):
@@ -215,7 +219,7 @@ def test_a_finished_run_goes_on_with_experiences_of_another_command(digits, tmp_
     shutil.rmtree(first)
     # the network has outputs for all ten digits in both
     assert torch.equal(final(second), final(digits))
-    module, stream = load(second)
+    _, stream = load(second)
     assert [experience.name for experience in stream] == ["0-1", "2-3", "4-5", "6-7", "8-9"]
     third = tmp_path / "third"
     with pytest.raises(ConfigurationError, match="which was learned before, but does not begin with all"):
@@ -224,9 +228,29 @@ def test_a_finished_run_goes_on_with_experiences_of_another_command(digits, tmp_
         train(tmp_path / "fourth", f"from='{second}'")
 
 
+def test_old_experiences_are_evaluated_on_what_was_kept_once_their_data_are_gone(tmp_path, monkeypatch):
+    first = train(tmp_path / "first", "experiences=3", "callbacks=keep_held_out", "callbacks.keep_held_out.subset=20")
+    new = ["scenario.class_order=[6,7]", "scenario.n_experiences=1"]
+
+    def gone(*args, **kwargs):
+        raise OSError("no such data")
+
+    monkeypatch.setattr("clkit.run.branch.instantiate", gone)
+    second = train(tmp_path / "second", f"from='{first}'", *new, "callbacks=keep_held_out")
+    last = History.read(second / "history.csv").select("end")
+    assert last.experience.tolist() == [0, 1, 2, 3]
+    assert not torch.isnan(torch.as_tensor(last.scores[-1])).any()
+    assert [score.n for score in evaluate(second).scores][:3] == [20, 20, 20]
+    with pytest.raises(ConfigurationError, match="those of 0-1, 2-3, 4-5 are no longer there"):
+        train(tmp_path / "third", f"from='{first}'", *new, "strategy=cumulative")
+    shutil.rmtree(first / "held_out")
+    with pytest.raises(ConfigurationError, match=r"cannot be read: no such data.*keep_held_out"):
+        train(tmp_path / "fourth", f"from='{first}'", *new)
+
+
 def test_what_was_not_kept_is_said_with_the_option_that_keeps_it(digits, tmp_path):
     plain = train(tmp_path / "plain", "experiences=3")
-    with pytest.raises(ConfigurationError, match="has not kept a whole checkpoint of the end of experience 0; kept: 1, 2"):
+    with pytest.raises(ConfigurationError, match="not kept a whole checkpoint of the end of experience 0; kept: 1, 2"):
         train(tmp_path / "child", f"from='{plain}@0'")
     with pytest.raises(ConfigurationError, match="give the folder of a run"):
         train(tmp_path / "child", f"from='{tmp_path}'")
@@ -263,7 +287,9 @@ def test_a_command_inherits_what_it_does_not_say(tmp_path):
     (folder / ".hydra" / "overrides.yaml").write_text("".join(f"- {line!r}\n" for line in lines).replace('"', "'"))
     (folder / ".hydra" / "overrides.yaml").write_text("\n".join(f'- "{line}"' for line in lines) + "\n")
     found = inherited([f"from={folder}@2", "strategy=ewc"])
-    naming = "hydra.job.config.override_dirname.exclude_keys=[resume,attempts,objective,data_root,share_folder,seed,data.x]"
+    naming = (
+        "hydra.job.config.override_dirname.exclude_keys=[resume,attempts,objective,data_root,share_folder,seed,data.x]"
+    )
     assert found == ["seed=3", "+data.x=1", naming, f"from='{folder}@2'", "strategy=ewc"]
     assert inherited(["seed=1"]) == ["seed=1"]
     assert inherited(["from=null", "seed=1"]) == ["from=null", "seed=1"]

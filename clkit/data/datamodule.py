@@ -534,6 +534,10 @@ class StreamDataModule(pl.LightningDataModule):
                 self._known_fingerprints = self.stream.fingerprints()
         return self._known_fingerprints
 
+    def fingerprint_of(self, index: int) -> str:
+        """Return the hash of an experience, see :meth:`~clkit.Stream.fingerprints`."""
+        return self._fingerprints()[index]
+
     def _check_past(self, learned: Sequence[Mapping[str, Any]], where: str) -> None:
         if len(self.stream) < len(learned):
             raise ConfigurationError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -63,7 +63,8 @@ class HookRunner(Callback):
 
     It is the trainer's first callback while a fit lasts. Experience hooks run for every callback that has them,
     those with the four hooks first, each group in the order of the trainer's callbacks; at an experience's end what
-    changes the weights comes before what reads them (:attr:`~clkit.data.hooks.Hooks.at_end`). Callbacks that have a
+    changes the weights comes before what reads them (:attr:`~clkit.data.hooks.Hooks.at_end`). A module that has an
+    ``on_experience_enter(trainer, experience)`` has it called before them at the start. Callbacks that have a
     ``before_experience_end`` see the weights of the last step.
 
     Args:
@@ -149,6 +150,8 @@ class HookRunner(Callback):
         if current > self.started:
             self.started = current
             self.watch.begin()
+            if hasattr(module, "on_experience_enter"):
+                cast(Any, module).on_experience_enter(trainer, self.stream_clock.stream[current])
             self._run("on_experience_start", trainer, module, current)
             for config in trainer.lr_scheduler_configs:
                 if hasattr(config.scheduler, "enter"):

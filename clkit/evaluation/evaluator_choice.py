@@ -59,12 +59,16 @@ class EvaluatorChoice:
         """Refuse a trainer whose weights cannot be evaluated so.
 
         Raises:
-            ConfigurationError: If it shards them.
+            ConfigurationError: If it shards them, or they are copied and the module's head grows.
         """
         if isinstance(trainer.strategy, FSDPStrategy):
             raise ConfigurationError(
                 "FSDPStrategy gives the weights out within a training step only; use trainer=fsdp, Lightning's "
                 "ModelParallelStrategy, with which they can be evaluated."
+            )
+        if getattr(trainer.lightning_module, "grows", False) and self.copies_weights:
+            raise ConfigurationError(
+                "asynchronous, lazy and snapshots copy weights of one shape, but the head grows; leave them out."
             )
         if holds_shards(trainer) and self.copies_weights:
             raise ConfigurationError(

@@ -76,6 +76,12 @@ class Strategy(Hooks):
                 f"{type(self).__name__} adds a term to the loss, but {type(pl_module).__name__} optimizes manually and "
                 "runs its own backward; set automatic_optimization = True or add the term in your training_step."
             )
+        gone = [experience.name for experience in stream_data(trainer).stream if experience.known_as]
+        if self.replaces_data and gone:
+            raise ConfigurationError(
+                f"{type(self).__name__} trains on the data of earlier experiences, but those of {', '.join(gone)} are "
+                "no longer there; put them back, or use a strategy that remembers samples, such as ExperienceReplay."
+            )
         if not self.works_sharded:
             need_whole_weights(trainer, type(self).__name__)
         self._check_others(callbacks_of(trainer, Strategy))

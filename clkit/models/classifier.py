@@ -13,11 +13,13 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from clkit.data.columns import describe
+from clkit.data.stream import Experience
 from clkit.errors import ConfigurationError, check_choice
 from clkit.method.adapters import add_adapter
 from clkit.method.learning_rate import LearningRate
 from clkit.method.setup_checks import check_output
 from clkit.method.strategy import check_pairs
+from clkit.models.growing_head import grow, output_layer
 from clkit.models.networks import Network, build_network
 
 if TYPE_CHECKING:
@@ -32,8 +34,8 @@ class Classifier(pl.LightningModule):
     r"""A network with a classification loss, accuracy and an optimizer.
 
     Batches are ``(x, y)`` or ``(x, y, task)``, ``y`` and ``task`` ``int64`` of shape ``[B]``. All classes have their
-    output from the start. The classes of each task, and the classes seen so far, come from the stream of the trainer's
-    datamodule and are part of the checkpoint.
+    output from the start, unless the head grows. The classes of each task, and the classes seen so far, come from the
+    stream of the trainer's datamodule and are part of the checkpoint.
 
     With logits :math:`z` and labels :math:`y`, the loss is the mean over samples of
 
@@ -61,6 +63,14 @@ class Classifier(pl.LightningModule):
             and its ``modules_to_save`` is frozen. Needs ``pip install clkit[lora]``.
         loss: ``"ce"``, ``"ce_masked"`` or ``"bce"``.
         bce_classes: Classes that ``"bce"`` sums over: those of the current ``"experience"``, or all ``"seen"``.
+        growing: Begin with outputs for the classes of the first experience, and add those of each experience when it
+            starts: nothing depends on how many will come. ``net`` is built with one output, whatever ``n_classes``;
+            its last linear layer grows. In one process, and in a stream without tasks. Strategies that need all
+            outputs from the start (penalties on weights without ``only``, ``Joint``, ``GDumb``, weights by the task)
+            refuse it.
+
+    Attributes:
+        grows: Whether the head grows.
 
     Raises:
         ConfigurationError: If ``net`` must be built and ``n_classes`` or ``input_shape`` is missing, or a loss is
@@ -88,10 +98,14 @@ class Classifier(pl.LightningModule):
         adapter: PeftConfig | None = None,
         loss: Loss = "ce",
         bce_classes: BceClasses = "experience",
+        growing: bool = False,
     ) -> None:
         super().__init__()
         for name, value, known in (("loss", loss, Loss), ("bce_classes", bce_classes, BceClasses)):
             check_choice(name, value, get_args(known))
+        self.grows = growing
+        if growing:
+            n_classes = 1 if not isinstance(net, nn.Module) else None
         if not isinstance(net, nn.Module):
             if n_classes is None or input_shape is None:
                 raise ConfigurationError(
@@ -99,7 +113,10 @@ class Classifier(pl.LightningModule):
                     "(stream.n_classes and stream.input_shape), or pass a finished module."
                 )
             net = build_network(net, tuple(input_shape), n_classes)
-        self.net, self.n_classes = net if adapter is None else add_adapter(net, adapter), n_classes
+        self.net = net if adapter is None else add_adapter(net, adapter)
+        self.n_classes = None if growing else n_classes
+        if growing:
+            n_classes = output_layer(self.net).out_features
         self.optimizer, self.scheduler, self.mask_unseen = optimizer, scheduler, mask_unseen
         self.loss, self.bce_classes = loss, bce_classes
         # what the third part of a batch is: a stream tells
@@ -148,6 +165,11 @@ class Classifier(pl.LightningModule):
                 "your own, with a loss for its targets."
             )
         self._takes_task = stream.kind == "task-incremental"
+        if self.grows:
+            self._start_growing(stream)
+            if stage == "fit":
+                self._see(data)
+            return
         n_classes = stream.n_classes if self.n_classes is None else self.n_classes
         if stream.n_classes > n_classes:
             raise ConfigurationError(
@@ -165,6 +187,32 @@ class Classifier(pl.LightningModule):
             self.current = self.seen.clone()
         if stage == "fit":
             self._see(data)
+
+    def _start_growing(self, stream: Any) -> None:
+        if self._takes_task:
+            raise ConfigurationError(
+                "A growing head is for streams without tasks; in a task-incremental one use growing=False "
+                "(model.growing=false)."
+            )
+        if self.trainer.world_size > 1:
+            raise ConfigurationError(
+                f"A growing head trains in one process, and there are {self.trainer.world_size}; use devices=1, or "
+                "growing=False."
+            )
+        self._grow(1 + max(stream[0].classes))
+
+    def _grow(self, n: int, trainer: pl.Trainer | None = None) -> None:
+        """Have at least so many outputs."""
+        layer = output_layer(self.net)
+        grow(layer, n, trainer)
+        missing = layer.out_features - len(self.seen)
+        if missing > 0:
+            self.seen, self.current = (F.pad(table, (0, missing)) for table in (self.seen, self.current))
+
+    def on_experience_enter(self, trainer: pl.Trainer, experience: Experience) -> None:
+        """Grow for the classes of an experience; called before all hooks of its start."""
+        if self.grows and experience.classes:
+            self._grow(1 + max(experience.classes), trainer)
 
     def on_fit_start(self) -> None:
         """Try the network once.
@@ -247,6 +295,8 @@ class Classifier(pl.LightningModule):
             raise ConfigurationError(f"The optimizer or its schedule refuses its settings: {error}.") from error
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.grows and prefix + "seen" in state_dict:
+            self._grow(len(state_dict[prefix + "seen"]))
         for name in ("seen", "current", "task_classes"):
             if prefix + name in state_dict:
                 setattr(self, name, torch.empty_like(state_dict[prefix + name], device=self.device))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from clkit.report.figures import (
     zoom_figure,
 )
 from clkit.report.head import facts, numbers
+from clkit.report.lineage import lineage
 from clkit.report.runs import Group, Run, find_runs, group_runs, missing_runs, shortened
 
 _MAX_PANELS, _MAX_SHOWN = 8, 24
@@ -158,6 +160,7 @@ def write_report(
         "report.md": "\n".join(
             [f"# {title}\n", *(f"- {note}\n" for note in notes), "![Stability gap](stability_gap.png)\n"]
             + [table.markdown() for table in (full, *each, *details) if table.rows]
+            + ([f"Runs that go on from others\n\n```text\n{tree}\n```\n"] if (tree := _tree(groups)) else [])
         ),
         "report.tex": "\n".join(table.latex() for table in main),
         "report.csv": tables.results_csv(groups),
@@ -211,7 +214,13 @@ def _sections(
     yield html.Section("Details", "".join(_details(groups)))
 
 
+def _tree(groups: Sequence[Group]) -> str:
+    return "\n".join(lineage([run for group in groups for run in group.runs]))
+
+
 def _details(groups: Sequence[Group]) -> Iterator[str]:
+    if tree := _tree(groups):
+        yield html.more("Runs that go on from others", f"<pre>{escape(tree)}</pre>")
     titles = {
         "Comparisons with the best": tables.comparison_table(groups),
         "Each run": tables.runs_table(groups),

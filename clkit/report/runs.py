@@ -44,6 +44,8 @@ class Run:
         seconds: Training time without evaluation, from its ``timing.json``; NaN if unknown.
         notes: What is missing.
         view: Name of a second evaluation's folder below the run's; empty for the run's own.
+        parent: What its ``run.json`` says of the run that it goes on from (``run``, ``experience``, ``name``); empty if
+            it goes on from none.
     """
 
     directory: Path
@@ -55,6 +57,7 @@ class Run:
     seconds: float = np.nan
     notes: tuple[str, ...] = ()
     view: str = ""
+    parent: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, directory: Path) -> Run:
@@ -92,7 +95,8 @@ class Run:
             notes += ("no evaluation yet",)
         seconds = (_json(directory / "timing.json") or {}).get("training_seconds", np.nan)
         view = directory.name if second else ""
-        return cls(directory, history, metrics, config, overrides, scenario, seconds, notes, view)
+        parent = (_json(directory / "run.json") or {}).get("parent") or {}
+        return cls(directory, history, metrics, config, overrides, scenario, seconds, notes, view, parent)
 
     @property
     def complete(self) -> bool:

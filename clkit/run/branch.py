@@ -17,12 +17,14 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from clkit.data.branch import OPTIMIZER, Past
 from clkit.data.stream import Stream
 from clkit.errors import ConfigurationError, suggest
+from clkit.evaluation.kept_data import kept_experience
 from clkit.files import put_in_place, unfinished_name
 from clkit.run.inherit import named
 from clkit.run.kept import end_of
 
 START = "start"
 """Folder of what a run has taken over from the one that it goes on from."""
+HELD_OUT = "held_out"
 _WAIT = 60.0
 
 
@@ -68,6 +70,8 @@ class Start:
             if not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(history, target)
+        if (run / HELD_OUT).is_dir():
+            shutil.copytree(run / HELD_OUT, self.folder.parent / HELD_OUT, dirs_exist_ok=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         earlier = Start(run / START).segments if (run / START).is_dir() else []
         segments = [*earlier, {"config": OmegaConf.to_container(there), "experiences": learned}]
@@ -120,6 +124,12 @@ class Start:
         return stream.after(self._past_stream(stream, names, prints))
 
     def _past_stream(self, stream: Stream, names: Sequence[str], prints: Sequence[str]) -> Stream:
+        kept = [kept_experience(self.folder.parent / HELD_OUT, k) for k in range(len(prints))]
+        if all(e is not None and e.known_as == one for e, one in zip(kept, prints, strict=True)):
+            classes = [c for e in kept if e is not None for c in e.classes]
+            n_classes = 1 + max(classes) if classes else None
+            there = [e for e in kept if e is not None]
+            return Stream(there, name=stream.name, kind=stream.kind, n_classes=n_classes)
         past: Stream | None = None
         try:
             with isolate_rng():

@@ -44,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parser().parse_args(arguments)
         if args.command == "list":
             return _list(args.group, args.config_dir)
-        return {"connect": _connect, "eval": _eval, "report": _report, "sweep": _status}[args.command](args)
+        return {"connect": _connect, "eval": _eval, "export": _export, "report": _report, "sweep": _status}[
+            args.command
+        ](args)
     except KeyboardInterrupt:
         print("clkit: interrupted.", file=sys.stderr)
         return INTERRUPTED
@@ -76,6 +78,15 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--output", type=Path, metavar="DIR", help="where to write eval.csv; default: the run's folder"
     )
+    export = commands.add_parser(
+        "export", help="what a run has learned, as files that transformers, peft or torch load"
+    )
+    export.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    export.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
+    export.add_argument("--at", type=int, metavar="K", help="weights at the end of experience K, from 0, where kept")
+    export.add_argument("--view", metavar="NAME", help="weights to write; default: what the method predicts with")
+    export.add_argument("--merge", action="store_true", help="merge adapters although a folder of peft would do")
+    export.add_argument("--data-root", type=Path, metavar="DIR", help="where the data are now, if they have moved")
     connect = commands.add_parser("connect", help="loss and accuracy on the straight line between weights of a run")
     connect.add_argument(
         "paths",
@@ -195,6 +206,24 @@ def _eval(args: argparse.Namespace) -> int:
     console = Console(soft_wrap=True)
     console.print(Table(caption, ("experience", "samples", "score"), (*rows, ("mean", "", f"{100 * mean:.1f}"))).rich())
     console.print(file, style="dim", highlight=False)
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from clkit.run.explain import complain
+    from clkit.run.jobs import quieten_libraries
+
+    quieten_libraries()
+    try:
+        from clkit.run.export import export
+
+        options = {name: getattr(args, name) for name in ("at", "view", "merge", "data_root")}
+        files = export(args.run, args.out, **options)
+    except Exception as error:
+        return complain(error)
+    Console(soft_wrap=True).print(*files, sep="\n", style="dim", highlight=False)
     return 0
 
 

@@ -107,8 +107,8 @@ def load(
         ConfigurationError: If it is no run's folder, the run is not finished, its data are not there or others, or the
             weights were not kept; the message says which setting keeps them.
     """
-    reader = _Reader(view)
-    module, data = _restore(Path(run), reader, at, data_root)
+    reader = Reader(view)
+    module, data = restore(Path(run), reader, at, data_root)
     if reader.weights is not None:
         module.load_state_dict(reader.weights)
     return Trained(module, data.stream)
@@ -139,7 +139,7 @@ def evaluate(
     if split is not None:
         check_choice("split", split, get_args(Split))
     reader = _Evaluator(view, split)
-    _restore(Path(run), reader, at, data_root, accelerator)
+    restore(Path(run), reader, at, data_root, accelerator)
     assert reader.found is not None
     return reader.found
 
@@ -150,7 +150,7 @@ def write(evaluation: Evaluation, folder: Path, name: str = "eval.csv") -> Path:
     return folder / name
 
 
-class _Reader(pl.Callback):
+class Reader(pl.Callback):
     """Reads what it wants when all is restored, before strategies put their prediction into the module."""
 
     def __init__(self, view: str | None) -> None:
@@ -166,7 +166,7 @@ class _Reader(pl.Callback):
                 self.weights = {name: tensor.detach().cpu().clone() for name, tensor in pl_module.state_dict().items()}
 
 
-class _Evaluator(_Reader):
+class _Evaluator(Reader):
     def __init__(self, view: str | None, split: Split | None) -> None:
         super().__init__(view)
         self.split = split
@@ -200,8 +200,8 @@ class _WeightsIO(_WrappingCheckpointIO):
         return {"callbacks": {}, **content, "optimizer_states": [], "lr_schedulers": []}
 
 
-def _restore(
-    folder: Path, reader: _Reader, at: int | None, data_root: str | Path | None, accelerator: str | None = None
+def restore(
+    folder: Path, reader: Reader, at: int | None, data_root: str | Path | None, accelerator: str | None = None
 ) -> tuple[pl.LightningModule, StreamDataModule]:
     """Restore a run as resuming it would, by a fit that has no step left to do, and let the reader look at it."""
     config = _config_of(folder, data_root)
@@ -254,7 +254,7 @@ def _config_of(folder: Path, data_root: str | Path | None) -> DictConfig:
     return config
 
 
-def _refuse_weights_alone(path: Path, callbacks: Sequence[pl.Callback], reader: _Reader) -> None:
+def _refuse_weights_alone(path: Path, callbacks: Sequence[pl.Callback], reader: Reader) -> None:
     """Refuse a file of weights where a strategy's own state is needed to predict."""
     for strategy in callbacks:
         predicts = isinstance(strategy, Strategy) and (strategy.prediction is not None or isinstance(strategy, Router))

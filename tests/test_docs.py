@@ -13,10 +13,13 @@ from pathlib import Path
 import markdown
 import pytest
 import torch
+import yaml
 from command_line import clkit, composed
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from language import write_tasks
 
+from clkit.run.checkpoint import latest_checkpoint
+from clkit.run.inherit import inherited
 from clkit.run.train import is_finished
 from clkit.testing import small_language_module, small_tokenizer
 
@@ -108,6 +111,15 @@ def test_the_command_for_language_models_runs(model_and_tasks):
     assert "Generated answers" in (model_and_tasks / "runs" / "one" / "report.html").read_text("utf-8")
 
 
+@pytest.mark.slow
+def test_the_page_for_streams_that_grow_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = run_blocks("docs/users/grow.md")
+    state = torch.load(latest_checkpoint("checkpoints"), weights_only=True)["StreamDataModule"]
+    assert [about["name"] for about in state["experiences"]] == ["0-1", "2-3", "4-5"]
+    assert len(names["february"]) == 1
+
+
 def test_the_page_for_language_models_runs(model_and_tasks):
     tmp_path = model_and_tasks
     run_blocks("docs/users/llm.md", NAME=str(tmp_path / "model"))
@@ -126,9 +138,23 @@ def commands() -> list[str]:
     return [line for line in [*lines, *shown] if line.startswith("clkit train")]
 
 
+def said(command: str, folder: Path) -> list[str]:
+    """The words of a command, with those of the run that it goes on from."""
+    words = [word for word in shlex.split(command, comments=True)[2:] if word != "-m"]
+    run = next((word.removeprefix("from=").partition("@")[0] for word in words if word.startswith("from=")), None)
+    if run is not None:
+        makers = (line for line in commands() if f"hydra.run.dir={run}" in shlex.split(line, comments=True))
+        there = said(next(makers, "clkit train scenario=instructions model=causal_lm model.net=NAME"), folder / run)
+        there = [word for word in there if not word.startswith("from=")]
+        (folder / run / ".hydra").mkdir(parents=True)
+        (folder / run / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(there))
+        words = inherited([word.replace("from=", f"from={folder}/") for word in words])
+    return [word for word in words if not word.startswith("hydra")]
+
+
 @pytest.mark.parametrize("command", commands())
-def test_every_command_composes(command):
-    words = [word for word in shlex.split(command, comments=True)[2:] if word != "-m" and not word.startswith("hydra")]
+def test_every_command_composes(command, tmp_path):
+    words = said(command, tmp_path)
     chosen = []
     for override in OverridesParser.create().parse_overrides(words):
         values = list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.input_line]

@@ -44,9 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parser().parse_args(arguments)
         if args.command == "list":
             return _list(args.group, args.config_dir)
-        return {"connect": _connect, "eval": _eval, "export": _export, "report": _report, "sweep": _status}[
-            args.command
-        ](args)
+        actions = {"connect": _connect, "eval": _eval, "export": _export, "report": _report, "sweep": _status}
+        return actions[args.command](args)
     except KeyboardInterrupt:
         print("clkit: interrupted.", file=sys.stderr)
         return INTERRUPTED

@@ -42,19 +42,20 @@ def export(
 ) -> list[Path]:
     """Write what a run has learned into a new folder, with a card (``README.md``) that says what it is.
 
-    - A model of transformers becomes a folder for ``from_pretrained``: its weights as safetensors, adapters merged, with
-      tokenizer or processor and generation config. Where the weights below an adapter are those that the run started
-      with, it is a folder of peft instead, unless ``merge``.
+    - A model of transformers becomes a folder for ``from_pretrained``: its weights as safetensors, adapters merged,
+      with tokenizer or processor and generation config. Where the weights below an adapter are those that the run
+      started with, it is a folder of peft instead, unless ``merge``.
     - Another network becomes ``model.safetensors``, the state dict of the network alone with adapters merged, and
       ``model.json``, which says how it was built.
-    - A method that predicts some samples with other weights than others (``per_task``, ``instruction_groups``) becomes one
-      such folder for each group, and ``router.json``, which says which group is whose.
+    - A method that predicts some samples with other weights than others (``per_task``, ``instruction_groups``) becomes
+      one such folder for each group, and ``router.json``, which says which group is whose.
 
     Args:
         run: A folder of ``clkit train``.
         out: The folder to write; it must not exist, or be empty.
         at: Index of an experience, for the weights at its end; those of the run's end when ``None``.
-        view: Weights that a strategy offers under this name, or ``"live"``; what the method predicts with when ``None``.
+        view: Weights that a strategy offers under this name, or ``"live"``; what the method predicts with when
+            ``None``.
         merge: Merge adapters although a folder of peft would do.
         data_root: Where the data are now, if they have moved.
 
@@ -167,7 +168,8 @@ _LOADS = {
         "from peft import AutoPeftModelForCausalLM",
         "from transformers import AutoTokenizer",
         "",
-        'model = AutoPeftModelForCausalLM.from_pretrained("{folder}")  # needs the model below, see adapter_config.json',
+        "# it needs the model that adapter_config.json names",
+        'model = AutoPeftModelForCausalLM.from_pretrained("{folder}")',
         'tokenizer = AutoTokenizer.from_pretrained("{folder}")',
     ],
     "transformers": [
@@ -207,17 +209,14 @@ def _card_lines(
         classes = ", ".join(map(str, experience.classes[:_SHOWN]))
         yield f"| {experience.name} | {len(experience.train)} | {len(experience.test)} | {classes} |"
     yield from ("", "## Method", "", "```yaml")
-    shown = {
-        key: config.get(key) for key in ("seed", "strategy", "model", "data", "from") if config.get(key) is not None
-    }
-    yield (
-        OmegaConf.to_yaml(OmegaConf.create({**shown, "folder": ""}), resolve=False).replace("folder: ''\n", "").rstrip()
-    )
+    content = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    shown = {key: content[key] for key in ("seed", "strategy", "model", "data", "from") if content.get(key) is not None}
+    yield OmegaConf.to_yaml(OmegaConf.create(shown)).rstrip()
     yield "```"
     yield from _scores(run, config, stream, last)
     yield from ("", "## Limits", "")
-    yield "- Scores are of the held-out data of these experiences, which the training may resemble closely; of nothing else."
-    yield "- What was learned first may be partly forgotten: compare each score with its highest, below."
+    yield "- Scores are of the held-out data of these experiences, and of nothing else."
+    yield "- What was learned first may be partly forgotten: compare each score with its highest."
     yield "- Nothing was tested for safety, bias or the leaking of training data, which a memory of samples favours."
 
 
@@ -231,7 +230,8 @@ def _scores(run: Path, config: Any, stream: Any, last: int) -> Iterator[str]:
         return
     best = [max((value for value in column if value == value), default=float("nan")) for column in rows.T]
     yield from ("", "## Scores", "")
-    yield f"Mean {config.evaluation.score} of the complete {config.evaluation.split} data, at the end and at its highest:"
+    of = f"{config.evaluation.score} of the complete {config.evaluation.split} data"
+    yield f"Mean {of}, at the end and at its highest:"
     yield from ("", "| experience | at the end | highest |", "|---|---:|---:|")
     for k in range(last + 1):
         yield f"| {stream[k].name} | {rows[-1][k]:.3f} | {best[k]:.3f} |"

@@ -293,3 +293,8 @@ def test_a_command_inherits_what_it_does_not_say(tmp_path):
     assert found == ["seed=3", "+data.x=1", naming, f"from='{folder}@2'", "strategy=ewc"]
     assert inherited(["seed=1"]) == ["seed=1"]
     assert inherited(["from=null", "seed=1"]) == ["from=null", "seed=1"]
+
+
+def test_new_classes_have_numbers_of_their_own():
+    with pytest.raises(ConfigurationError, match="Class 0 is in stream .* number new classes from 10"):
+        make_stream(1, n_inputs=10).after(ALL)

@@ -298,7 +298,8 @@ class Stream(Sequence[Experience]):
             past: What comes before; its name is kept.
 
         Raises:
-            ConfigurationError: If the two are of different kinds, or a task occurs in both.
+            ConfigurationError: If the two are of different kinds, or a task, or a class of a class-incremental stream,
+                occurs in both.
         """
         if past.kind != self.kind:
             raise ConfigurationError(
@@ -310,6 +311,12 @@ class Stream(Sequence[Experience]):
             raise ConfigurationError(
                 f"Task {min(shared)} is in stream {past.name!r} and in what is to come after it; number new tasks from "
                 f"{1 + max(e.task for e in past if e.task is not None)}, or give the whole stream."
+            )
+        again = {*past.classes_seen(len(past) - 1)} & {*self.classes_seen(len(self) - 1)}
+        if again and self.kind == "class-incremental":
+            raise ConfigurationError(
+                f"Class {min(again)} is in stream {past.name!r} and in what is to come after it; number new classes "
+                f"from {1 + max(past.classes_seen(len(past) - 1))}, or give the whole stream if it is the same class again."
             )
         numbers = [n for n in (past.n_classes, self.n_classes) if n is not None]
         return Stream(

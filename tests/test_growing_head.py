@@ -86,7 +86,7 @@ PADS = {
     "ema": lambda: strategies.EMABalance("fisher"),
     "cls_er": lambda: strategies.CLSER(16),
     "ilora": lambda: strategies.InterpolatedLoRA(16),
-    "ewc_body": lambda: strategies.EWC(1.0, only=["net.1.*"]),
+    "ewc_body": lambda: strategies.EWC(1.0, fisher="batch", only=["net.1.*"]),
 }
 REFUSES = {
     "ewc": strategies.EWC,

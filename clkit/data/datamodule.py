@@ -508,10 +508,9 @@ class StreamDataModule(pl.LightningDataModule):
         return self.trainer.world_size if self.trainer is not None else 1
 
     def state_dict(self) -> dict[str, Any]:
-        fingerprints, steps = self._fingerprints(), self.steps or [None] * len(self.stream)
         experiences = [
             {"name": e.name, "fingerprint": one, "classes": list(e.classes), "task": e.task, "epochs": n, "steps": m}
-            for e, one, n, m in zip(self.stream, fingerprints, self.epochs, steps, strict=True)
+            for e, one, (n, m) in zip(self.stream, self._fingerprints(), self._plan.each, strict=True)
         ]
         state = {**self._identity(), "experiences": experiences}
         if self.trainer is not None and self._runner is not None:
@@ -568,8 +567,8 @@ class StreamDataModule(pl.LightningDataModule):
         learned = state_dict["experiences"][: state_dict[CLOCK]["started"] + 1]
         self._check_past(learned, "it")
         planned = {"epochs": [about["epochs"] for about in learned], "steps": [about["steps"] for about in learned]}
-        steps = self.steps or [None] * len(self.stream)
-        here = {"epochs": self.epochs[: len(learned)], "steps": steps[: len(learned)]}
+        each = self._plan.each[: len(learned)]
+        here = {"epochs": [epochs for epochs, _ in each], "steps": [steps for _, steps in each]}
         differing = differences({**state_dict, **planned}, {**({} if self.is_branch else own), **here})
         if differing:
             raise ConfigurationError(

@@ -60,6 +60,12 @@ class Plan:
         return self._ends[-1]
 
     @property
+    def each(self) -> list[tuple[int, int | None]]:
+        """Lightning epochs of each experience, and its steps where these count."""
+        steps: Sequence[int | None] = [None] * len(self.epochs) if self.steps is None else self.steps
+        return list(zip(self.epochs, steps, strict=True))
+
+    @property
     def spans(self) -> list[range]:
         """The epochs of each experience."""
         return [range(first, after) for first, after in pairwise([0, *self._ends])]

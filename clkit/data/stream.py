@@ -314,9 +314,10 @@ class Stream(Sequence[Experience]):
             )
         again = {*past.classes_seen(len(past) - 1)} & {*self.classes_seen(len(self) - 1)}
         if again and self.kind == "class-incremental":
+            first = 1 + past.classes_seen(len(past) - 1)[-1]
             raise ConfigurationError(
                 f"Class {min(again)} is in stream {past.name!r} and in what is to come after it; number new classes "
-                f"from {1 + max(past.classes_seen(len(past) - 1))}, or give the whole stream if it is the same class again."
+                f"from {first}, or give the whole stream if it is the same class again."
             )
         numbers = [n for n in (past.n_classes, self.n_classes) if n is not None]
         return Stream(

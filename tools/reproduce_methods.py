@@ -57,6 +57,7 @@ def _averages(tuned: float) -> dict[str, list[str]]:
         "EMA balance, reference": [f"{_EMA}.preset=reference"],
         "EMA balance, paper": [f"{_EMA}.preset=paper"],
         "EMA balance, fisher": [f"{_EMA}.preset=fisher"],
+        "mean of all steps": [f"{_EMA}.preset=mean"],
     }
     averaged = {name: [*overrides, "+evaluation.view=averaged"] for name, overrides in presets.items()}
     return {"finetuning": ["strategy=naive"], **averaged}
@@ -115,6 +116,33 @@ METHODS = {
             "strategy=kfpf_kd",
             *(f"strategy.kfpf_kd.{v}" for v in ("capacity=500", "k=3", "select=norm+last_block+head")),
         ],
+    },
+    "rehearsal": {
+        "finetuning": ["strategy=naive"],
+        "ER": ["strategy=er", "strategy.er.capacity=100"],
+        "ER, average": [
+            "strategy=[er,ema_balance]",
+            "strategy.er.capacity=100",
+            f"{_EMA}.preset=fixed",
+            f"{_EMA}.decay=0.956",  # 22.5 steps, half an experience, as the stable model of CLS-ER
+            "+evaluation.view=averaged",
+        ],
+        "CLS-ER": ["strategy=cls_er", "strategy.cls_er.capacity=100"],
+        "DER": ["strategy=der", "strategy.der.capacity=100"],
+        "DER++": ["strategy=derpp", "strategy.derpp.capacity=100"],
+        "GDumb": ["strategy=gdumb", "strategy.gdumb.capacity=100"],
+    },
+    "penalties": {
+        "finetuning": ["strategy=naive"],
+        "ER": ["strategy=er", "strategy.er.capacity=100"],
+        "L2": ["strategy=l2"],
+        "EWC": ["strategy=ewc"],
+        "SI": ["strategy=si"],
+        "MAS": ["strategy=mas"],
+        "LwF": ["strategy=lwf"],
+        "feature distillation": ["strategy=feature_distillation"],
+        "A-GEM": ["strategy=agem", "strategy.agem.samples_per_experience=25"],
+        "GEM": ["strategy=gem", "strategy.gem.samples_per_experience=25"],
     },
     "ema": _averages(0.998),
     "ema_permuted": _averages(0.998),
@@ -221,6 +249,8 @@ PROTOCOLS = {
     "ilora": Protocol("lora_split", prepare=pretrained(4, 1500), controls=averaged_table),
     "reglora": Protocol("reglora_permuted", prepare=pretrained(10, 450, "digits", "mlp")),
     "fpf_cnn": Protocol("fpf_cnn", {"TFLOP": operations, "seconds": seconds}),
+    "rehearsal": Protocol("fpf_cnn", {"TFLOP": operations, "seconds": seconds}),
+    "penalties": Protocol("ema_permuted", {"seconds": seconds}),
     "ema": Protocol("ema_rotated", {"fallback": fallback}),
     "ema_permuted": Protocol("ema_permuted", {"fallback": fallback}),
 }

@@ -90,7 +90,7 @@ class _Call:
         (hidden,) = args
         counted = (self.targets != IGNORED).flatten().nonzero()[:, 0]
         self.hidden, self.targets = hidden.flatten(0, 1)[counted], self.targets.flatten()[counted]
-        if len(counted) > self.rows and self._linear():
+        if len(counted) > self.rows and self._linear(hidden.device):
             return self.hidden[None, : self.rows]
         return self.hidden[None]
 
@@ -112,11 +112,11 @@ class _Call:
     def _piece(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return _sum_of_losses(self.head(hidden[None]), targets)
 
-    def _linear(self) -> bool:
+    def _linear(self, device: torch.device) -> bool:
         """Whether the logits are what the output layer returns, found by a call with one token."""
         if self.inner not in _linear_to_the_end:
             targets, hidden = self.targets, self.hidden
-            token = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
+            token = torch.zeros(1, 1, dtype=torch.long, device=device)
             with torch.no_grad(), isolate_rng():
                 output = self.inner(input_ids=token)
             _linear_to_the_end[self.inner] = output.logits is self.seen

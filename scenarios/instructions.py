@@ -327,8 +327,8 @@ def _from_hub(
         except Exception as error:
             columns = ", ".join(map(str, keys.values())) or "prompt, answer"
             raise ConfigurationError(
-                f"Task {task!r}: datasets cannot load split {names[split]!r} of {source['hub']!r} with columns {columns} "
-                f"({type(error).__name__}: {error}). Check hub, name, splits and keys."
+                f"Task {task!r}: datasets cannot load split {names[split]!r} of {source['hub']!r} with columns "
+                f"{columns} ({type(error).__name__}: {error}). Check hub, name, splits and keys."
             ) from error
         found.n_objects = len(table)
         if found.n_bad:

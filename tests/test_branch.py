@@ -264,9 +264,10 @@ def test_a_child_that_was_killed_goes_on_from_its_own_checkpoint(digits, tmp_pat
             raise RuntimeError("killed")
 
     arguments = (f"from='{digits}@1'", "checkpoint.every_n_steps=7")
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr("clkit.run.train.LogConfig.on_train_batch_end", kill)
+    monkeypatch.setattr("clkit.run.train.LogConfig.on_train_batch_end", kill)
+    with pytest.raises(RuntimeError, match="killed"):
         train(tmp_path / "child", *arguments)
+    monkeypatch.undo()
     assert torch.equal(final(train(tmp_path / "child", *arguments)), final(digits))
 
 

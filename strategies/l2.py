@@ -40,6 +40,11 @@ class L2Anchor(QuadraticPenalty):
             self._anchor(module)
         return super().loss_term(trainer, module, batch, loss)
 
+    def on_experience_start(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
+        # where it begins later than the stream, what others have learned is held
+        if experience.index > 0 and self.penalty is None:
+            self._anchor(module)
+
     def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
         self._anchor(module)
 

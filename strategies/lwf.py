@@ -70,6 +70,7 @@ class LwF(Distillation):
             )
 
     def on_experience_start(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
+        super().on_experience_start(trainer, module, experience)
         self._set_groups(trainer, module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -18,7 +18,7 @@ from clkit.report import write_report
 from clkit.run.inherit import inherited
 from clkit.run.train import run
 from clkit.run.trained import evaluate, load
-from clkit.strategies import AGEM, EWC, ExperienceReplay, GDumb
+from clkit.strategies import AGEM, EWC, ExperienceReplay, FeatureDistillation, GDumb, L2Anchor, LwF
 
 ALL = make_stream(5, n_inputs=10)
 """Five experiences; a slice of it is a stream that was not known to the end."""
@@ -146,6 +146,16 @@ def test_another_strategy_and_optimizer_start_fresh_and_it_is_said(whole, tmp_pa
         fit(tmp_path, ALL, path, strategies=[GDumb(8)], after=path)
     with pytest.raises(ConfigurationError, match="did you mean ExperienceReplay"):
         fit(tmp_path, ALL, path, after=path, fresh=["ExperienceReply"])
+
+
+@pytest.mark.parametrize("strategy", [LwF, L2Anchor, FeatureDistillation])
+def test_a_comparison_shares_its_first_experience(strategy, tmp_path):
+    """What such a method has of it is the weights, whoever trained them."""
+    fit(tmp_path / "shared", ALL[:1], strategies=[])
+    path = end(tmp_path / "shared", 0)
+    alone, _ = fit(tmp_path / "alone", ALL[:2], strategies=[strategy()])
+    branched, _ = fit(tmp_path / "branched", ALL[:2], path, strategies=[strategy()], after=path)
+    assert torch.equal(weights(alone), weights(branched))
 
 
 def test_a_memory_goes_on_with_another_capacity_only_if_it_starts_fresh(whole, tmp_path):

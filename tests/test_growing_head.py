@@ -32,7 +32,7 @@ def test_old_outputs_stay_and_momentum_of_new_ones_begins_at_zero():
     layer(torch.ones(3, 4)).sum().backward()
     optimizer.step()
     x, parameter = torch.randn(5, 4), layer.weight
-    before, rows, moment = layer(x), parameter.detach().clone(), optimizer.state[parameter]["exp_avg"].clone()
+    before, rows, moment = layer(x).detach(), parameter.detach().clone(), optimizer.state[parameter]["exp_avg"].clone()
     trainer = type("T", (), {"optimizers": [optimizer]})
     grow(layer, 5, trainer)
     assert layer.weight is parameter

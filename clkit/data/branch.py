@@ -82,8 +82,8 @@ class Branching(Callback):
         is_active: Whether the fit goes on from this checkpoint.
 
     Raises:
-        ConfigurationError: In ``setup``, if there is no callback of such a name, or one cannot start later than the
-            stream does.
+        ConfigurationError: Before the first step, if there is no callback of such a name, or one cannot start later
+            than the stream does.
     """
 
     def __init__(self, past: Past, fresh: Collection[str] = ()) -> None:
@@ -98,8 +98,9 @@ class Branching(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.is_active = False
-        if trainer.ckpt_path is None or not self._is(trainer.ckpt_path):
-            return
+
+    def _tell(self, trainer: Trainer) -> None:
+        """Say what starts fresh and what is left behind."""
         own = {type(callback).__name__: callback for callback in callbacks_of(trainer)}
         for name in self.fresh:
             if name != OPTIMIZER and name not in own:
@@ -124,6 +125,7 @@ class Branching(Callback):
 
     def take(self, content: dict[str, Any], trainer: Trainer) -> dict[str, Any]:
         """Return what the trainer shall restore of a checkpoint's content."""
+        self._tell(trainer)
         keys = {c.state_key for c in callbacks_of(trainer) if type(c).__name__ not in self.fresh}
         states = {key: state for key, state in content["callbacks"].items() if key in keys}
         self._content, self.is_active = {**content, "callbacks": states}, True

@@ -39,7 +39,15 @@ class Distillation(Strategy):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.teacher = tree_map_only(Tensor, lambda tensor: tensor.to(pl_module.device), self.teacher)
 
+    def on_experience_start(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
+        # where it begins later than the stream, what others have learned is the teacher
+        if experience.index > 0 and self.teacher is None:
+            self._learn_from(module)
+
     def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
+        self._learn_from(module)
+
+    def _learn_from(self, module: LightningModule) -> None:
         # not state_dict, which names a shared parameter twice
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         self.teacher = {name: tensor.detach().clone() for name, tensor in tensors.items()}

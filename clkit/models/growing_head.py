@@ -30,7 +30,7 @@ def grow(layer: nn.Linear, n: int, trainer: Trainer | None = None) -> None:
 
     The weights and bias of a new output are drawn from :math:`U(-1/\sqrt{d}, 1/\sqrt{d})`, :math:`d` the number of
     inputs, as a function of the output's number alone. Parameters stay the same objects; the optimizers' statistics of
-    new outputs begin at 0.
+    new outputs begin at 0. No graph of the layer may be alive.
 
     Args:
         layer: The layer.

@@ -17,7 +17,7 @@ def named(text: str) -> tuple[Path, int | None]:
 
 
 def inherited(arguments: Sequence[str]) -> list[str]:
-    """Return a command's arguments with those of the run that ``from=RUN`` names before them.
+    """Return a command's arguments with those of the run that ``from=RUN`` names before that.
 
     What the command says replaces what that run's command said of the same setting, or below it.
     """
@@ -26,19 +26,20 @@ def inherited(arguments: Sequence[str]) -> list[str]:
         return list(arguments)
     text = arguments[at].removeprefix("from=").strip("'\"")
     run, _ = named(text)
-    own = [*arguments[:at], f"from='{text}'", *arguments[at + 1 :]]
+    before, own = list(arguments[:at]), [f"from='{text}'", *arguments[at + 1 :]]
     from omegaconf import OmegaConf
 
     file = run / ".hydra" / "overrides.yaml"
     if not file.is_file():
-        return own
-    said = [_key(item) for item in own if not item.startswith("-")]
+        return [*before, *own]
+    said = [_key(item) for item in (*before, *own) if not item.startswith("-")]
     there = [str(item) for item in OmegaConf.load(file)]
     kept = [item for item in there if _key(item) not in _NOT_INHERITED and not _is_said(_key(item), said)]
     # the folder's name is what this command says
     unsaid = ",".join(dict.fromkeys([*_NOT_NAMED, *map(_key, kept)]))
     naming = [f"hydra.job.config.override_dirname.exclude_keys=[{unsaid}]"] if kept else []
-    return [*kept, *naming, *own]
+    # beside the others, for flags may not stand between them
+    return [*before, *kept, *naming, *own]
 
 
 def _key(override: str) -> str:

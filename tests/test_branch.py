@@ -10,15 +10,18 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from command_line import SMALL, composed
+from language import write_tasks
 from plain import QUIET, UserModule, make_module, make_stream, weights
 
 from clkit import ConfigurationError, StabilityGap, Stream, StreamCheckpoint, StreamDataModule
 from clkit.metrics.history import History, HistoryWriter
 from clkit.report import write_report
+from clkit.run.checkpoint import latest_checkpoint
 from clkit.run.inherit import inherited
 from clkit.run.train import run
 from clkit.run.trained import evaluate, load
 from clkit.strategies import AGEM, EWC, ExperienceReplay, FeatureDistillation, GDumb, L2Anchor, LwF
+from clkit.testing import small_language_module, small_tokenizer
 
 ALL = make_stream(5, n_inputs=10)
 """Five experiences; a slice of it is a stream that was not known to the end."""
@@ -295,6 +298,30 @@ def test_a_command_inherits_what_it_does_not_say(tmp_path):
     assert inherited(["-m", "seed=0,1", f"from={folder}"])[:3] == ["-m", "seed=0,1", "strategy=er"]
     assert inherited(["seed=1"]) == ["seed=1"]
     assert inherited(["from=null", "seed=1"]) == ["from=null", "seed=1"]
+
+
+@pytest.mark.slow
+def test_a_language_model_learns_a_task_a_month(tmp_path):
+    torch.manual_seed(0)
+    small_language_module(adapter=None).net.save_pretrained(tmp_path / "model")
+    small_tokenizer().save_pretrained(tmp_path / "model")
+    data = tmp_path / "data"
+    write_tasks(data / "instructions", ("colours", "sums"))
+    chosen = ["scenario=instructions", "model=causal_lm", f"model.net={tmp_path / 'model'}", "adapter=lora_lm"]
+    cheap = ["trainer=cpu", "data.steps=3", "logger=none", "trainer.enable_progress_bar=false", "evaluation.every=3"]
+    common = (*chosen, *cheap, f"data_root={data}", "callbacks=keep_held_out")
+    run(composed(*common, "scenario.tasks=[colours,sums]"), tmp_path / "both", in_sweep=True)
+    run(composed(*common, "scenario.tasks=[colours]"), tmp_path / "january", in_sweep=True)
+    shutil.rmtree(data / "instructions" / "colours")
+    february = (*common, f"from='{tmp_path / 'january'}'", "scenario.tasks=[sums]")
+    run(composed(*february), tmp_path / "february", in_sweep=True)
+    ends = [History.read(tmp_path / folder / "history.csv").select("end").scores for folder in ("both", "february")]
+    assert ends[0][-1].tolist() == ends[1][-1].tolist()
+    states = [
+        torch.load(latest_checkpoint(tmp_path / folder / "checkpoints"), weights_only=True)["state_dict"]
+        for folder in ("both", "february")
+    ]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def test_new_classes_have_numbers_of_their_own():

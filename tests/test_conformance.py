@@ -198,6 +198,7 @@ class HalfWeights(Strategy):
     ("strategy", "check"),
     [
         (Forgets, "resume"),
+        (Forgets, "growth"),
         (RemembersInItsClass, "fresh"),
         (SeesWhatIsLeft, "batch"),
         (ReplacesWithoutAWord, "order"),

@@ -207,7 +207,11 @@ class StreamDataModule(pl.LightningDataModule):
             return steps * self._accumulated(epoch)
         dataset = self.train_sets[self._plan.experience(epoch)]
         n, size = len(cast(Sequence[Any], dataset)), self.batch_size * self._world_size
-        return n // size if self.drop_last else -(-n // size)
+        return n // size if self._drops_last(self._plan.experience(epoch)) else -(-n // size)
+
+    def _drops_last(self, k: int) -> bool:
+        # what is left of an experience that was learned before may be less than a batch, which Lightning asks for
+        return self.drop_last and not self.stream[k].known_as
 
     def _limited(self, batches: int) -> int:
         limit = 1.0 if self.trainer is None else self.trainer.limit_train_batches
@@ -475,7 +479,7 @@ class StreamDataModule(pl.LightningDataModule):
             first = sum(map(self._epoch_batches, span[:epoch]))
             order = order[first * size :][: self._epoch_batches(span[epoch]) * size]
             seed += first
-        return self._loader(dataset, order, seed=seed, drop_last=self.drop_last)
+        return self._loader(dataset, order, seed=seed, drop_last=self._drops_last(k))
 
     def _val_dataloader(self) -> StreamLoader | list[Any]:
         """Validation batches of the current experience; nothing when it has no validation set."""

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch.utils.data import Dataset
@@ -68,10 +69,15 @@ class Kept(Dataset[Any]):
 
     Args:
         samples: The samples.
+
+    Attributes:
+        lengths: Tokens of each, where they are texts.
     """
 
     def __init__(self, samples: Sequence[Any]) -> None:
         self.samples = samples
+        if isinstance(samples[0], dict) and "input_ids" in samples[0]:
+            self.lengths = np.array([len(sample["input_ids"]) for sample in samples])
 
     def __len__(self) -> int:
         return len(self.samples)

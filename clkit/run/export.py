@@ -139,7 +139,7 @@ class _Exporter(Reader):
         about = {
             "network": OmegaConf.to_container(self.config.model, resolve=True).get("net"),  # type: ignore[union-attr]
             "input_shape": list(stream.input_shape),
-            "n_classes": stream.n_classes,
+            "n_classes": len(cast(Any, module).seen) if getattr(module, "grows", False) else stream.n_classes,
             "classes": {experience.name: list(experience.classes) for experience in stream},
         }
         (folder / "model.json").write_text(json.dumps(about, indent=1, default=str) + "\n", encoding="utf-8")

@@ -141,6 +141,15 @@ def chosen_view(trainer: Trainer, name: str | None) -> tuple[str, View]:
     return found, views[found]
 
 
+def memory_before(trainer: Trainer, strategy: Strategy) -> Strategy | None:
+    """Return the last strategy before this one, in the trainer's callbacks, that remembers samples."""
+    strategies = callbacks_of(trainer, Strategy)
+    for other in reversed(strategies[: strategies.index(strategy)]):
+        if type(other).remembered is not Strategy.remembered:
+            return other
+    return None
+
+
 def random_samples(trainer: Trainer, experience: Experience, n: int, seed: int) -> Any:
     """Return ``n`` training samples of an experience (all if it has fewer) as one batch on the module's device."""
     dataset = experience.train

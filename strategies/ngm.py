@@ -27,8 +27,8 @@ class NGM(Strategy):
     .. math:: \hat W_t = g_t W_t, \qquad g_t = \gamma g_{t-1} + (1 - \gamma) g_0 + \eta_g H_{t-1}
 
     The optimizer acts on :math:`W`, the network computes with :math:`\hat W`; :math:`H` is the mean entropy, in nats,
-    of the softmax of the samples in the last step, before it, with :math:`H_0 = 0`. The gain has no gradient, so a step of
-    SGD on :math:`W` is one of :math:`g^2` times the rate on :math:`\hat W`. It stays below
+    of the softmax of the samples in the last step, before it, with :math:`H_0 = 0`. The gain has no gradient, so a step
+    of SGD on :math:`W` is one of :math:`g^2` times the rate on :math:`\hat W`. It stays below
     :math:`g_0 + \eta_g \ln C / (1 - \gamma)`.
 
     The module holds :math:`\hat W` all along, so that evaluations, averages, penalties and what the fit leaves see the

@@ -34,9 +34,10 @@ class ProjectedReplay(Strategy):
 
     The gradient :math:`g` of that (and of whatever other terms there are) is then projected: with ``"agem"`` against
     the gradient of :math:`\mathcal L(B_{\mathcal M})` where they disagree, with ``"gem"`` against those of each
-    experience's share of :math:`B_{\mathcal M}`, as in ``AGEM`` and ``GEM``. For A-GEM they disagree only where the new loss's
-    gradient :math:`a` has :math:`a^\top r < -(k - 1) \lVert r \rVert^2`: rarer with each experience. A step costs one
-    more forward and backward of the replayed batch. The memory gets random samples of each experience at its end.
+    experience's share of :math:`B_{\mathcal M}`, as in ``AGEM`` and ``GEM``. For A-GEM they disagree only where the
+    new loss's gradient :math:`a` has :math:`a^\top r < -(k - 1) \lVert r \rVert^2`: rarer with each
+    experience. A step costs one more forward and backward of the replayed batch. The memory gets random samples of each
+    experience at its end.
 
     Args:
         samples_per_experience: Samples remembered of each experience, at least 1.

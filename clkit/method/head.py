@@ -39,7 +39,7 @@ def head_of(module: nn.Module) -> nn.Linear:
     """
     head = last_linear(module)
     if head is None:
-        raise ConfigurationError(f"{type(module).__name__} has no linear layer that could be its head; use another.")
+        raise ConfigurationError(f"{type(module).__name__} has no linear layer, so no head; use another.")
     return head
 
 
@@ -73,8 +73,8 @@ def check_head(trainer: Trainer, module: LightningModule, name: str) -> None:
     if not isinstance(own, Tensor) or own.shape != logits.shape or not (masked | (own == logits)).all():
         raise ConfigurationError(
             f"{name} needs logits that are the output of the network's last linear layer, but those of "
-            f"{type(module).__name__} are not (an adapter on the head, for instance, or a layer behind it); use a plain "
-            "linear head."
+            f"{type(module).__name__} are not (an adapter on the head, for instance, or a layer behind it); use a "
+            "plain linear head."
         )
 
 

@@ -39,7 +39,7 @@ class HeadWarmup(Strategy):
     Raises:
         ConfigurationError: If a value is out of range, or the logits are not those of a linear layer.
 
-    Reference: Łapacz et al., *Exploring the Stability Gap in Continual Learning: The Role of the Classification Head*,
+    Reference: the code of Łapacz et al., *Exploring the Stability Gap in Continual Learning: The Role of the Classification Head*,
     arXiv 2411.04723.
     """
 

@@ -185,7 +185,8 @@ def gram(layer: nn.Module, x: Tensor, beta: float = 1.0, reference_norm: bool = 
     rows = _rows(layer, x, reference_norm)
     if getattr(layer, "bias", None) is not None:
         rows = F.pad(rows, (0, 1), value=1.0)
-    return rows.transpose(1, 2) @ rows * (rows.shape[1] / len(x)) ** -beta
+    weight: float = (rows.shape[1] / len(x)) ** -beta
+    return weight * rows.transpose(1, 2) @ rows
 
 
 def _rows(layer: nn.Module, x: Tensor, reference_norm: bool) -> Tensor:
@@ -196,7 +197,8 @@ def _rows(layer: nn.Module, x: Tensor, reference_norm: bool) -> Tensor:
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         padded = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
         patches = F.unfold(padded, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)
-        return patches.unflatten(1, (layer.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+        by_group = patches.reshape(len(x), layer.groups, -1, patches.shape[-1])
+        return by_group.permute(1, 0, 3, 2).flatten(1, 2)
     if isinstance(layer, nn.LayerNorm):
         normal = F.layer_norm(x, layer.normalized_shape, eps=layer.eps).flatten(-len(layer.normalized_shape))
         return normal.flatten(0, -2).T[:, :, None]
@@ -224,7 +226,7 @@ def precondition(layer: Any, factor: Tensor) -> None:
         own = torch.zeros_like(layer.bias) if bias is None else bias
         parts.append(own.reshape(groups, -1, 1))
     gradient = torch.cat(parts, dim=2)
-    solved = torch.cholesky_solve(gradient.transpose(1, 2).float(), factor).transpose(1, 2).to(gradient)
+    solved = torch.cholesky_solve(gradient.transpose(1, 2).to(factor), factor).transpose(1, 2).to(gradient)
     weight.copy_(solved[..., :n_inputs].reshape(weight.shape))
     if bias is not None:
         bias.copy_(solved[..., n_inputs].reshape(bias.shape))

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from clkit.data.datamodule import stream_data
+from clkit.data.hooks import callbacks_of
 from clkit.distributed import sum_over_processes
 from clkit.errors import ConfigurationError
 from clkit.method.forward import outputs
@@ -32,9 +33,10 @@ class NGM(Strategy):
     :math:`g_0 + \eta_g \ln C / (1 - \gamma)`.
 
     The module holds :math:`\hat W` all along, so that evaluations, averages, penalties and what the fit leaves see the
-    weights that predict; :math:`W = \hat W / g` is there for the optimizer alone, inside its step. Weight decay acts on
-    :math:`W`. Biases have no gain. The paper's controls: ``rate=0`` with ``gain`` is a fixed gain;
-    ``forget_momentum=true rate=0`` has no gain but the published code's other change, a head without momentum.
+    weights that predict; :math:`W = \hat W / g` is there for the optimizer alone, inside its step. Strategies that edit
+    gradients come before it. Weight decay acts on :math:`W`. Biases have no gain. The controls: ``rate=0`` with ``gain``
+    is a fixed gain; ``forget_momentum=true rate=0`` has no gain but the published code's other change, a head without
+    momentum.
 
     Args:
         rate: :math:`\eta_g`, at least 0. Published: 0.1 to 0.5.
@@ -47,7 +49,7 @@ class NGM(Strategy):
     Raises:
         ConfigurationError: If a value is out of range, a pattern matches no weight, or there are no logits.
 
-    Reference: *Resolving the stability gap by gain modulation*, arXiv 2507.14056.
+    Reference: NGM-SGD, arXiv 2507.14056.
     """
 
     def __init__(
@@ -71,7 +73,8 @@ class NGM(Strategy):
         self.value: Tensor | None = None
         self.entropy = torch.zeros(())
         self._is_new_step = True
-        self._hooks: Sequence[Any] = ()
+        self._raw: list[Tensor] = []
+        self._hook: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -80,7 +83,15 @@ class NGM(Strategy):
         check_classes(trainer, "NGM", "use another strategy")
         self._weights(pl_module)
 
-    def _weights(self, module: LightningModule) -> list[nn.Parameter]:
+        strategies = callbacks_of(trainer, Strategy)
+        for other in strategies[strategies.index(self) + 1 :]:
+            if type(other).on_before_optimizer_step is not Strategy.on_before_optimizer_step:
+                raise ConfigurationError(
+                    f"NGM gives the optimizer other weights than the network computes with, and {type(other).__name__} "
+                    f"looks at gradients after it; put NGM after {type(other).__name__}."
+                )
+
+    def _weights(self, module: LightningModule) -> list[Tensor]:
         if self.layers is None:
             return [head_of(module).weight]
         weights = {name: p for name, p in module.named_parameters() if p.dim() > 1 and p.requires_grad}
@@ -119,41 +130,41 @@ class NGM(Strategy):
             self.entropy = sum_over_processes(trainer, mean_entropy(logits.float())) / trainer.world_size
         return None
 
+    @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         assert self.value is not None
         held = {p for group in optimizer.param_groups for p in group["params"]}
-        weights, gain = [weight for weight in self._weights(pl_module) if weight in held], self.value
+        self._raw = [weight for weight in self._weights(pl_module) if weight in held]
+        for weight in self._raw:
+            weight.div_(self.value)
+            if weight.grad is not None:
+                weight.grad.mul_(self.value)
+        # not in on_train_batch_end, where other strategies look at the weights
+        self._hook = optimizer.register_step_post_hook(lambda stepped, *_: self._fold(stepped))
 
-        @torch.no_grad()
-        def before(*_: Any) -> None:
-            for weight in weights:
-                weight.div_(gain)
-                if weight.grad is not None:
-                    weight.grad.mul_(gain)
-
-        @torch.no_grad()
-        def after(*_: Any) -> None:
-            for weight in weights:
-                weight.mul_(gain)
-                if self.forget_momentum:
-                    optimizer.state.pop(weight, None)
-
-        self._take_off()
-        self._hooks = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
-
-    def _take_off(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = ()
+    @torch.no_grad()
+    def _fold(self, optimizer: Optimizer | None = None) -> None:
+        """Let the module hold the weights that predict again."""
+        assert self.value is not None
+        for weight in self._raw:
+            weight.mul_(self.value)
+            if self.forget_momentum and optimizer is not None:
+                optimizer.state.pop(weight, None)
+        self._raw = []
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._take_off()
+        # fp16's scaler may have left the step out
+        self._fold()
         self._is_new_step = stream_data(trainer).has_stepped
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._take_off()
+        if self._raw:
+            self._fold()
 
     def state_dict(self) -> dict[str, Any]:
         return {"value": self.value, "entropy": self.entropy}
@@ -164,4 +175,5 @@ class NGM(Strategy):
 
 def mean_entropy(logits: Tensor) -> Tensor:
     """Return the mean over samples of the entropy of the softmax of logits ``[B, C]``, in nats."""
-    return torch.special.entr(logits.softmax(dim=1)).sum(dim=1).mean()
+    entropies: Tensor = torch.special.entr(logits.softmax(dim=1)).sum(dim=1)
+    return entropies.mean()

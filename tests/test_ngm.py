@@ -9,7 +9,7 @@ from plain import QUIET, make_module, make_stream, weights
 from torch import nn
 
 from clkit import ConfigurationError, StreamDataModule
-from clkit.strategies import NGM, ExperienceReplay
+from clkit.strategies import AGEM, NGM, ExperienceReplay
 from clkit.strategies.ngm import mean_entropy
 
 
@@ -136,6 +136,12 @@ def test_the_heads_momentum_is_zero_where_it_is_forgotten():
         nn.functional.cross_entropy(base(x), y).backward()
         optimizer.step()
     torch.testing.assert_close(trace.weights[-1], weights(base), rtol=1e-4, atol=1e-5)
+
+
+def test_what_edits_gradients_comes_before_it():
+    fit(AGEM(8), NGM())
+    with pytest.raises(ConfigurationError, match="put NGM after AGEM"):
+        fit(NGM(), AGEM(8))
 
 
 def test_layers_are_chosen_by_name_and_refused_without_a_match():

@@ -56,7 +56,7 @@ def fit(strategy):
 def test_no_part_of_the_gradient_is_against_the_memory():
     found = {name: fit(ProjectedReplay(16, projection=name))[1] for name in ("agem", "gem", "none")}
     assert min(found["agem"].products) > -1e-5
-    assert min(found["gem"].products) > -1e-3
+    assert min(found["gem"].products) > -5e-3
     assert min(found["none"].products) < -1e-2
     # until they first disagree, projecting is replay bit for bit
     first = next(n for n, product in enumerate(found["none"].products) if product < 0)

@@ -39,8 +39,8 @@ class HeadWarmup(Strategy):
     Raises:
         ConfigurationError: If a value is out of range, or the logits are not those of a linear layer.
 
-    Reference: the code of Łapacz et al., *Exploring the Stability Gap in Continual Learning: The Role of the Classification Head*,
-    arXiv 2411.04723.
+    Reference: the code of Łapacz et al., *Exploring the Stability Gap in Continual Learning: The Role of the
+    Classification Head*, arXiv 2411.04723.
     """
 
     reads_batch = False

@@ -31,7 +31,7 @@ class LearningRate:
     - ``"cosine"``: :math:`f + (1 - f) (1 + \cos \pi p) / 2`;
     - ``"wsd"``, warm-up, stable, decay: 1, and over the last ``decay`` of the steps a straight line down to :math:`f`.
       Over the stream that is a constant rate with a cooldown; anew in each experience it is WSD-S, which goes on from
-      the decayed weights.
+      the decayed weights (arXiv 2410.05192).
 
     ``"one_cycle"`` is ``torch.optim.lr_scheduler.OneCycleLR``: half a cosine up from 1/25 in the share ``warmup`` of
     the steps, and another down to :math:`f`; momentum stays as it is.

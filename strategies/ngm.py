@@ -35,8 +35,8 @@ class NGM(Strategy):
     The module holds :math:`\hat W` all along, so that evaluations, averages, penalties and what the fit leaves see the
     weights that predict; :math:`W = \hat W / g` is there for the optimizer alone, inside its step. Strategies that edit
     gradients come before it. Weight decay acts on :math:`W`. Biases have no gain. The controls: ``rate=0`` with
-    ``gain`` is a fixed gain; ``forget_momentum=true rate=0`` has no gain but the published code's other change, a head without
-    momentum.
+    ``gain`` is a fixed gain; ``forget_momentum=true rate=0`` has no gain but the published code's other change, a head
+    without momentum.
 
     Args:
         rate: :math:`\eta_g`, at least 0. Published: 0.1 to 0.5.

@@ -55,6 +55,8 @@ class ProjectedReplay(Strategy):
     Also How*, arXiv 2311.04898.
     """
 
+    weighs_loss = True
+
     def __init__(
         self,
         samples_per_experience: int = 200,

@@ -39,6 +39,8 @@ class SoftTargets(Strategy):
     Reference: Harun and Kanan, *Overcoming the Stability Gap in Continual Learning*, arXiv 2306.01904.
     """
 
+    weighs_loss = True
+
     def __init__(self, start: int = 1) -> None:
         self.start = start
         self.sums = torch.zeros(0, 0)

@@ -214,6 +214,11 @@ def loaders(data):
         yield list(data.train_dataloader())
 
 
+def test_two_that_weigh_the_modules_own_loss_are_refused():
+    with pytest.raises(ConfigurationError, match="both give the module's own loss another weight"):
+        fit(ExperienceReplay(16, alpha=0.5), SoftTargets())
+
+
 def test_bad_values():
     for build in (
         lambda: HeadInit("zeros"), lambda: HeadInit(ridge=0.0), lambda: HeadInit(samples=0), lambda: HeadWarmup(-1),

@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import functools
 import json
 import logging
+import shutil
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -113,10 +115,14 @@ def train(folder: Path, chosen: Sequence[str], data_root: str) -> None:
         return
     with initialize_config_module("clkit.conf", version_base="1.3"):
         common = ["experiment=gap_remedies", f"data_root={data_root}", "trainer.enable_progress_bar=false"]
-        config = compose("train", overrides=[*common, *chosen])
+        quick = ["+evaluation.plot=false", *(["+callbacks.live.plot=false"] if "live" in " ".join(chosen) else [])]
+        config = compose("train", overrides=[*common, *chosen, *quick])
     run(config, folder, in_sweep=True)
+    # hundreds of runs, each with a memory
+    shutil.rmtree(folder / "checkpoints")
 
 
+@functools.cache
 def metrics_of(folder: Path, view: str = ".") -> dict[str, float]:
     """The metrics of a run, of what it predicts with or of another view."""
     return compute_metrics(History.read(folder / view / "history.csv"))

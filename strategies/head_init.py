@@ -12,6 +12,7 @@ from clkit.data.datamodule import stream_data
 from clkit.data.stream import Experience
 from clkit.errors import ConfigurationError, check_choice, check_whole
 from clkit.method.head import check_head, class_means, class_sums, features, head_of, labels, names_of, new_classes
+from clkit.method.setup_checks import check_whole_head
 from clkit.method.strategy import Strategy, memory_before, random_samples
 
 Method = Literal["mean", "least_squares"]
@@ -39,7 +40,8 @@ class HeadInit(Strategy):
         seed: Seed of the choice of samples.
 
     Raises:
-        ConfigurationError: If a value is out of range, or the logits are not those of a linear layer.
+        ConfigurationError: If a value is out of range, the logits are not those of a linear layer, or the head
+            has fewer of them than the stream has classes.
 
     Reference: class means: Harun and Kanan, *Overcoming the Stability Gap in Continual Learning*, arXiv 2306.01904;
     least squares: Harun and Kanan, *A Good Start Matters: Enhancing Continual Learning with Data-Driven Weight
@@ -67,6 +69,7 @@ class HeadInit(Strategy):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_head(trainer, pl_module, "HeadInit")
+        check_whole_head(trainer, pl_module, "HeadInit")
 
     @torch.no_grad()
     def on_experience_start(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:

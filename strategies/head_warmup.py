@@ -13,6 +13,7 @@ from clkit.data.datamodule import stream_data
 from clkit.data.stream import Experience
 from clkit.errors import ConfigurationError, check_choice, check_whole
 from clkit.method.head import check_head, features, head_of, labels, new_classes
+from clkit.method.setup_checks import check_whole_head
 from clkit.method.strategy import Strategy, memory_before, random_samples
 from clkit.rng import private_rng
 
@@ -37,7 +38,8 @@ class HeadWarmup(Strategy):
         seed: Seed of the draws.
 
     Raises:
-        ConfigurationError: If a value is out of range, or the logits are not those of a linear layer.
+        ConfigurationError: If a value is out of range, the logits are not those of a linear layer, or the head
+            has fewer of them than the stream has classes.
 
     Reference: the code of Łapacz et al., *Exploring the Stability Gap in Continual Learning: The Role of the
     Classification Head*, arXiv 2411.04723.
@@ -67,6 +69,7 @@ class HeadWarmup(Strategy):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_head(trainer, pl_module, "HeadWarmup")
+        check_whole_head(trainer, pl_module, "HeadWarmup")
 
     def on_experience_start(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
         new = new_classes(trainer, experience)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from clkit.errors import ConfigurationError, check_whole
 from clkit.method.evaluation_mode import evaluation_mode
 from clkit.method.forward import task_loss
 from clkit.method.gradient import check_automatic
+from clkit.method.parameters import check_patterns, select
 from clkit.method.strategy import Strategy, memory_before
 from clkit.rng import private_rng
 
@@ -43,13 +45,16 @@ class LPR(Strategy):
     callbacks, ``strategy=[er,lpr]``, which also says how it is replayed. Layers of other kinds are trained as ever,
     with a warning that names them. With momentum or Adam, the edited gradient is what goes into their averages.
 
-    The factors of the :math:`P` are kept: the square of each layer's number of inputs.
+    The inverses of the :math:`P` are kept: the square of each layer's number of inputs. A step multiplies by them,
+    which costs more than the step itself where a layer has many inputs and batches are small; ``layers`` leaves such a
+    one out.
 
     Args:
         strength: :math:`\omega_0`, at least 0 (0 changes nothing). Published: 4, 0.25 and 1 on three streams.
         beta: :math:`\beta`, at least 0: how :math:`\omega_0` falls with the rows of a sample. Published: 1 or 2; with 2
             early convolutions are hardly held.
         every: Optimizer steps between two readings of the memory, at least 1.
+        layers: Patterns (``fnmatch``) of the names of the layers that are held; all when ``None``.
         samples: Memory's samples in a reading, drawn anew; all when ``None``.
         reference_norm: Divide BatchNorm's inputs by the variance, as the published code does, not by its square root.
         seed: Seed of the draws.
@@ -67,6 +72,7 @@ class LPR(Strategy):
         *,
         beta: float = 1.0,
         every: int = 10,
+        layers: Sequence[str] | None = None,
         samples: int | None = None,
         reference_norm: bool = False,
         seed: int = 0,
@@ -79,12 +85,14 @@ class LPR(Strategy):
             check_whole("samples", samples, 1)
         self.strength, self.beta, self.every, self.samples = strength, beta, every, samples
         self.reference_norm, self.seed = reference_norm, seed
-        self.factors: dict[str, Tensor] = {}
+        self.layers = None if layers is None else check_patterns("layers", layers)
+        self.inverses: dict[str, Tensor] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         check_automatic(pl_module, "LPR")
         self._memory(trainer)
+        self._layers(pl_module)
 
     def _memory(self, trainer: Trainer) -> Strategy:
         strategy = memory_before(trainer, self)
@@ -95,22 +103,27 @@ class LPR(Strategy):
             )
         return strategy
 
+    def _layers(self, module: LightningModule) -> dict[str, Any]:
+        found = layers(module)
+        return found if self.layers is None else select(found, self.layers, "layer that LPR can hold")
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.factors = tree_map_only(Tensor, lambda tensor: tensor.to(pl_module.device), self.factors)
-        covered = {id(p) for layer in layers(pl_module).values() for p in layer.parameters(recurse=False)}
+        self.inverses = tree_map_only(Tensor, lambda tensor: tensor.to(pl_module.device), self.inverses)
+        covered = {id(p) for layer in self._layers(pl_module).values() for p in layer.parameters(recurse=False)}
         left = [n for n, p in pl_module.named_parameters() if p.requires_grad and id(p) not in covered]
-        if left:
+        if left and self.layers is None:
             rank_zero_warn(f"LPR holds no outputs of {', '.join(left)}; they are trained as without it.")
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if self.strength == 0:
             return
-        if not self.factors or stream_data(trainer).steps_taken % self.every == 0:
+        if not self.inverses or stream_data(trainer).steps_taken % self.every == 0:
             self._read(pl_module, self._memory(trainer).remembered())
-        for name, layer in layers(pl_module).items():
-            if name in self.factors and layer.weight.grad is not None:
-                precondition(layer, self.factors[name])
+        for name, layer in self._layers(pl_module).items():
+            if name in self.inverses and layer.weight.grad is not None:
+                with torch.autocast(layer.weight.device.type, enabled=False):
+                    precondition(layer, self.inverses[name])
 
     def _read(self, module: LightningModule, memory: Any) -> None:
         if memory is None:
@@ -121,7 +134,7 @@ class LPR(Strategy):
             rows = np.sort(rng.choice(size, self.samples, replace=False))
             memory, size = take(memory, torch.from_numpy(rows)), self.samples
         sums: dict[str, Tensor] = {}
-        names = _owners(module)
+        names = _owners(module, self._layers(module))
 
         def add(layer: nn.Module, args: tuple[Any, ...]) -> None:
             with torch.autocast(args[0].device.type, enabled=False):
@@ -137,16 +150,18 @@ class LPR(Strategy):
         finally:
             for handle in handles:
                 handle.remove()
-        self.factors = {
-            name: torch.linalg.cholesky(self.strength / size * total + torch.eye(total.shape[-1]).to(total))
+        self.inverses = {
+            name: torch.cholesky_inverse(
+                torch.linalg.cholesky(self.strength / size * total + torch.eye(total.shape[-1]).to(total))
+            )
             for name, total in sums.items()
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return {"factors": self.factors}
+        return {"inverses": self.inverses}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.factors = dict(state_dict["factors"])
+        self.inverses = dict(state_dict["inverses"])
 
 
 def layers(module: nn.Module) -> dict[str, Any]:
@@ -162,9 +177,8 @@ def layers(module: nn.Module) -> dict[str, Any]:
     return found
 
 
-def _owners(module: nn.Module) -> dict[nn.Module, str]:
+def _owners(module: nn.Module, there: dict[str, Any]) -> dict[nn.Module, str]:
     """Under which name each layer's inputs count: all of a shared weight count together."""
-    there = layers(module)
     return {
         other: name
         for other in module.modules()
@@ -212,21 +226,21 @@ def _rows(layer: nn.Module, x: Tensor, reference_norm: bool) -> Tensor:
     return normal.transpose(0, 1).flatten(1)[:, :, None]
 
 
-def precondition(layer: Any, factor: Tensor) -> None:
+def precondition(layer: Any, inverse: Tensor) -> None:
     r"""Replace a layer's gradients :math:`G` by :math:`G P^{-1}`.
 
     Args:
         layer: The layer, with gradients.
-        factor: Cholesky factors of :math:`P`, ``[groups, in, in]``.
+        inverse: :math:`P^{-1}`, ``[groups, in, in]``.
     """
     weight, bias = layer.weight.grad, None if layer.bias is None else layer.bias.grad
-    groups, n_inputs = len(factor), factor.shape[-1] - (layer.bias is not None)
+    groups, n_inputs = len(inverse), inverse.shape[-1] - (layer.bias is not None)
     parts = [weight.reshape(groups, -1, n_inputs)]
     if layer.bias is not None:
         own = torch.zeros_like(layer.bias) if bias is None else bias
         parts.append(own.reshape(groups, -1, 1))
     gradient = torch.cat(parts, dim=2)
-    solved = torch.cholesky_solve(gradient.transpose(1, 2).to(factor), factor).transpose(1, 2).to(gradient)
+    solved = (gradient.to(inverse) @ inverse).to(gradient)
     weight.copy_(solved[..., :n_inputs].reshape(weight.shape))
     if bias is not None:
         bias.copy_(solved[..., n_inputs].reshape(bias.shape))

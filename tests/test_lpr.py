@@ -14,10 +14,10 @@ from clkit.strategies.lpr import gram, layers, precondition
 def preconditioned(layer, x, gradient, strength=1.0, **options):
     """Gradients of weight and bias after the edit, from those of before."""
     total = gram(layer, x, **options) * strength / len(x)
-    factor = torch.linalg.cholesky(total + torch.eye(total.shape[-1]))
+    inverse = torch.linalg.inv(total + torch.eye(total.shape[-1]))
     for parameter, value in zip(layer.parameters(), gradient, strict=True):
         parameter.grad = value.clone()
-    precondition(layer, factor)
+    precondition(layer, inverse)
     return [parameter.grad for parameter in layer.parameters()]
 
 
@@ -54,10 +54,10 @@ def test_one_step_is_the_proximal_minimiser(name):
         layer.running_var.fill_(0.5), layer.running_mean.fill_(0.3)
     gradient = [torch.randn_like(parameter) for parameter in layer.parameters()]
     total = gram(layer, x, beta) * strength / len(x)
-    factor = torch.linalg.cholesky(total + torch.eye(total.shape[-1]).double())
+    inverse = torch.linalg.inv(total + torch.eye(total.shape[-1]).double())
     for parameter, value in zip(layer.parameters(), gradient, strict=True):
         parameter.grad = value.clone()
-    precondition(layer, factor)
+    precondition(layer, inverse)
     steps = [(-rate * parameter.grad).requires_grad_() for parameter in layer.parameters()]
     own = [parameter.detach().clone() for parameter in layer.parameters()]
     before = layer(x).detach()
@@ -145,8 +145,8 @@ def test_a_weight_that_two_layers_share_gets_the_inputs_of_both():
             if memory is not None:
                 x = memory[0].flatten(1)
                 total = (gram(first, x) + gram(first, first(x).relu())) / len(x)
-                factor = lpr.factors["net.1"]
-                torch.testing.assert_close(factor @ factor.mT, total + torch.eye(17), rtol=1e-4, atol=1e-4)
+                product = lpr.inverses["net.1"] @ (total + torch.eye(17))
+                torch.testing.assert_close(product, torch.eye(17)[None], rtol=1e-4, atol=1e-4)
                 done.append(1)
 
     done = []
@@ -162,6 +162,14 @@ def test_layers_that_are_not_held_are_named(recwarn):
     trainer = pl.Trainer(max_epochs=1, callbacks=[ExperienceReplay(8), LPR()], **QUIET)
     trainer.fit(module, datamodule=data)
     assert any("LPR holds no outputs of net.3." in str(warning.message) for warning in recwarn)
+
+
+def test_layers_are_chosen_by_name():
+    lpr = LPR(layers=["net.3"])
+    fit(ExperienceReplay(16), lpr)
+    assert list(lpr.inverses) == ["net.3"]
+    with pytest.raises(ConfigurationError, match="matches no layer that LPR can hold"):
+        fit(ExperienceReplay(16), LPR(layers=["conv*"]))
 
 
 def test_refusals():

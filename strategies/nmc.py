@@ -18,7 +18,7 @@ from clkit.memory.buffer import ClassBalancedBuffer
 from clkit.method.head import check_head, class_means, features, head_of, labels, names_of
 from clkit.method.parameters import assign, swapped
 from clkit.method.setup_checks import check_memory
-from clkit.method.strategy import Strategy, memory_before, random_samples, views_of
+from clkit.method.strategy import Strategy, check_pairs, memory_before, random_samples, views_of
 
 
 class NearestMean(Strategy):
@@ -66,6 +66,7 @@ class NearestMean(Strategy):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        check_pairs(trainer, "NearestMean", "use a strategy that needs no head, such as ExperienceReplay")
         self._source = memory_before(trainer, self)
         if self._source is None:
             check_memory(trainer, self.buffer)

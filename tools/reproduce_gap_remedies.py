@@ -10,7 +10,8 @@ are seeds 0 to 4. All runs are trained in this process, one after another, into 
 started again, the command goes on with what is missing. ``--no-training`` shows what is there.
 
 TFLOP are counted in the run of the first rate on seed 100: all products that the training computes, evaluation aside;
-the seconds of the training, without evaluation, have the rest. Compositions hold the upper layers only (LPR).
+the seconds of the training, without evaluation, have the rest. Compositions hold the upper layers only (LPR);
+``no gap`` is ``experiment=no_gap``.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ CAPACITY = 1000
 _PLAIN = "model.optimizer.momentum=0"
 # all but the first layer, whose 784 inputs cost more than the rest of a step
 _UPPER = "strategy.lpr.layers=[net.3,net.5]"
+# as often and as much as 1.2 times ER's operations allow
+_CHEAP = ["strategy.lpr.every=50", "strategy.lpr.samples=250", "strategy.head_init.samples=500"]
 _MEMORY = {
     "er": ["capacity", "buffer=class_balanced"],
     "nmc": ["capacity"],
@@ -84,9 +87,12 @@ ON_ER = {
     "ER + LPR + average": ["er", "lpr", "weight_average", _UPPER],
     "ER + average + nearest mean": ["er", "weight_average", "nmc"],
     "ER + LPR + average + nearest mean": ["er", "lpr", "weight_average", "nmc", _UPPER],
+    "ER + head init + average": ["er", "head_init", "weight_average"],
+    "ER + head init + average + nearest mean": ["er", "head_init", "weight_average", "nmc"],
+    "no gap": ["er", "head_init", "lpr", "weight_average", _UPPER, *_CHEAP],
     "ER + head init + LPR + average": ["er", "head_init", "lpr", "weight_average", _UPPER],
 }
-NEW_CLASSES = ("head init", "head warm-up", "soft targets", "frozen rows", "SGM")
+NEW_CLASSES = ("head init", "head warm-up", "soft targets", "frozen rows", "SGM", "no gap")
 """What is about new classes, of which a rotated stream has none."""
 
 

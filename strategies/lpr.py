@@ -138,7 +138,8 @@ class LPR(Strategy):
 
         def add(layer: nn.Module, args: tuple[Any, ...]) -> None:
             with torch.autocast(args[0].device.type, enabled=False):
-                found = gram(layer, args[0].detach().float(), self.beta, self.reference_norm)
+                # in single precision large inputs round the I of P away
+                found = gram(layer, args[0].detach().double(), self.beta, self.reference_norm)
                 sums[names[layer]] = found + sums.get(names[layer], 0)
 
         handles = [layer.register_forward_pre_hook(add) for layer in names]
@@ -150,12 +151,7 @@ class LPR(Strategy):
         finally:
             for handle in handles:
                 handle.remove()
-        self.inverses = {
-            name: torch.cholesky_inverse(
-                torch.linalg.cholesky(self.strength / size * total + torch.eye(total.shape[-1]).to(total))
-            )
-            for name, total in sums.items()
-        }
+        self.inverses = {name: inverse_of(self.strength / size * total) for name, total in sums.items()}
 
     def state_dict(self) -> dict[str, Any]:
         return {"inverses": self.inverses}
@@ -224,6 +220,15 @@ def _rows(layer: nn.Module, x: Tensor, reference_norm: bool) -> Tensor:
         scale = (var + layer.eps).rsqrt()
         normal = (x - mean) * (scale.square() if reference_norm else scale)
     return normal.transpose(0, 1).flatten(1)[:, :, None]
+
+
+def inverse_of(product: Tensor) -> Tensor:
+    """Return :math:`(I + A)^{-1}` of positive semidefinite ``[groups, in, in]``; ``I`` for one that is not finite."""
+    one = torch.eye(product.shape[-1]).to(product)
+    factor, failed = torch.linalg.cholesky_ex(one + product)
+    found = (failed == 0) & factor.isfinite().all(dim=-1).all(dim=-1)
+    safe = torch.where(found[:, None, None], factor, one)
+    return torch.cholesky_inverse(safe).float()
 
 
 def precondition(layer: Any, inverse: Tensor) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from clkit import ConfigurationError, StreamDataModule
 from clkit.strategies import AGEM, LPR, ExperienceReplay
-from clkit.strategies.lpr import gram, layers, precondition
+from clkit.strategies.lpr import gram, inverse_of, layers, precondition
 
 
 def preconditioned(layer, x, gradient, strength=1.0, **options):
@@ -90,6 +90,17 @@ def test_orthogonal_directions_are_unchanged_and_others_shrink():
     torch.testing.assert_close(twice, edited)
     (held,) = preconditioned(layer, torch.eye(3), [gradient], strength=1e6)
     torch.testing.assert_close(held, torch.zeros(2, 3), rtol=0, atol=1e-4)
+
+
+def test_large_inputs_do_not_round_the_identity_away_and_infinite_ones_change_nothing():
+    z = 1e6 * torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    inverse = inverse_of((z.T @ z)[None])[0]
+    _, _, directions = torch.linalg.svd(z)
+    orthogonal = directions[3:].float()
+    torch.testing.assert_close(orthogonal @ inverse, orthogonal, rtol=1e-3, atol=1e-3)
+    # no more of inputs of a million than single precision leaves
+    assert (z.float() @ inverse).abs().max() < 1.0
+    assert torch.equal(inverse_of(torch.full((1, 3, 3), torch.nan)), torch.eye(3)[None])
 
 
 def test_the_published_norm_is_an_option():

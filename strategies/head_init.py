@@ -115,7 +115,9 @@ def least_squares(values: Tensor, y: Tensor, n_classes: int, ridge: float) -> Te
     share = torch.where(there, 1 / (counts.clamp(min=1) * there.sum()), 0.0)
     second = values.T @ (values * share[y, None])
     system = second + ridge * torch.eye(values.shape[1]).to(values)
-    return torch.cholesky_solve((sums * share[:, None]).T, torch.linalg.cholesky(system)).T
+    # not cholesky, which raises where a run has diverged
+    factor, _ = torch.linalg.cholesky_ex(system)
+    return torch.cholesky_solve((sums * share[:, None]).T, factor).T
 
 
 def matched(rows: Tensor, norm: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ def fit(stream, callbacks=(), ckpt_path=None, folder=None, module=None, **settin
     torch.manual_seed(0)
     module = Classifier(MLP, n_classes=6, input_shape=(6,), growing=True) if module is None else module
     callbacks = [*callbacks, *([] if folder is None else [StreamCheckpoint(folder)])]
-    settings = {**QUIET, "enable_checkpointing": True, **settings}
+    settings = {**QUIET, "enable_checkpointing": folder is not None, **settings}
     trainer = pl.Trainer(max_epochs=data.total_epochs, callbacks=callbacks, **settings)
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     return module

@@ -267,9 +267,7 @@ def things(sizes: Sizes, rng: np.random.Generator, sources: Sources) -> dict[str
     )
 
 
-def different_views(
-    art: Image.Image, n: int, other: Image.Image, rng: np.random.Generator
-) -> list[Image.Image] | None:
+def different_views(art: Image.Image, n: int, other: Image.Image, rng: np.random.Generator) -> list[Image.Image] | None:
     """Views of a picture that are no near-duplicates of another; ``None`` if they are too much alike."""
     views = [on_light(art, rng, turn=True) for _ in range(4 * n)]
     views = [view for view in views if not near(average_hash(view), [average_hash(other)])]
@@ -482,9 +480,7 @@ TASKS = {
         "number", "short_answer", "Answer with a number.", numbers, {"train": 1500, "eval": 150, "test": 400}
     ),
     "compare": Task("yes_no", "yes_no", INSTRUCTIONS["yes_no"], compare, {"train": 2000, "eval": 200, "test": 500}),
-    "ground": Task(
-        "box_iou", "short_answer", "Answer with a box.", ground, {"train": 2000, "eval": 200, "test": 500}
-    ),
+    "ground": Task("box_iou", "short_answer", "Answer with a box.", ground, {"train": 2000, "eval": 200, "test": 500}),
     "scenes": Task("rouge_l", "brief", "Answer with a sentence.", scenes, {"train": 2000, "eval": 200, "test": 500}),
 }
 """The tasks in the order of the stream; the form of the answers changes at each."""

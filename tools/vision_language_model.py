@@ -1,17 +1,16 @@
-"""The small model of the home-scale stream: SmolLM2, EfficientNet-Lite0 and a projector between them that is aligned."""
+"""The small model of the home-scale stream: SmolLM2, EfficientNet-Lite0 and an aligned projector between them."""
 
 from __future__ import annotations
 
 import functools
+import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import timm
 import torch
 import transformers
-from PIL import Image
 
 from clkit import StreamDataModule
 from clkit.errors import ConfigurationError
@@ -101,36 +100,42 @@ def scale_projector(model: Any) -> None:
         torch.nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
         torch.nn.init.zeros_(layer.bias)
     words = model.get_input_embeddings().weight.pow(2).mean().sqrt()
-    shown = projector(torch.nn.functional.layer_norm(torch.randn(256, model.config.vision_config.hidden_size), (320,)))
+    channels = model.config.vision_config.hidden_size
+    shown = projector(torch.nn.functional.layer_norm(torch.randn(256, channels), (channels,)))
     projector.linear_2.weight.mul_(words / shown.pow(2).mean().sqrt())
 
 
-def align(processor: Any, model: Any, captions: Path, steps: int, batch_size: int, seed: int) -> dict[str, float]:
-    """Train the projector alone on captions, and return how many held-out ones it then writes.
+def align(
+    processor: Any, model: Any, captions: Path, steps: int, batch_size: int = 8, seed: int = 0
+) -> dict[str, float]:
+    """Train the projector alone on captions, and return the shares of held-out ones that it then writes.
 
     Returns:
-        Shares in [0, 1]: ``right``, and with another's image and a grey one.
+        ``score``, and with other images ``wrong_image`` and ``grey_image``.
     """
     pl.seed_everything(seed, verbose=False)
     stream = Instructions({"captions": captions.name}, processor=processor, root=captions.parent)
-    optimizer = functools.partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0)
-    schedule = functools.partial(
-        transformers.get_cosine_schedule_with_warmup,
-        num_warmup_steps=max(1, steps // 20),
-        num_training_steps=steps,
+    module = VisionLanguage(
+        model,
+        optimizer=functools.partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0),
+        scheduler=functools.partial(
+            transformers.get_cosine_schedule_with_warmup,
+            num_warmup_steps=max(1, steps // 20),
+            num_training_steps=steps,
+        ),
     )
-    module = VisionLanguage(model, optimizer=optimizer, scheduler=schedule)
     module.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
-    scores = AnswerScores(100, max_new_tokens=12, dir=captions / "alignment")
-    trainer = pl.Trainer(
-        max_epochs=1,
-        callbacks=[scores],
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        log_every_n_steps=10,
-    )
-    trainer.fit(module, datamodule=StreamDataModule(stream, batch_size=batch_size, steps=steps, seed=seed))
+    with tempfile.TemporaryDirectory() as folder:
+        scores = AnswerScores(100, max_new_tokens=12, blind=100, dir=folder)
+        trainer = pl.Trainer(
+            max_epochs=1,
+            callbacks=[scores],
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            default_root_dir=folder,
+        )
+        trainer.fit(module, datamodule=StreamDataModule(stream, batch_size=batch_size, steps=steps, seed=seed))
     model.requires_grad_(True)
-    return {"right": scores.rows[-1]["score"]}
+    return {name: scores.rows[-1][name] for name in ("score", "wrong_image", "grey_image")}

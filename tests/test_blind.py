@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+from io import BytesIO
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 from vision import FAMILIES, in_memory
 
-from clkit import ConfigurationError, StreamDataModule
+from clkit import ConfigurationError, Experience, Stream, StreamDataModule
 from clkit.language import generation
 from clkit.language.blind import another_image, grey_image
 from clkit.language.dataset import InstructionDataset, Pad
 from clkit.language.generation import AnswerScores
-from clkit.language.images import decoded
+from clkit.language.images import ImageBytes, ImageTable, decoded
 from clkit.language.records import Record
-from clkit.testing import small_image_instructions, small_instructions, small_vision_language_module
+from clkit.testing import (
+    small_image_instructions,
+    small_instructions,
+    small_processor,
+    small_vision_language_module,
+)
 
 QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
@@ -44,43 +51,52 @@ def test_stand_ins_are_other_images_that_take_as_many_tokens(family):
     assert another_image(alone)(0) is None
 
 
+COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
+
+
+def coloured(name: str, n: int) -> ImageBytes:
+    content = BytesIO()
+    Image.new("RGB", (16, 16), tuple(part + n for part in COLOURS[name])).save(content, "PNG")
+    return ImageBytes(f"{name} {n}", content.getvalue())
+
+
+def colours(n: int) -> Stream:
+    """What colour is it? Every fourth sample has no image."""
+    table, names = ImageTable(small_processor()), list(COLOURS)
+
+    def asked(i: int) -> Record:
+        shown = () if i % 4 == 3 else (coloured(names[i % 3], i),)
+        return Record((("user", "name the colour"),), names[i % 3] if shown else "no", images=shown)
+
+    data = InstructionDataset([asked(i) for i in range(n)], table.processor, images=table)
+    parts = [Experience(k, f"colours {k}", data, data.for_scores()) for k in range(2)]
+    return Stream(parts, name="colours", kind="instruction", collate_fn=Pad("right", table))
+
+
+def colour(image) -> str:
+    pixel = decoded(image).getpixel((0, 0))
+    return list(COLOURS)[pixel.index(max(pixel))] if len({*pixel}) > 1 else "grey"
+
+
 def seeing(module, prompts, tokenizer, *, images, **_):
-    """Answers with the colour of the last image, as the references of small_image_instructions do."""
-    found = []
-    for prompt in prompts:
-        shown = prompt["images"].tolist()
-        pixels = decoded(images[shown[-1]]).resize((1, 1)).getpixel((0, 0)) if shown else (0, 0, 0)
-        names = ("red", "green", "blue")
-        found.append(names[pixels.index(max(pixels))] if len({*pixels}) > 1 and max(pixels) > 140 else "no")
-    return found
+    """Answers with the colour of the image, and no without one."""
+    return [colour(images[int(prompt["images"][0])]) if len(prompt["images"]) else "no" for prompt in prompts]
 
 
 def test_scores_without_seeing_stand_beside_those_of_a_model_that_sees(monkeypatch, tmp_path):
     monkeypatch.setattr(generation, "generate", seeing)
-    stream = small_image_instructions(2, 24)
+    stream = colours(12)
     scores = AnswerScores(None, blind=5, dir=tmp_path)
-    data = StreamDataModule(stream, batch_size=8, steps=1)
     trainer = pl.Trainer(max_epochs=2, callbacks=[scores], enable_checkpointing=False, **QUIET)
-    trainer.fit(small_vision_language_module(), datamodule=data)
+    trainer.fit(small_vision_language_module(), datamodule=StreamDataModule(stream, batch_size=8, steps=1))
     found = json.loads((tmp_path / "answers.json").read_text())
     assert found["score"]["matrix"] == [[1.0, None], [1.0, 1.0]]
     assert found["grey_image"]["matrix"] == [[0.0, None], [0.0, 0.0]]
-    # 18 images lie 9 further on; colours repeat with the samples' number and place in it
-    assert found["wrong_image"]["matrix"][1][0] == expected(stream[0].test)
+    # nine samples have images, of the colours 0 1 2 1 2 0 2 0 1; four further on, the first five are 2 0 2 0 1
+    assert found["wrong_image"]["matrix"] == [[0.2, None], [0.2, 0.2]]
     header, *rows = (tmp_path / "answers.csv").read_text().splitlines()
     assert header == "after,experience,metric,score,strict,wrong_image,grey_image,n"
-    assert rows[0] == f"0,0,exact_match,1.0,1.0,{expected(stream[0].test)},0.0,12"
-
-
-def expected(data):
-    order = [image for record in data.records for image in record.images]
-    rows = [i for i in range(len(data)) if data.records[i].images][:5]
-    right = 0
-    for i in rows:
-        shown = order[(order.index(data.records[i].images[-1]) + len(order) // 2) % len(order)]
-        pixels = decoded(shown).resize((1, 1)).getpixel((0, 0))
-        right += ("red", "green", "blue")[pixels.index(max(pixels))] == data.records[i].answer
-    return right / 5
+    assert rows[0] == "0,0,exact_match,1.0,1.0,0.2,0.0,12"
 
 
 def test_training_is_the_same_with_and_without_the_blind_baseline(tmp_path):

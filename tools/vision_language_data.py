@@ -250,6 +250,7 @@ def enlarged(grey: np.ndarray[Any, Any]) -> Image.Image:
 def things(sizes: Sizes, rng: np.random.Generator, sources: Sources) -> dict[str, list[Sample]]:
     """Emoji: views of Twitter's art to learn from, Google's of the same names to be tested on."""
     names = sources.emoji(_THINGS)
+    others = [name for name, _ in names]
     found: dict[str, list[Sample]] = {split: [] for split in sizes}
     for i in rng.permutation(len(names)).tolist():
         (name, file), n = names[i], len(found["test"])
@@ -259,7 +260,9 @@ def things(sizes: Sizes, rng: np.random.Generator, sources: Sources) -> dict[str
         if views is not None:
             parts = {"test": [test], "train": views[: wanted["train"]], "eval": views[wanted["train"] :]}
             for split, pictures in parts.items():
-                found[split] += [Sample(picture, "What is this?", name, "thing") for picture in pictures]
+                for picture in pictures:
+                    wrong = [others[j] for j in rng.permutation(len(others))[:4].tolist() if others[j] != name][:3]
+                    found[split].append(Sample(picture, "What is this?", name, "thing", {"distractors": wrong}))
             if n + 1 == sizes["test"]:
                 return mixed(found, rng)
     raise ConfigurationError(
@@ -374,11 +377,18 @@ def scenes(sizes: Sizes, rng: np.random.Generator, sources: Sources) -> dict[str
         shapes: tuple[Shape, ...] = ()
         for (n, shape), area in zip(groups, halves[places], strict=True):
             shapes += arranged([shape] * n, rng, sides=(16, 30), area=area)
-        parts = [f"{counted(*group)} {place}" for group, place in zip(groups, places, strict=True)]
-        sentence = f"{' and '.join(parts)}.".capitalize()
-        return Sample(draw(shapes, rng), "What is in the picture?", sentence, "scene", scene=shapes)
+        changed = [[(int(rng.integers(1, 4)), look(rng)), groups[1]] for _ in range(8)]
+        wrong = [sentence(other, places) for other in (groups[::-1], *changed) if other != groups]
+        extra = {"distractors": list(dict.fromkeys(wrong))[:3]}
+        answer = sentence(groups, places)
+        return Sample(draw(shapes, rng), "What is in the picture?", answer, "scene", extra, scene=shapes)
 
     return {split: [asked() for _ in range(n)] for split, n in sizes.items()}
+
+
+def sentence(groups: Sequence[tuple[int, tuple[str, str]]], places: Sequence[str]) -> str:
+    parts = [f"{counted(*group)} {place}" for group, place in zip(groups, places, strict=True)]
+    return f"{' and '.join(parts)}.".capitalize()
 
 
 def captions(sizes: Sizes, rng: np.random.Generator, sources: Sources) -> dict[str, list[Sample]]:

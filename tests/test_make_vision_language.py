@@ -11,19 +11,18 @@ import numpy as np
 import pytest
 import timm
 import torch
-import transformers
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from clkit.errors import ConfigurationError
-from clkit.language.models import load_processor
+from clkit.language.models import VisionLanguage, load_processor
 from clkit.scenarios import Instructions
 from clkit.testing import small_language_module, small_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import make_vision_language
 import vision_language_data as made
-import vision_language_model
+import vision_language_model as made_of
 
 DRAWN = ("compare", "ground", "scenes")
 WORDS = {"one": 1, "two": 2, "three": 3}
@@ -198,21 +197,25 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"share=0 is not possible"):
         make_vision_language.make_tasks(tmp_path, ["ground"], 0, 0, made.Sources())
     with pytest.raises(ConfigurationError, match=r"side=100 is not possible"):
-        vision_language_model.build(None, None, 100)
+        made_of.build(None, None, 100)
 
 
 def test_a_model_is_assembled_aligned_and_reads_the_stream(root: Path, tmp_path: Path) -> None:
     tiny = tmp_path / "language"
     language = small_language_module(adapter=None).net
     language.save_pretrained(tiny)
-    small_tokenizer().save_pretrained(tiny)
+    words = small_tokenizer()
+    # SmolLM2's placeholder is a special token
+    words.add_special_tokens({"additional_special_tokens": [words.convert_ids_to_tokens(made_of.PLACEHOLDER)]})
+    words.save_pretrained(tiny)
     torch.manual_seed(1)
     lite0 = timm.create_model("tf_efficientnet_lite0")
     # the package has other names in the same order
     torch.save({f"other_{i}": part for i, part in enumerate(lite0.state_dict().values())}, tmp_path / "lite0.pth")
     folder = tmp_path / "model"
     make_vision_language.make_model(root, folder, str(tiny), str(tmp_path / "lite0.pth"), 64, 2)
-    model = transformers.AutoModelForImageTextToText.from_pretrained(folder)
+    module = VisionLanguage(str(folder))
+    model = module.net
     expected = language.state_dict()
     for name, part in model.model.language_model.state_dict().items():
         assert torch.equal(part, expected[f"model.{name}"])
@@ -220,10 +223,10 @@ def test_a_model_is_assembled_aligned_and_reads_the_stream(root: Path, tmp_path:
         assert torch.equal(part, lite0.state_dict()[name])
     stream = Instructions(["ground", "scenes"], processor=load_processor(str(folder)), root=root / "home_vlm")
     sample = stream[0].train[0]
-    assert (sample["input_ids"] == vision_language_model.PLACEHOLDER).sum() >= 4
+    assert (sample["input_ids"] == made_of.PLACEHOLDER).sum() >= 4
     batch = stream.collate_fn([stream[1].train[i] for i in range(2)])
-    stream.collate_fn.prepare(model)
-    assert torch.isfinite(model(**batch).loss)
+    stream.collate_fn.prepare(module)
+    assert torch.isfinite(module(**batch).loss)
     # projected images have the size of words
     seen = model.model.get_image_features(torch.randn(2, 3, 64, 64)).pooler_output[0]
     assert 0.3 < seen.pow(2).mean().sqrt() / model.get_input_embeddings().weight.pow(2).mean().sqrt() < 3

@@ -562,26 +562,30 @@ def check_leaks(folders: Sequence[Path]) -> None:
     assert not both, f"captions ask {sorted(both)[0]!r}, as a task does"
 
 
+CHANCE = {"garment": 4, "digit": 10, "count": 6, "larger": 2, "colour": 2, "above": 2}
+"""Equally frequent answers to each kind of question that has few of them."""
+
+
 def check_balance(records: Sequence[Mapping[str, Any]], where: str) -> None:
-    """Look for answers that are more frequent than chance allows, within five standard deviations."""
-    by_kind: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    """Look for answers that are more frequent than chance allows."""
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
     for record in records:
-        by_kind[record["kind"]].append(record)
-    classes = {"garment": 4, "digit": 10, "count": 6, "larger": 2, "colour": 2, "above": 2}
-    for kind, own in by_kind.items():
-        if kind not in classes:
-            continue
-        groups = {"": own} if kind == "garment" else {prompt: [] for prompt in (record["prompt"] for record in own)}
-        for record in own:
-            groups[record["prompt"] if kind != "garment" else ""] += [] if kind == "garment" else [record]
-        for prompt, group in groups.items():
-            share = 1 / classes[kind]
-            most = max(Counter(record["answer"] for record in group).values())
-            allowed = len(group) * share + 5 * math.sqrt(len(group) * share * (1 - share)) + 1
-            assert most <= allowed, f"{where}: {most} of {len(group)} answers to {prompt or kind!r} are the same"
+        if record["kind"] in CHANCE:
+            # the options of each garment's question differ
+            asked = "" if record["kind"] == "garment" else record["prompt"]
+            groups[record["kind"], asked].append(record)
+    for (kind, asked), own in groups.items():
+        most = max(Counter(record["answer"] for record in own).values())
+        assert most <= allowed(len(own), CHANCE[kind]), (
+            f"{where}: {most} of {len(own)} answers to {asked or kind!r} are the same"
+        )
         if kind == "garment":
             shown = Counter(choice for record in own for choice in record["choices"])
             right = Counter(record["choices"]["ABCD".index(record["answer"])] for record in own)
             for choice, n in shown.items():
-                allowed = n / 4 + 5 * math.sqrt(n * 3 / 16) + 1
-                assert right[choice] <= allowed, f"{where}: {choice} is right {right[choice]} of {n} times"
+                assert right[choice] <= allowed(n, 4), f"{where}: {choice} is right {right[choice]} of {n} times"
+
+
+def allowed(n: int, classes: int) -> float:
+    """Most of ``n`` answers that may be the same of so many: five standard deviations above the mean."""
+    return n / classes + 5 * math.sqrt(n * (classes - 1)) / classes + 1

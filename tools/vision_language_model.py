@@ -127,7 +127,7 @@ def align(
     module.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
     with tempfile.TemporaryDirectory() as folder:
-        scores = AnswerScores(100, max_new_tokens=12, blind=100, dir=folder)
+        scores = AnswerScores(60, max_new_tokens=12, blind=60, batch_size=30, dir=folder)
         trainer = pl.Trainer(
             max_epochs=1,
             callbacks=[scores],

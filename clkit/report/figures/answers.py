@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from clkit.report.figures.canvas import TWO_COLUMNS, legend, new_figure, style, wrapped
 
-_LOOKS = {
+_LOOKS: dict[str, dict[str, Any]] = {
     "content": {"color": "#0072B2", "marker": "o"},
     "strict": {"color": "#D55E00", "marker": "s", "linestyle": "--"},
     "wrong image": {"color": "#7F7F7F", "marker": "x", "linestyle": ":"},

@@ -38,17 +38,17 @@ def test_stand_ins_are_other_images_that_take_as_many_tokens(family):
     ]
     data = InstructionDataset(records, processor)
     table = data.images
-    for make in (another_image(data), grey_image(table)):
+    for make in (another_image(data, range(4)), grey_image(table)):
         for n, size in enumerate(sizes):
             other = make(n)
             assert other != n
             assert table[other].size == size
             question = {**data.question(n), "images": torch.tensor([other])}
             Pad("left", table)([question])  # loads it, with as many tokens as are in the question
-    assert another_image(data)(1) == 3  # of the same size: itself
+    assert another_image(data, range(4))(1) == 3  # of the same size: itself
     assert decoded(table[grey_image(table)(0)]).getcolors() == [(32 * 32, (128, 128, 128))]
     alone = InstructionDataset(records[:1], processor)
-    assert another_image(alone)(0) is None
+    assert another_image(alone, [0])(0) is None
 
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}

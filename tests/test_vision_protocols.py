@@ -100,7 +100,6 @@ def test_published_hyperparameters() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*the published data has")
 @pytest.mark.parametrize("name", PROTOCOLS[1:])
 def test_it_runs_dry_from_start_to_report(name: str, files: Path, tmp_path: Path) -> None:
     config = protocol(name, files)
@@ -113,7 +112,6 @@ def test_it_runs_dry_from_start_to_report(name: str, files: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*the published data has")
 def test_coin_killed_on_the_way_ends_in_the_same_bits(files: Path, tmp_path: Path) -> None:
     config, whole, killed = protocol("coin", files), tmp_path / "whole", tmp_path / "killed"
     run(config, whole)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 
@@ -36,11 +36,11 @@ class Resized:
         return _encoded(decoded(self.source).resize(self.size))
 
 
-def another_image(data: InstructionDataset) -> StandIn:
-    """Stand-ins from the same data: for each image the one half of all images further on."""
+def another_image(data: InstructionDataset, rows: Sequence[int]) -> StandIn:
+    """Stand-ins among the images of some samples: for each the one half of them further on."""
     table = data.images
     assert table is not None
-    numbers = list(dict.fromkeys(n for i in range(len(data)) for n in data.question(i)["images"].tolist()))
+    numbers = list(dict.fromkeys(n for i in rows for n in data.question(i)["images"].tolist()))
     place = {number: position for position, number in enumerate(numbers)}
 
     def other(number: int) -> int | None:

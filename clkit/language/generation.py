@@ -169,6 +169,8 @@ class AnswerScores(Callback):
                 f"blind={self.blind} asks questions without their images, but the stream is of texts alone; use "
                 "blind=0, or a stream with a processor."
             )
+        # before anything counts the stream's images
+        self._instead = [self._stand_ins(trainer, k) for k in range(len(stream_data(trainer).stream))]
         self._evaluated, self._shown = chosen_view(trainer, self.view)
         self.dir = result_folder(trainer, self._own_dir)
         self.rows = []
@@ -222,7 +224,7 @@ class AnswerScores(Callback):
         tasks = range(experience.index + 1)
         with untouched(trainer, module), self._shown(module):
             found = [self._answers(trainer, module, k) for k in tasks]
-            unseen = {name: [self._blind(trainer, module, k, name) for k in tasks] for name in self._unseen}
+            unseen = {name: [self._unseeing(trainer, module, k, name) for k in tasks] for name in self._unseen}
         if not trainer.is_global_zero:
             return
         for k, answers in enumerate(found):
@@ -245,21 +247,25 @@ class AnswerScores(Callback):
         data = self._data(trainer, k)
         return self._asked(trainer, module, k, choose(len(data), self.subset, self.seed, k).tolist(), data.question)
 
-    def _blind(self, trainer: Trainer, module: LightningModule, k: int, name: str) -> list[dict[str, Any]]:
-        """Those to some of them that have images, of which the model is shown others."""
+    def _stand_ins(self, trainer: Trainer, k: int) -> dict[str, dict[int, Tensor]]:
+        """Numbers of the images that are shown in place of its own, by kind and sample, of experience ``k``."""
         data = self._data(trainer, k)
-        if data.images is None:
-            return []
+        found: dict[str, dict[int, Tensor]] = {name: {} for name in self._unseen}
+        if not self.blind or data.images is None:
+            return found
         chosen = choose(len(data), self.subset, self.seed, k).tolist()
-        rows = [i for i in chosen if data.records[i].images][: self.blind]
-        other = another_image(data) if name == "wrong_image" else grey_image(data.images)
-        rows = [i for i in rows if all(other(n) is not None for n in data.question(i)["images"].tolist())]
+        rows = [i for i in chosen if data.records[i].images]
+        for name, other in zip(found, (another_image(data, rows), grey_image(data.images)), strict=True):
+            for i in rows[: self.blind]:
+                numbers = [other(n) for n in data.question(i)["images"].tolist()]
+                if None not in numbers:
+                    found[name][i] = torch.tensor(numbers)
+        return found
 
-        def question(i: int) -> Sample:
-            sample = data.question(i)
-            return {**sample, "images": torch.tensor([other(n) for n in sample["images"].tolist()])}
-
-        return self._asked(trainer, module, k, rows, question)
+    def _unseeing(self, trainer: Trainer, module: LightningModule, k: int, name: str) -> list[dict[str, Any]]:
+        """Answers to questions of experience ``k`` whose images are others."""
+        data, shown = self._data(trainer, k), self._instead[k][name]
+        return self._asked(trainer, module, k, list(shown), lambda i: {**data.question(i), "images": shown[i]})
 
     def _asked(
         self,

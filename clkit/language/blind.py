@@ -40,7 +40,7 @@ def another_image(data: InstructionDataset, rows: Sequence[int]) -> StandIn:
     """Stand-ins among the images of some samples: for each the one half of them further on."""
     table = data.images
     assert table is not None
-    numbers = list(dict.fromkeys(n for i in rows for n in data.question(i)["images"].tolist()))
+    numbers: list[int] = list(dict.fromkeys(n for i in rows for n in data.question(i)["images"].tolist()))
     place = {number: position for position, number in enumerate(numbers)}
 
     def other(number: int) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
-class TimmTowerConfig(PretrainedConfig):
+class TimmTowerConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
     """Describes a :class:`TimmTower`.
 
     Args:
@@ -33,7 +33,7 @@ class TimmTowerConfig(PretrainedConfig):
         super().__init__(**options)
 
 
-class TimmTower(PreTrainedModel):  # type: ignore[misc]
+class TimmTower(PreTrainedModel):  # type: ignore[no-untyped-call]
     """The features of a network of timm as tokens, row by row.
 
     Each is normalised to mean 0 and variance 1 over its channels, whatever the scale of the network: a projector begins
@@ -48,14 +48,14 @@ class TimmTower(PreTrainedModel):  # type: ignore[misc]
     config_class = TimmTowerConfig
     main_input_name = "pixel_values"
     _supports_sdpa = True
-    _no_split_modules = ("TimmTower",)
+    _no_split_modules = ["TimmTower"]  # noqa: RUF012
 
     def __init__(self, config: TimmTowerConfig) -> None:
         import timm
 
         super().__init__(config)
         self.network = timm.create_model(config.architecture, features_only=True, out_indices=(-1,))
-        self.post_init()
+        cast(Any, self).post_init()
 
     def _init_weights(self, module: Any) -> None:
         """Leave timm's own initialisation."""

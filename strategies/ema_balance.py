@@ -35,8 +35,7 @@ class EMABalance(Strategy):
     - ``"reference"``, the code that was published and run: :math:`1 - \beta = 2 (1 + b) / (a c)`;
     - ``"paper"``, the formula as reconstructed from the text: :math:`\beta = (1 + b) d / (a c)`;
     - ``"fisher"``, ours, element by element: :math:`\beta = (P_{t-1} / P_t)^2` with :math:`P_t = P_{t-1} + g_t^2`;
-    - ``"mean"``, its control without gradients: all :math:`g_t^2 = 1`, so :math:`\beta = ((t - 1) / t)^2` at the
-      t-th step of the stream;
+    - ``"mean"``, its control without gradients, the mean of all steps of the stream: :math:`\beta = (t - 1) / t`;
     - ``"fixed"``: :math:`\beta` = ``decay``.
 
     Where the value is not in (0, 1), not finite, or there is no earlier gradient, :math:`\beta` = ``decay``. The values
@@ -201,7 +200,8 @@ class EMABalance(Strategy):
                 known = self.information[name] = grown(known, torch.zeros_like(square))
             known.add_(torch.where(ok, square, 0.0))
             gain = square / known
-            live.append(torch.where(ok, torch.where(known > 0, gain * (2 - gain), 1 - self.decay), 0.0))
+            weight = gain if self.preset == "mean" else gain * (2 - gain)
+            live.append(torch.where(ok, torch.where(known > 0, weight, 1 - self.decay), 0.0))
             fell_back.append((known == 0).float())
         return live, fell_back
 

@@ -200,6 +200,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         made_of.build(None, None, 100)
 
 
+@pytest.mark.slow
 def test_a_model_is_assembled_aligned_and_reads_the_stream(root: Path, tmp_path: Path) -> None:
     tiny = tmp_path / "language"
     language = small_language_module(adapter=None).net

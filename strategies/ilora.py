@@ -70,6 +70,7 @@ class InterpolatedLoRA(Strategy):
     """
 
     carries_weights = True
+    weighs_loss = True
 
     def __init__(
         self,

@@ -241,6 +241,28 @@ def test_own_instructions_and_earlier_messages() -> None:
         assert record.extra == {"source": "x", "style": "yes_no"}
 
 
+@pytest.mark.parametrize(("native", "styles"), [("short_answer", 3), ("brief", 3)])
+def test_records_bring_their_own_wrong_answers(native: str, styles: int) -> None:
+    asks = "Where is it?\nGive the box."
+    records = [
+        Record((("user", asks),), f"[0.{i}, 0.1]", {"distractors": [f" [0.{i}, 0.5]", f"[0.{i}, 0.7]", "[0, 1]"]})
+        for i in range(1, 9)
+    ]
+    found, report = AnswerStyles(100)(records, "boxes", native, "Give the box.")
+    assert len(report.counts) - len(report.infeasible) == styles
+    for record, before in zip(found, records, strict=True):
+        if record.extra["style"] == "multiple_choice":
+            shown = {text.strip() for text in before.extra["distractors"]} | {before.answer}
+            assert set(record.extra["choices"]) == shown
+            assert record.extra["choices"]["ABCD".index(record.answer)] == before.answer
+        elif record.extra["style"] == "yes_no":
+            asked = re.search('Is "(.*)" the right answer', record.prompt)[1]
+            assert (asked == before.answer) == (record.answer == "Yes")
+            assert asked in {before.answer, *(text.strip() for text in before.extra["distractors"])}
+    with pytest.raises(ConfigurationError, match="distractors of sample 0 are no list of texts"):
+        AnswerStyles(100)([Record((("user", "a"),), "b", {"distractors": "c"})], "boxes")
+
+
 def test_opposites_keep_their_case() -> None:
     answers = ["yes", "No", "True", "false"]
     records = [Record((("user", f"Question {i}"),), answer) for i, answer in enumerate(answers)]

@@ -33,9 +33,10 @@ from rich.console import Console
 
 from clkit.language.models import CausalLM, load_tokenizer
 from clkit.report import write_report
+from clkit.report.answers import summary_table
 from clkit.report.estimate import Estimate
 from clkit.report.runs import Group
-from clkit.report.tables import Table, answers_table
+from clkit.report.tables import Table
 from clkit.run.jobs import file_of
 
 _EMA = "strategy.ema_balance"
@@ -140,7 +141,7 @@ def main() -> None:
             job.result()
             console.print(f"{name}, seed {seed}: done", style="dim")
     groups = [replace(groups_of(folder)[0], label=name) for name, folder in folders.items()]
-    tables = [answers_table(groups), curves_table(groups)]
+    tables = [summary_table(groups), curves_table(groups)]
     if args.stream != "instructions":
         tables.append(forms_table(groups))
     for table in tables:

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,6 +23,7 @@ from clkit.evaluation.subsets import choose
 from clkit.evaluation.token_scores import is_encoder_decoder, language_model, positions
 from clkit.files import result_folder, set_aside, write_atomically
 from clkit.language.answers import score_answer
+from clkit.language.blind import another_image, grey_image
 from clkit.language.dataset import InstructionDataset, Pad, Sample
 from clkit.language.images import ImageTable, reader_of
 from clkit.language.models import transformers
@@ -101,14 +102,17 @@ class AnswerScores(Callback):
     the dataset's metric twice: by its content, and strictly, where its format counts too; see
     :func:`~clkit.language.answers.score_answer`. The training goes on as if nothing had happened, bit for bit.
 
-    Writes ``answers.csv`` (experience learned, experience scored, metric, score, strict score, number of answers), the
-    answers themselves to ``answers/after_K.jsonl``, and at the end ``answers.json``: the score matrices and their
-    summary, see :func:`~clkit.metrics.functional.language_summary`.
+    Writes ``answers.csv`` (experience learned, experience scored, metric, score, strict score, with ``blind`` the
+    scores without seeing, number of answers), the answers themselves to ``answers/after_K.jsonl``, and at the end
+    ``answers.json``: the score matrices and their summary, see :func:`~clkit.metrics.functional.language_summary`.
 
     Args:
         subset: Held-out samples of each experience; all when ``None`` or more than there are.
         max_new_tokens: Most tokens of an answer.
         batch_size: Prompts at once.
+        blind: So many of these samples, of those with images, are also asked with another sample's image and with a
+            grey one: what the score is without seeing. Both are read by content, as ``wrong_image`` and
+            ``grey_image`` beside the scores.
         split: ``"test"`` or ``"val"``.
         view: Weights to answer with: a view that a strategy offers, or ``"live"``. When ``None``, what the last
             strategy with a ``prediction`` predicts with, else the live ones.
@@ -129,17 +133,19 @@ class AnswerScores(Callback):
         *,
         max_new_tokens: int = 64,
         batch_size: int = 16,
+        blind: int = 0,
         split: str = "test",
         view: str | None = None,
         dir: str | Path | None = None,
         seed: int = 0,
     ) -> None:
+        check_whole("blind", blind, 0)
         for name, value in (("subset", subset), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
             if value is not None:
                 check_whole(name, value, 1)
         if split not in ("test", "val"):
             raise ConfigurationError(f"split={split!r} is unknown; use test or val.")
-        self.subset, self.max_new_tokens, self.batch_size = subset, max_new_tokens, batch_size
+        self.subset, self.max_new_tokens, self.batch_size, self.blind = subset, max_new_tokens, batch_size, blind
         self.split, self.view, self.seed = split, view, seed
         self._own_dir = None if dir is None else Path(dir)
         self.dir = Path()
@@ -158,6 +164,13 @@ class AnswerScores(Callback):
             for i in choose(len(data), self.subset, self.seed, experience.index).tolist():
                 # a reference that the metric cannot read is better found before the training than after
                 self._scored(data, i, data.records[i].answer)
+        if self.blind and all(self._data(trainer, k).images is None for k in range(len(stream_data(trainer).stream))):
+            raise ConfigurationError(
+                f"blind={self.blind} asks questions without their images, but the stream is of texts alone; use "
+                "blind=0, or a stream with a processor."
+            )
+        # before anything counts the stream's images
+        self._instead = [self._stand_ins(trainer, k) for k in range(len(stream_data(trainer).stream))]
         self._evaluated, self._shown = chosen_view(trainer, self.view)
         self.dir = result_folder(trainer, self._own_dir)
         self.rows = []
@@ -208,14 +221,16 @@ class AnswerScores(Callback):
             self._lock.release()
 
     def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
+        tasks = range(experience.index + 1)
         with untouched(trainer, module), self._shown(module):
-            found = [self._answers(trainer, module, k) for k in range(experience.index + 1)]
+            found = [self._answers(trainer, module, k) for k in tasks]
+            unseen = {name: [self._unseeing(trainer, module, k, name) for k in tasks] for name in self._unseen}
         if not trainer.is_global_zero:
             return
         for k, answers in enumerate(found):
             row = {"after": experience.index, "experience": k, "metric": self._data(trainer, k).metric}
-            for reading in ("score", "strict"):
-                row[reading] = sum(answer[reading] for answer in answers) / len(answers)
+            row |= {reading: _mean(answers, reading) for reading in ("score", "strict")}
+            row |= {name: _mean(blind[k], "score") for name, blind in unseen.items()}
             self.rows.append({**row, "n": len(answers)})
         lines = [json.dumps({"experience": k, **answer}) for k, answers in enumerate(found) for answer in answers]
         write_atomically(
@@ -223,16 +238,52 @@ class AnswerScores(Callback):
         )
         self._write_rows()
 
+    @property
+    def _unseen(self) -> tuple[str, ...]:
+        return ("wrong_image", "grey_image") if self.blind else ()
+
     def _answers(self, trainer: Trainer, module: LightningModule, k: int) -> list[dict[str, Any]]:
         """Answers to the chosen samples of experience ``k``, all of them on every process."""
         data = self._data(trainer, k)
+        return self._asked(trainer, module, k, choose(len(data), self.subset, self.seed, k).tolist(), data.question)
+
+    def _stand_ins(self, trainer: Trainer, k: int) -> dict[str, dict[int, Tensor]]:
+        """Numbers of the images that are shown in place of its own, by kind and sample, of experience ``k``."""
+        data = self._data(trainer, k)
+        found: dict[str, dict[int, Tensor]] = {name: {} for name in self._unseen}
+        if not self.blind or data.images is None:
+            return found
         chosen = choose(len(data), self.subset, self.seed, k).tolist()
+        rows = [i for i in chosen if data.records[i].images]
+        for name, other in zip(found, (another_image(data, rows), grey_image(data.images)), strict=True):
+            for i in rows[: self.blind]:
+                numbers = [other(n) for n in data.question(i)["images"].tolist()]
+                if None not in numbers:
+                    found[name][i] = torch.tensor(numbers)
+        return found
+
+    def _unseeing(self, trainer: Trainer, module: LightningModule, k: int, name: str) -> list[dict[str, Any]]:
+        """Answers to questions of experience ``k`` whose images are others."""
+        data, shown = self._data(trainer, k), self._instead[k][name]
+        return self._asked(trainer, module, k, list(shown), lambda i: {**data.question(i), "images": shown[i]})
+
+    def _asked(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        k: int,
+        chosen: list[int],
+        question: Callable[[int], Sample],
+    ) -> list[dict[str, Any]]:
+        data = self._data(trainer, k)
         own = chosen[own_share(trainer)]
         settings: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
         scored, views = [], views_of(trainer)
-        for name, rows in by_route(route_of(trainer), stream_data(trainer).stream[k], data, torch.tensor(own)).items():
+        for name, rows in by_route(
+            route_of(trainer), stream_data(trainer).stream[k], data, torch.tensor(own, dtype=torch.int64)
+        ).items():
             with views[name](module):
-                questions = [data.question(i) for i in rows.tolist()]
+                questions = [question(i) for i in rows.tolist()]
                 texts = generate(module, questions, data.tokenizer, ends=data.ends, images=data.images, **settings)
             scored += [self._scored(data, i, text) for i, text in zip(rows.tolist(), texts, strict=True)]
         parts: list[Any] = [scored]
@@ -258,12 +309,12 @@ class AnswerScores(Callback):
         """Return :math:`R_{t,i}`, the mean score on experience ``i`` after experience ``t``, ``[T, T]``, else NaN.
 
         Args:
-            reading: ``"score"`` or ``"strict"``.
+            reading: ``"score"`` or ``"strict"``; with ``blind`` also ``"wrong_image"`` or ``"grey_image"``.
         """
         n = 1 + max((row["after"] for row in self.rows), default=-1)
         found = torch.full((n, n), torch.nan, dtype=torch.float64)
         for row in self.rows:
-            found[row["after"], row["experience"]] = row[reading]
+            found[row["after"], row["experience"]] = math.nan if row[reading] is None else row[reading]
         return found
 
     def _write_rows(self) -> None:
@@ -283,7 +334,7 @@ class AnswerScores(Callback):
             "view": self._evaluated,
             "subset": self.subset,
         }
-        for reading in ("score", "strict"):
+        for reading in ("score", "strict", *self._unseen):
             matrix = self.matrix(reading)
             rows = [[_number(value) for value in row] for row in matrix.tolist()]
             numbers = {name: _number(value) for name, value in language_summary(matrix).items()}
@@ -295,6 +346,10 @@ class AnswerScores(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows = list(state_dict["rows"])
+
+
+def _mean(answers: Sequence[Mapping[str, Any]], reading: str) -> float | None:
+    return sum(answer[reading] for answer in answers) / len(answers) if answers else None
 
 
 def _number(value: float) -> float | None:

@@ -64,6 +64,8 @@ def load(kind: Any, name: str, **options: Any) -> Any:
     Raises:
         ConfigurationError: If it cannot be loaded.
     """
+    import clkit.language.towers  # noqa: F401  # registers a tower with transformers
+
     path = Path(name)
     try:
         if path.suffix != ".gguf":

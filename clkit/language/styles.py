@@ -71,12 +71,13 @@ class AnswerStyles:
     - ``short_answer``: without the options of the native prompt; the text of the right one.
     - ``brief``, ``detailed``: generated explanations of about 20 and 50 words.
 
-    Distractors are the other options of a multiple-choice sample, the opposite of yes, no, true or false, or the other
-    answers of a task that has at most ``max_labels`` different ones; else, as the explanations, they come from the
-    generator. What it returns is checked (count; distractors differ from the answer and each other, the explanation
-    contains the answer, all up to case, space, articles and number words); a bad reply is asked for again, and then the
-    sample stays as it was and is counted. Without a generator, styles that need one are infeasible; a native brief or
-    detailed task can only become yes_no or multiple_choice.
+    Distractors are the other options of a multiple-choice sample, the opposite of yes, no, true or false, those that a
+    record brings (``extra["distractors"]``, a list of texts), or the other answers of a task that has at most
+    ``max_labels`` different ones; else, as the explanations, they come from the generator. What it returns is checked
+    (count; distractors differ from the answer and each other, the explanation contains the answer, all up to case,
+    space, articles and number words); a bad reply is asked for again, and then the sample stays as it was and is
+    counted. Without a generator, styles that need one are infeasible; a native brief or detailed task can only become
+    yes_no or multiple_choice.
 
     Args:
         percent: :math:`X`, from 0 to 100.
@@ -265,6 +266,11 @@ class _Sample:
         if native != "multiple_choice" and truth.lower() in _OPPOSITE:
             opposite = _OPPOSITE[truth.lower()]
             labels = [opposite.capitalize() if truth[0].isupper() else opposite]
+        elif native != "multiple_choice" and "distractors" in record.extra:
+            given = record.extra["distractors"]
+            if not isinstance(given, list | tuple) or not all(isinstance(text, str) for text in given):
+                raise ConfigurationError(f"The distractors of sample {position} are no list of texts; mend the record.")
+            labels = [text.strip() for text in given]
         return cls(asked, question, truth, [label for label in labels if normalise(label) != normalise(truth)])
 
 

@@ -16,10 +16,11 @@ from clkit.files import write_atomically
 from clkit.metrics.connectivity_file import read_lines
 from clkit.metrics.drift_file import Drift
 from clkit.metrics.history import History
-from clkit.report import html, tables
+from clkit.report import answers, html, tables
 from clkit.report.figures import (
     TWO_COLUMNS,
     accuracy_matrix_figure,
+    answers_figure,
     comparison_figure,
     connectivity_figure,
     drift_figure,
@@ -42,6 +43,10 @@ _GAP = (
 )
 _ZOOM = "What the old experiences do right after each boundary; the one that falls deepest is in colour."
 _OVERLAY = "The mean over the experiences seen so far. Bands are 95% intervals over seeds."
+_ANSWERS = (
+    "Content: what the answer says. Strict: its form counts too. What strict loses and content keeps is forgotten in "
+    "form. Wrong and grey image: asked without the picture."
+)
 _MATRIX = "Row: what was just learned. Column: what it is evaluated on, complete test sets."
 
 
@@ -79,6 +84,11 @@ class Report:
             metrics = metrics[len(shown) :]
         if len(groups) == 1:
             yield tables.experiences_table(groups[0]).rich()
+        own = answers.summary_table(groups, short=True)
+        if own.rows:
+            yield own.rich()
+            if len(groups) == 1:
+                yield from (table.rich() for table in (answers.tasks_table(groups[0]), answers.time_table(groups[0])))
         yield from (Text(f"! {note}", style="yellow") for note in self.notes)
         pages = [file for file in self.files if file.suffix == ".html"]
         yield from (Text(f"{page}, and {len(self.files) - 1} other files beside it", style="dim") for page in pages)
@@ -134,16 +144,18 @@ def write_report(
 
     title = groups[0].label if len(groups) == 1 else f"{len(groups)} settings, {len(runs)} runs"
     full = tables.results_table(groups, tables.metric_names(groups))
-    answers = tables.answers_table(groups)
+    answered = answers.summary_table(groups)
     details = [
         tables.comparison_table(groups),
         tables.differences_table(groups),
         tables.settings_table(groups),
         tables.definitions_table(groups),
     ]
-    each = [answers, tables.runs_table(groups), *map(tables.experiences_table, groups)]
+    each = [answered, tables.runs_table(groups), *map(tables.experiences_table, groups)]
+    each += [table(group) for group in groups for table in (answers.tasks_table, answers.time_table)]
     main = [tables.results_table(groups), *([tables.experiences_table(groups[0])] if len(groups) == 1 else [])]
-    main += [answers] if answers.rows else []
+    main += [answered] if answered.rows else []
+    main += [answers.tasks_table(groups[0])] if answered.rows and len(groups) == 1 else []
     shared, named = shortened(groups)
     with user_style(style):
         figures = _figures(named, width)
@@ -186,12 +198,12 @@ def _sections(
     """What the page says: the results, then how they came about, then all else on demand."""
     metrics = tables.metric_names(groups)
     few = html.main_metrics(groups) or metrics
-    answers = tables.answers_table(groups)
+    answered = answers.summary_table(groups)
     yield html.Section(
         "Results",
         html.results(groups, few)
         + (html.more(f"All {len(metrics)} metrics", html.results(groups, metrics)) if len(few) < len(metrics) else "")
-        + (answers.html() if answers.rows else "")
+        + (answered.html() if answered.rows else "")
         + html.more(f"{len(notes)} note{'s' * (len(notes) != 1)}", html.listed(notes)).replace(
             "<details", '<details class="notes"'
         ),
@@ -303,12 +315,17 @@ def _rest(group: Group, width: float, *, themed: bool) -> str:
     ]
     if (drift := _drift(group, width)) is not None:
         parts.append(html.drawn(f"{group.label}: module drift", drift, themed=themed))
-    answered = [run.answers["score"]["matrix"] for run in group.counted if run.answers]
-    if answered:
+    if found := answers.mean_matrices(group):
+        names = answers.answered(group)[0].answers["experiences"]
         title = f"{group.label}: generated answers"
-        mean = np.mean(np.array(answered, dtype=np.float64), axis=0)
-        figure = accuracy_matrix_figure(mean, run.answers["experiences"], title=title, score="score")
+        figure = accuracy_matrix_figure(found["score"], names, title=title, score="score")
         parts.append(html.drawn(title, figure, themed=themed))
+        scores = {answers.READINGS[name]: matrix for name, matrix in found.items()}
+        title = f"{title}, each task over time"
+        parts.append(
+            html.drawn(title, answers_figure(scores, names, title=title, width=width), _ANSWERS, themed=themed)
+        )
+        parts += [table(group).html() for table in (answers.tasks_table, answers.time_table)]
     if (run.directory / "connectivity.csv").is_file():
         title = f"{group.label}: mode connectivity"
         lines = read_lines(run.directory / "connectivity.csv")

@@ -172,29 +172,14 @@ def results_table(groups: Sequence[Group], metrics: Sequence[str] | None = None)
     )
 
 
-_ANSWERS = {
+ANSWERS = {
     "OP": "op",
     "BWT": "bwt_trace_t_minus_1",
     "BWT (1/T)": "bwt_trace",
     "MFT": "mft",
     "MAA": "maa",
 }
-
-
-def answers_table(groups: Sequence[Group]) -> Table:
-    """Scores of generated answers, mean and interval over seeds: by content, and the last where the format counts."""
-    rows = []
-    for group in groups:
-        found = [run.answers for run in group.counted if run.answers]
-        if found:
-            cells = [Estimate.of(_defined(run["score"][key]) for run in found) for key in _ANSWERS.values()]
-            strict = Estimate.of(_defined(run["strict"]["op"]) for run in found)
-            rows.append((marked(group), str(len(found)), *map(str, cells), str(strict)))
-    caption = (
-        "Generated answers in percent: final mean score (OP), its change since each task was learned (BWT), mean score "
-        "right after learning (MFT), mean over the stream (MAA); strict: the format counts too"
-    )
-    return Table(caption, ("run", "seeds", *_ANSWERS, "strict OP"), tuple(rows))
+"""What summaries of generated answers are called, and their keys in ``answers.json``."""
 
 
 def comparison_table(groups: Sequence[Group]) -> Table:
@@ -287,13 +272,13 @@ def runs_csv(groups: Sequence[Group]) -> str:
     out = StringIO()
     writer = csv.writer(out, lineterminator="\n")
     header = ("folder", "run", "scenario", "seed", "complete", "diverged", "training_seconds")
-    answers = list(_ANSWERS) if any(run.answers for run in runs) else []
+    answers = list(ANSWERS) if any(run.answers for run in runs) else []
     writer.writerow([*header, *differing, *metrics, *answers])
     for position, run in enumerate(runs):
         stopped = "" if run.diverged is None else run.diverged
         about = (run.directory, run.label, run.scenario, run.seed, run.complete, stopped, _cell(run.seconds))
         scores = run.answers.get("score", {})
-        numbers = [run.metric(name) for name in metrics] + [_defined(scores.get(_ANSWERS[name])) for name in answers]
+        numbers = [run.metric(name) for name in metrics] + [_defined(scores.get(ANSWERS[name])) for name in answers]
         settings = ["" if column[position] == ABSENT else column[position] for column in differing.values()]
         writer.writerow([*about, *settings, *map(_cell, numbers)])
     return out.getvalue()

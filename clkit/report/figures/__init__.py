@@ -8,6 +8,7 @@ from clkit.lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
     from clkit.report.figures.accuracy_matrix import accuracy_matrix_figure as accuracy_matrix_figure
+    from clkit.report.figures.answers import answers_figure as answers_figure
     from clkit.report.figures.canvas import ONE_COLUMN as ONE_COLUMN
     from clkit.report.figures.canvas import TWO_COLUMNS as TWO_COLUMNS
     from clkit.report.figures.canvas import curves as curves
@@ -26,6 +27,7 @@ _PUBLIC = {
     "ONE_COLUMN": "clkit.report.figures.canvas",
     "TWO_COLUMNS": "clkit.report.figures.canvas",
     "accuracy_matrix_figure": "clkit.report.figures.accuracy_matrix",
+    "answers_figure": "clkit.report.figures.answers",
     "comparison_figure": "clkit.report.figures.stability_gap",
     "connectivity_figure": "clkit.report.figures.connectivity",
     "curves": "clkit.report.figures.canvas",

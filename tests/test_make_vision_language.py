@@ -1,0 +1,233 @@
+"""The tool that makes the home-scale stream of texts and images: answers, leaks, and the model."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image, ImageDraw
+from scipy import ndimage
+
+from clkit.errors import ConfigurationError
+from clkit.language.models import VisionLanguage, load_processor
+from clkit.scenarios import Instructions
+from clkit.testing import small_language_module, small_tokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+import make_vision_language
+import vision_language_data as made
+import vision_language_model as made_of
+
+DRAWN = ("compare", "ground", "scenes")
+WORDS = {"one": 1, "two": 2, "three": 3}
+SHARE = 0.03
+
+
+def emoji_folders(root: Path) -> made.Sources:
+    """Both vendors' folders, with drawings in place of art: forty things and twelve faces."""
+    listed = []
+    for vendor in ("twitter", "google"):
+        rng = np.random.default_rng(len(vendor))
+        folder = root / vendor / "img" / vendor / "64"
+        folder.mkdir(parents=True)
+        listed = []
+        for i in range(52):
+            name = f"{'thing' if i < 40 else 'face'} {chr(97 + i % 26)}{'x' * (i // 26 + 1)}"
+            art = Image.new("RGBA", (64, 64))
+            pen = ImageDraw.Draw(art)
+            for _ in range(4):
+                x, y, w, h = rng.integers(0, 40, 4).tolist()
+                pen.rectangle((x, y, x + w + 8, y + h + 8), fill=(*rng.integers(0, 200, 3).tolist(), 255))
+            art.save(folder / f"{i}.png")
+            group = "animal-mammal" if i < 40 else "face-smiling"
+            listed.append({"name": name.upper(), "subcategory": group, "category": "X", "image": f"{i}.png"})
+            listed[-1] |= {"sort_order": i, "has_img_twitter": True, "has_img_google": True}
+        (root / vendor / "emoji.json").write_text(json.dumps(listed))
+    return made.Sources(root / "twitter", root / "google")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All tasks whose data is there, a few samples each, and the captions."""
+    folder = tmp_path_factory.mktemp("home")
+    names = [name for name in made.TASKS if name != "garments" or made.FASHION.is_dir()]
+    make_vision_language.make_tasks(folder, names, SHARE, 0, emoji_folders(folder / "emoji"))
+    return folder
+
+
+def records(root: Path, task: str, split: str = "train") -> list[dict]:
+    return json.loads((root / "home_vlm" / task / f"{split}.json").read_text())
+
+
+def picture(root: Path, task: str, record: dict) -> np.ndarray:
+    return np.asarray(Image.open(root / "home_vlm" / task / record["image"]), dtype=np.int64)
+
+
+def parts(pixels: np.ndarray) -> tuple[np.ndarray, int]:
+    """What is not background, piece by piece."""
+    return ndimage.label(np.abs(pixels - pixels[0, 0]).max(2) > 40)
+
+
+def of_colour(pixels: np.ndarray, colour: str) -> np.ndarray:
+    return np.abs(pixels - made.COLOURS[colour]).max(2) < 30
+
+
+def test_layout_and_the_form_of_answers(root: Path) -> None:
+    forms = {"garments": "[A-D]", "things": "[a-z-]+( [a-z]+)?", "numbers": "[0-9]", "compare": "Yes|No"}
+    forms |= {"ground": r"\[0\.\d\d, 0\.\d\d, [01]\.\d\d, [01]\.\d\d\]", "scenes": r"[A-Z][a-z ]+\."}
+    for folder in (root / "home_vlm").iterdir():
+        about = json.loads((folder / "task.json").read_text())
+        for split, n in made.TASKS[folder.name].sizes.items():
+            found = records(root, folder.name, split)
+            assert len(found) == round(SHARE * n)
+            for record in found:
+                assert re.fullmatch(forms[folder.name], record["answer"])
+                assert record["prompt"].endswith("\n" + about["format"])
+    styles = [(task.metric, task.style) for task in made.TASKS.values()]
+    assert len(set(styles)) == len(styles)
+
+
+def test_counts_are_the_pieces_in_the_picture(root: Path) -> None:
+    own = [record for record in records(root, "numbers") if record["kind"] == "count"]
+    assert len(own) > 20
+    for record in own:
+        assert parts(picture(root, "numbers", record))[1] == int(record["answer"])
+
+
+def test_comparisons_are_right_by_the_pixels(root: Path) -> None:
+    for record in records(root, "compare"):
+        pixels = picture(root, "compare", record)
+        labels, n = parts(pixels)
+        assert n == 2
+        boxes = sorted(ndimage.find_objects(labels), key=lambda box: box[1].start + box[1].stop)
+        colours = [pixels[labels == labels_in(labels, box)].mean(0) for box in boxes]
+        yes = record["answer"] == "Yes"
+        if record["kind"] == "larger":
+            left, right = (max(box[0].stop - box[0].start, box[1].stop - box[1].start) for box in boxes)
+            assert (left > right) == yes
+        elif record["kind"] == "colour":
+            assert (np.abs(colours[0] - colours[1]).max() < 25) == yes
+        else:
+            first = record["scene"][0]
+            assert record["prompt"].startswith(f"Is the {first[0]} above the {record['scene'][1][0]}?")
+            ys = [shape[3] for shape in record["scene"]]
+            assert (ys[0] < ys[1]) == yes
+
+
+def labels_in(labels: np.ndarray, box: tuple[slice, slice]) -> int:
+    found = labels[box]
+    return int(np.bincount(found[found > 0]).argmax())
+
+
+def test_boxes_hold_what_is_asked_for(root: Path) -> None:
+    checked = 0
+    for record in records(root, "ground"):
+        colour, kind = re.match(r"Where is the (\w+) (\w+)\?", record["prompt"]).groups()
+        same = [shape for shape in record["scene"] if shape[1] == colour]
+        assert [shape for shape in same if shape[0] == kind]
+        if len(same) == 1:
+            rows, columns = np.nonzero(of_colour(picture(root, "ground", record), colour))
+            found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            given = [float(number) * made.SIDE for number in record["answer"].strip("[]").split(",")]
+            np.testing.assert_allclose(found, given, atol=2.5)
+            checked += 1
+    assert checked > 20
+
+
+def test_sentences_count_what_is_on_either_side(root: Path) -> None:
+    for record in records(root, "scenes"):
+        pixels = picture(root, "scenes", record)
+        halves = {"on the left": np.s_[:, :64], "on the right": np.s_[:, 64:], "at the top": np.s_[:64]}
+        halves["at the bottom"] = np.s_[64:]
+        phrases = re.findall(r"(\w+) (\w+) (\w+?)e?s? ((?:on|at) the \w+)", record["answer"].lower())
+        assert len(phrases) == 2
+        for number, colour, _, place in phrases:
+            _, n = ndimage.label(of_colour(pixels, colour)[halves[place]])
+            assert n == WORDS[number]
+
+
+def test_leaks_are_found(root: Path, tmp_path: Path) -> None:
+    folder = root / "home_vlm" / "compare"
+
+    def broken(change, match: str) -> None:
+        copy = tmp_path / match.split()[0]
+        (copy / "images").mkdir(parents=True)
+        for file in folder.rglob("*.*"):
+            (copy / file.relative_to(folder)).write_bytes(file.read_bytes())
+        test = json.loads((copy / "test.json").read_text())
+        change(copy, test)
+        (copy / "test.json").write_text(json.dumps(test))
+        with pytest.raises(AssertionError, match=match):
+            made.check_leaks([copy])
+
+    def same_picture(copy: Path, test: list[dict]) -> None:
+        (copy / test[0]["image"]).write_bytes((copy / "images" / "train_0000.png").read_bytes())
+
+    def same_scene(copy: Path, test: list[dict]) -> None:
+        test[0]["scene"] = json.loads((copy / "train.json").read_text())[3]["scene"]
+
+    def always_yes(copy: Path, test: list[dict]) -> None:
+        test[:] = [record for record in test if record["answer"] == "Yes"] * 12
+
+    made.check_leaks([folder])
+    broken(same_picture, "images/test_0000.png is also in")
+    broken(same_scene, "the scene of")
+    broken(always_yes, "are the same")
+
+
+def test_the_seed_decides(root: Path, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        made.write(tmp_path / str(seed), "ground", made.TASKS["ground"], 0.01, seed, made.Sources())
+    first, other = ((tmp_path / seed / "train.json").read_text() for seed in "01")
+    assert first != other
+    made.write(tmp_path / "again", "ground", made.TASKS["ground"], 0.01, 0, made.Sources())
+    for file in (tmp_path / "0").rglob("*.*"):
+        assert (tmp_path / "again" / file.relative_to(tmp_path / "0")).read_bytes() == file.read_bytes()
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"The emoji of twitter are missing: npm pack"):
+        make_vision_language.make_tasks(tmp_path, ["things"], SHARE, 0, made.Sources())
+    with pytest.raises(ConfigurationError, match=r"share=0 is not possible"):
+        make_vision_language.make_tasks(tmp_path, ["ground"], 0, 0, made.Sources())
+    with pytest.raises(ConfigurationError, match=r"side=100 is not possible"):
+        made_of.build(None, None, 100)
+
+
+@pytest.mark.slow
+def test_a_model_is_assembled_aligned_and_reads_the_stream(root: Path, tmp_path: Path) -> None:
+    tiny = tmp_path / "language"
+    language = small_language_module(adapter=None).net
+    language.save_pretrained(tiny)
+    words = small_tokenizer()
+    # SmolLM2's placeholder is a special token
+    words.add_special_tokens({"additional_special_tokens": [words.convert_ids_to_tokens(made_of.PLACEHOLDER)]})
+    words.save_pretrained(tiny)
+    torch.manual_seed(1)
+    lite0 = timm.create_model("tf_efficientnet_lite0")
+    # the package has other names in the same order
+    torch.save({f"other_{i}": part for i, part in enumerate(lite0.state_dict().values())}, tmp_path / "lite0.pth")
+    folder = tmp_path / "model"
+    make_vision_language.make_model(root, folder, str(tiny), str(tmp_path / "lite0.pth"), 64, 2)
+    module = VisionLanguage(str(folder))
+    model = module.net
+    expected = language.state_dict()
+    for name, part in model.model.language_model.state_dict().items():
+        assert torch.equal(part, expected[f"model.{name}"])
+    for name, part in model.model.vision_tower.network.state_dict().items():
+        assert torch.equal(part, lite0.state_dict()[name])
+    stream = Instructions(["ground", "scenes"], processor=load_processor(str(folder)), root=root / "home_vlm")
+    sample = stream[0].train[0]
+    assert (sample["input_ids"] == made_of.PLACEHOLDER).sum() >= 4
+    batch = stream.collate_fn([stream[1].train[i] for i in range(2)])
+    stream.collate_fn.prepare(module)
+    assert torch.isfinite(module(**batch).loss)
+    # projected images have the size of words
+    seen = model.model.get_image_features(torch.randn(2, 3, 64, 64)).pooler_output[0]
+    assert 0.3 < seen.pow(2).mean().sqrt() / model.get_input_embeddings().weight.pow(2).mean().sqrt() < 3

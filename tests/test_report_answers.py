@@ -1,0 +1,105 @@
+"""Generated answers in the report: what was forgotten by content and by form, and what is scored without seeing."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+from test_report import make_run
+
+from clkit.metrics.functional import language_summary
+from clkit.report import answers, write_report
+from clkit.report.figures import answers_figure
+from clkit.report.runs import find_runs, group_runs
+
+# three tasks: the form of the first is lost, the content of the second
+CONTENT = [[0.8, None, None], [0.8, 0.6, None], [0.7, 0.2, 0.9]]
+STRICT = [[0.8, None, None], [0.3, 0.6, None], [0.1, 0.2, 0.9]]
+WRONG = [[0.3, None, None], [0.3, 0.1, None], [0.2, 0.1, 0.4]]
+GREY = [[0.25, None, None], [0.2, None, None], [0.2, None, 0.3]]
+
+
+def with_answers(folder, *, blind=True, overrides=None, config=None):
+    make_run(folder, 0.6, overrides=overrides, config=config)
+    content = {"experiences": ["letters", "words", "boxes"], "metrics": ["letter", "exact_match", "box_iou"]}
+    found = {"score": CONTENT, "strict": STRICT, **({"wrong_image": WRONG, "grey_image": GREY} if blind else {})}
+    for name, matrix in found.items():
+        numbers = language_summary(np.array(matrix, dtype=float))
+        content[name] = {"matrix": matrix, **{k: None if np.isnan(v) else v for k, v in numbers.items()}}
+    (folder / "answers.json").write_text(json.dumps(content))
+    return folder
+
+
+def group_of(folder):
+    return group_runs(find_runs([folder])[0])[0][0]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return with_answers(tmp_path_factory.mktemp("answers") / "run")
+
+
+def test_each_tasks_forgetting_is_told_apart_by_content_and_form(run):
+    table = answers.tasks_table(group_of(run))
+    assert table.header[2:8] == ("learned", "final", "final, strict", "forgotten", "strictly", "of form")
+    assert table.rows == (
+        ("letters", "letter", "80.0", "70.0", "10.0", "10.0", "70.0", "60.0", "20.0", "20.0"),
+        ("words", "exact_match", "60.0", "20.0", "20.0", "40.0", "40.0", "0.0", "10.0", "–"),
+        ("boxes", "box_iou", "90.0", "90.0", "90.0", "–", "–", "–", "40.0", "30.0"),
+        ("mean", "", "76.7", "60.0", "40.0", "25.0", "55.0", "30.0", "23.3", "25.0"),
+    )
+
+
+def test_over_time_the_means_of_the_tasks_so_far(run):
+    table = answers.time_table(group_of(run))
+    assert table.header == ("after", "content", "strict", "form", "wrong image", "grey image")
+    assert table.rows == (
+        ("letters", "80.0", "80.0", "0.0", "30.0", "25.0"),
+        ("words", "70.0", "45.0", "25.0", "20.0", "20.0"),
+        ("boxes", "60.0", "40.0", "20.0", "23.3", "25.0"),
+    )
+
+
+def test_the_summary_has_the_blind_baseline_where_a_run_has_it(run, tmp_path):
+    table = answers.summary_table([group_of(run)])
+    assert table.header[-2:] == ("wrong image", "grey image")
+    (row,) = table.rows
+    # BWT: of content (-10 - 40) / 2, strictly (-70 - 40) / 2
+    assert row[1:] == ("1", "60.0", "−25.0", "−16.7", "76.7", "70.0", "40.0", "−55.0", "23.3", "–")
+    plain = group_of(with_answers(tmp_path / "plain", blind=False))
+    assert answers.summary_table([plain]).header[-1] == "strict BWT"
+    assert answers.tasks_table(plain).header[-1] == "of form"
+    without = group_of(make_run(tmp_path / "without", 0.5))
+    assert answers.summary_table([without]).rows == answers.tasks_table(without).rows == ()
+    both = answers.summary_table([group_of(run), plain], short=True)
+    assert both.header[1:] == ("OP", "BWT", "strict OP", "strict BWT", "wrong image", "grey image")
+    assert both.rows[1][-2:] == ("–", "–")
+
+
+def test_a_panel_for_each_task_from_when_it_was_learned():
+    scores = {
+        "content": np.array(CONTENT, dtype=float),
+        "strict": np.array(STRICT, dtype=float),
+        "grey image": np.array(GREY, dtype=float),
+    }
+    figure = answers_figure(scores, ["letters", "words", "boxes"])
+    panels = [axes for axes in figure.axes if axes.get_visible()]
+    assert [axes.get_title(loc="left") for axes in panels] == ["letters", "words", "boxes"]
+    first = {line.get_label(): line.get_xydata().tolist() for line in panels[0].get_lines()}
+    assert first["strict"] == pytest.approx(np.array([[1, 80], [2, 30], [3, 10]]))
+    assert panels[2].get_lines()[0].get_xydata().tolist() == pytest.approx(np.array([[3, 90]]))
+
+
+def test_the_page_the_terminal_and_markdown_show_them(run):
+    report = write_report([run])
+    page = (run / "report.html").read_text()
+    out = io.StringIO()
+    Console(file=out, width=120).print(report)
+    for text in (page, (run / "report.md").read_text(), out.getvalue()):
+        for word in ("of form", "wrong image", "strict BWT", "mean score in percent of the tasks so far"):
+            assert word in text.replace("\n", " ")
+    assert "each task over time" in page
+    assert "of form" in (run / "report.tex").read_text()

@@ -212,7 +212,8 @@ class Pad:
 
     Adds ``attention_mask``, and ``position_ids`` where texts are padded on the left, so that each begins at position 0.
     Texts with images get no positions: their models count for themselves, some of them in three dimensions. ``images``
-    of samples, ``int64`` ``[K]``, become :class:`~clkit.data.images.Images` with what the model takes of each.
+    of samples, ``int64`` ``[K]``, become :class:`~clkit.data.images.Images` with what the model takes of each, but for
+    those whose features it has.
 
     Args:
         side: ``"right"`` or ``"left"``.
@@ -243,7 +244,7 @@ class Pad:
 
     def _read(self, numbers: list[Tensor]) -> Images:
         images = Images(pad_sequence(numbers, batch_first=True, padding_value=-1))
-        return images if self.images is None else Images(images.numbers, self.images.pixels(images))
+        return images if self.images is None else Images(images.numbers, self.images.ahead(images))
 
     def prepare(self, module: nn.Module) -> None:
         """Let the model in a module read the images of batches; nothing happens for texts alone."""

@@ -13,8 +13,8 @@ Pixels = dict[str, Tensor]
 """What a model's ``forward`` takes of one image, by name: ``pixel_values`` and, for some models, sizes and masks."""
 
 Features = dict[str, Tensor]
-"""What a frozen vision tower makes of one image: ``features``, the projector's input; ``stacked``, whether the model takes
-several images as one tensor; and sizes if it has any."""
+"""What a frozen vision tower makes of one image: ``features``, the projector's input; ``stacked``, whether the model
+takes several images as one tensor; and sizes if it has any."""
 
 Kept = dict[str, Tensor]
 """What a memory keeps of one image: its file, ``encoded``, ``uint8`` ``[N]``, or its :data:`Features`."""

@@ -48,8 +48,9 @@ class FrozenPrefix:
     The prefix is every call of a module without trainable parameter that is made before the first operation on one.
     Which of their outputs the rest needs is found by trying, and each chunk's replay is compared with the full forward
     before it is used; where it differs, the cache gives up with a warning. Modules whose buffers change (BatchNorm in
-    training mode) end the prefix, and a module with compiled parts, or one that keeps its tower's features, has
-    none. What saves less than a fifth of the floating-point operations is not kept. The cache starts anew when ``requires_grad`` or a frozen tensor changes.
+    training mode) end the prefix, and a module with compiled parts, or one that keeps its tower's features, has none.
+    What saves less than a fifth of the floating-point operations is not kept. The cache starts anew when
+    ``requires_grad`` or a frozen tensor changes.
 
     Args:
         module: The module, called by the functions given to :meth:`run`.

@@ -218,12 +218,21 @@ class TowerFeatures:
 
     def arguments(self, model: Any, table: Table, images: Images) -> dict[str, Any]:
         """Return the arguments of the model's ``forward`` for a batch's images, see :meth:`Tower.arguments`."""
+        tower = self._tower_of(model, table)
+        of_tower = tower.key()
+        return tower.arguments([self._find(number, table, images, of_tower) for number in images.used()])
+
+    def of(self, model: Any, table: Table, number: int) -> Features:
+        """Return the features of one image."""
+        of_tower = self._tower_of(model, table).key()
+        return self._find(number, table, Images(torch.tensor([[number]])), of_tower)
+
+    def _tower_of(self, model: Any, table: Table) -> Tower:
         if table is not self._table:
             self.watch(table)
         if self._tower is None or self._of is not model:
             self._tower, self._of = Tower(model), model
-        of_tower = self._tower.key()
-        return self._tower.arguments([self._find(number, table, images, of_tower) for number in images.used()])
+        return self._tower
 
     def _find(self, number: int, table: Table, images: Images, of_tower: bytes) -> Features:
         kept = images.kept.get(number)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -494,3 +495,26 @@ def let_read(module: nn.Module, table: ImageTable) -> None:
     reader.table, table.known = table, None
     if reader.features is not None:
         reader.features.watch(table)
+
+
+def kept_features(module: nn.Module, table: ImageTable) -> Callable[[int], Kept]:
+    """Return what gives the features of an image of a number, as the model in a module has them in training.
+
+    Raises:
+        ConfigurationError: If the model keeps none.
+    """
+    model = language_model(module)
+    reader = reader_of(model)
+    if reader.features is None:
+        raise ConfigurationError(
+            "images='features' remembers what a frozen tower makes of images, which VisionLanguage keeps with "
+            "features='memory' or 'disk' (model.features=memory); set that, or use images='encoded'."
+        )
+
+    def kept(number: int) -> Kept:
+        assert reader.features is not None
+        trainer = getattr(module, "_trainer", None)
+        with nullcontext() if trainer is None else trainer.precision_plugin.train_step_context():
+            return reader.features.of(model, table, number)
+
+    return kept

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .l2 import L2Anchor as L2Anchor
     from .lwf import LwF as LwF
     from .mas import MAS as MAS
+    from .moelora import MoELoRA as MoELoRA
     from .naive import Naive as Naive
     from .olora import OLoRA as OLoRA
     from .per_task import PerTask as PerTask
@@ -50,6 +51,7 @@ _PUBLIC = {
     "L2Anchor": ".l2",
     "LwF": ".lwf",
     "MAS": ".mas",
+    "MoELoRA": ".moelora",
     "Naive": ".naive",
     "PerTask": ".per_task",
     "OLoRA": ".olora",

@@ -92,9 +92,7 @@ class MoELoRA(Strategy):
                 f"experts={self.experts} does not divide the rank {rank} of {entry.name}; use a multiple of it as "
                 "rank (model.adapter.rank), or another number of experts."
             )
-        router: nn.Linear = nn.utils.skip_init(
-            nn.Linear, a.shape[1], self.experts, bias=False, device=a.device, dtype=a.dtype
-        )
+        router = nn.Linear(a.shape[1], self.experts, bias=False, device="meta", dtype=a.dtype).to_empty(device=a.device)
         seeds = private_rng(self.seed, 51, position)
         start = torch.from_numpy(seeds.uniform(-1, 1, (self.experts, a.shape[1]))) / a.shape[1] ** 0.5
         with torch.no_grad():
@@ -128,7 +126,8 @@ class Mixture:
         gates = module.lora_router[active_adapter](x).softmax(dim=-1)
         inner = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
         weighed = inner.unflatten(-1, (self.experts, -1)) * gates.unsqueeze(-1)
-        return result + module.lora_B[active_adapter](weighed.flatten(-2)) * module.scaling[active_adapter]
+        update: Tensor = module.lora_B[active_adapter](weighed.flatten(-2)) * module.scaling[active_adapter]
+        return result + update
 
     def supports_lora_conversion(self) -> bool:
         """Tell that it cannot be made a plain LoRA."""

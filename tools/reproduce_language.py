@@ -38,10 +38,13 @@ from clkit.report.runs import Group
 from clkit.report.tables import Table, answers_table
 from clkit.run.jobs import file_of
 
+_EMA = "strategy.ema_balance"
+_PRESETS = ("reference", "fisher", "mean")
+
 
 def formats(memory: int, decays: Sequence[float]) -> dict[str, list[str]]:
     """Methods with so many samples in memory; of the fixed averages the best is the control."""
-    fixed = ["strategy=ema_balance", "strategy.ema_balance.preset=fixed"]
+    fixed = ["strategy=ema_balance", f"{_EMA}.preset=fixed"]
     average = ["strategy=ilora", f"strategy.ilora.capacity={memory}"]
     return {
         "sequential": ["strategy=naive"],
@@ -49,10 +52,9 @@ def formats(memory: int, decays: Sequence[float]) -> dict[str, list[str]]:
         "ER": ["strategy=er", f"strategy.er.capacity={memory}"],
         "ER + average": [*average, "strategy.ilora.gamma=0"],
         "I-LoRA": average,
-        "EMA balance": ["strategy=ema_balance"],
-        **{f"EMA, fixed {decay}": [*fixed, f"strategy.ema_balance.decay={decay}"] for decay in decays},
+        **{f"EMA balance, {preset}": ["strategy=ema_balance", f"{_EMA}.preset={preset}"] for preset in _PRESETS},
+        **{f"EMA, fixed {decay}": [*fixed, f"{_EMA}.decay={decay}"] for decay in decays},
         "RegLoRA": ["strategy=reglora"],
-        "RegLoRA, 10 percent": ["strategy=reglora", "strategy.reglora.percent=10"],
     }
 
 
@@ -61,11 +63,11 @@ METHODS = {
         "sequential": ["strategy=naive"],
         "ER": ["strategy=er", "strategy.er.capacity=100"],
         "I-LoRA": ["strategy=ilora", "strategy.ilora.capacity=100", "strategy.ilora.decay=0.99"],
-        "RegLoRA": ["strategy=reglora"],
+        "RegLoRA": ["strategy=reglora", "strategy.reglora.percent=2"],
         "EMA balance": ["strategy=ema_balance"],
         "joint": ["strategy=joint"],
     },
-    "formats": formats(8, (0.8, 0.9, 0.95)),
+    "formats": formats(8, (0.9, 0.97)),
     "formats_gpu": formats(16, (0.98, 0.99, 0.995)),
 }
 _NOUNS = ["--tasks", "drawer", "label", "shelf", "show"]

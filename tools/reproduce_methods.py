@@ -12,6 +12,9 @@
 - ``ilora``: on the same stream I-LoRA with the horizon that fits, against ER and averages of the same horizon.
 - ``reglora``: LoRA on all layers of an MLP that knows the digits, permuted digits: RegLoRA at several percents, against
   merging alone, and against random and the smallest entries in place of the largest.
+- ``rehearsal``: methods with 100 samples in memory on split digits, a small CNN; CLS-ER beside ER with a fixed average.
+- ``penalties``: methods without rehearsal, and A-GEM and GEM with 25 samples an experience, on permuted digits, an MLP;
+  strengths are the best of a grid in steps of ten (LwF: 0.3, 1, 3, 10) on seed 100.
 - ``ema``, ``ema_permuted``: the presets of EMA balance on rotated Fashion-MNIST and permuted digits, beside a fixed
   average of decay 0.99 and one of the best of 0.99, 0.995, 0.998, 0.999 on seed 100; averages are evaluated as such.
   ``tools/ema_shares.py`` has what is left of an experience's start.
@@ -57,6 +60,7 @@ def _averages(tuned: float) -> dict[str, list[str]]:
         "EMA balance, reference": [f"{_EMA}.preset=reference"],
         "EMA balance, paper": [f"{_EMA}.preset=paper"],
         "EMA balance, fisher": [f"{_EMA}.preset=fisher"],
+        "mean of all steps": [f"{_EMA}.preset=mean"],
     }
     averaged = {name: [*overrides, "+evaluation.view=averaged"] for name, overrides in presets.items()}
     return {"finetuning": ["strategy=naive"], **averaged}
@@ -115,6 +119,33 @@ METHODS = {
             "strategy=kfpf_kd",
             *(f"strategy.kfpf_kd.{v}" for v in ("capacity=500", "k=3", "select=norm+last_block+head")),
         ],
+    },
+    "rehearsal": {
+        "finetuning": ["strategy=naive"],
+        "ER": ["strategy=er", "strategy.er.capacity=100"],
+        "ER, average": [
+            "strategy=[er,ema_balance]",
+            "strategy.er.capacity=100",
+            f"{_EMA}.preset=fixed",
+            f"{_EMA}.decay=0.956",  # 22.5 steps, half an experience, as the stable model of CLS-ER
+            "+evaluation.view=averaged",
+        ],
+        "CLS-ER": ["strategy=cls_er", "strategy.cls_er.capacity=100"],
+        "DER": ["strategy=der", "strategy.der.capacity=100"],
+        "DER++": ["strategy=derpp", "strategy.derpp.capacity=100"],
+        "GDumb": ["strategy=gdumb", "strategy.gdumb.capacity=100"],
+    },
+    "penalties": {
+        "finetuning": ["strategy=naive"],
+        "ER": ["strategy=er", "strategy.er.capacity=100"],
+        "L2": ["strategy=l2", "strategy.l2.strength=0.1"],
+        "EWC": ["strategy=ewc", "strategy.ewc.strength=1000"],
+        "SI": ["strategy=si", "strategy.si.strength=100"],
+        "MAS": ["strategy=mas", "strategy.mas.strength=100"],
+        "LwF": ["strategy=lwf", "strategy.lwf.alpha=3"],
+        "feature distillation": ["strategy=feature_distillation", "strategy.feature_distillation.alpha=100"],
+        "A-GEM": ["strategy=agem", "strategy.agem.samples_per_experience=25"],
+        "GEM": ["strategy=gem", "strategy.gem.samples_per_experience=25"],
     },
     "ema": _averages(0.998),
     "ema_permuted": _averages(0.998),
@@ -221,6 +252,8 @@ PROTOCOLS = {
     "ilora": Protocol("lora_split", prepare=pretrained(4, 1500), controls=averaged_table),
     "reglora": Protocol("reglora_permuted", prepare=pretrained(10, 450, "digits", "mlp")),
     "fpf_cnn": Protocol("fpf_cnn", {"TFLOP": operations, "seconds": seconds}),
+    "rehearsal": Protocol("fpf_cnn", {"TFLOP": operations, "seconds": seconds}),
+    "penalties": Protocol("ema_permuted", {"seconds": seconds}),
     "ema": Protocol("ema_rotated", {"fallback": fallback}),
     "ema_permuted": Protocol("ema_permuted", {"fallback": fallback}),
 }

@@ -46,6 +46,8 @@ class InstructionDataset(Dataset[Sample]):
             counts them, and so does ``metrics.json``.
         chat: Use the tokenizer's chat template; when ``None``, if it has one.
         template_options: More variables of the chat template, such as ``enable_thinking`` or ``date_string``.
+        prompt_template: Without a chat template, what is written for a prompt, with ``{prompt}`` where it stands.
+        separator: Without a chat template, what is written between several messages.
         name: Name for messages.
         metric: How answers to these records are scored, see :mod:`clkit.language.answers`.
         images: The stream's table of images, where several datasets share one.
@@ -73,6 +75,8 @@ class InstructionDataset(Dataset[Sample]):
         too_long: TooLong = "drop",
         chat: bool | None = None,
         template_options: Mapping[str, Any] | None = None,
+        prompt_template: str | None = None,
+        separator: str | None = None,
         name: str = "dataset",
         metric: str = "exact_match",
         images: ImageTable | None = None,
@@ -84,7 +88,8 @@ class InstructionDataset(Dataset[Sample]):
             images = ImageTable(cast("ProcessorMixin", tokenizer))
         own = tokenizer if images is None else images.tokenizer
         self.metric, self.tokenizer, self.images = metric, cast("PreTrainedTokenizerBase", own), images
-        encoder = Encoder(self.tokenizer, chat, template_options, images)
+        written = {"prompt_template": prompt_template, "separator": separator}
+        encoder = Encoder(self.tokenizer, chat, template_options, images, **written)
         kept: list[tuple[Record, Encoded]] = []
         self.n_bad = self.n_dropped = self.n_cut = 0
         for record, whole in zip(records, encoder(records), strict=True):

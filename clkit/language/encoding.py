@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Tokens = np.ndarray[Any, np.dtype[np.int32]]
 _PROBE = "xANSWERx"
 _GAP = " ... "
+_PROMPT = "{prompt}"
 
 
 class Encoded(NamedTuple):
@@ -58,12 +59,18 @@ class Encoder:
         tokenizer: A tokenizer of transformers.
         chat: Use its chat template; when ``None``, if it has one.
         template_options: More variables of the chat template.
+        prompt_template: Without a chat template, what is written for a prompt, with ``{prompt}`` where it stands, such
+            as ``"Question: {prompt} Answer: "``.
+        separator: Without a chat template, what is written between several messages, such as a line's end; they are
+            refused when ``None``. Those of the assistant and the system stand as they are, all others in the
+            ``prompt_template``.
         images: The stream's images, with the processor that they go through; its chat template comes first. Where a
             template takes texts only, and without one, an image's token stands in the text, followed by the end of the
             line if images come first.
 
     Raises:
-        ConfigurationError: If there is no chat template, or no EOS token.
+        ConfigurationError: If there is no chat template, or no EOS token; if ``prompt_template`` has no ``{prompt}``,
+            or the chat template takes its place.
     """
 
     def __init__(
@@ -72,6 +79,9 @@ class Encoder:
         chat: bool | None = None,
         template_options: Mapping[str, Any] | None = None,
         images: ImageTable | None = None,
+        *,
+        prompt_template: str | None = None,
+        separator: str | None = None,
     ) -> None:
         own = getattr(tokenizer, "chat_template", None)
         of_processor = None if images is None else getattr(images.processor, "chat_template", None)
@@ -84,6 +94,14 @@ class Encoder:
             raise ConfigurationError(
                 f"{type(tokenizer).__name__} has no chat template; use chat=false, or set tokenizer.chat_template."
             )
+        if prompt_template is not None and _PROMPT not in prompt_template:
+            raise ConfigurationError(f"prompt_template={prompt_template!r} has no {_PROMPT}; write it where that goes.")
+        if self.chat and (prompt_template, separator) != (None, None):
+            raise ConfigurationError(
+                "prompt_template and separator are for prompts without a chat template, and this tokenizer has one; "
+                "add chat=false to use them, or leave them out."
+            )
+        self._prompt_template, self._separator = prompt_template or _PROMPT, separator
         unused = [key for key in self.template_options if not self.chat or key not in str(self._template)]
         if unused:
             raise ConfigurationError(
@@ -179,14 +197,14 @@ class Encoder:
         return bool(written.count(self.images.token) == 1 and written.count(_PROBE) == 1)
 
     def _plain(self, records: Sequence[Record]) -> list[Encoded]:
-        if any(len(record.messages) > 1 for record in records):
+        if self._separator is None and any(len(record.messages) > 1 for record in records):
             raise ConfigurationError(
-                "Some records have several messages, which only a chat template can put together; use a tokenizer with "
-                "one, or chat=null."
+                "Some records have several messages, which a chat template puts together; use a tokenizer with one, "
+                "chat=null, or say what stands between them, such as separator='\\n'."
             )
         bos = self.tokenizer.bos_token_id
         begin = np.array([] if bos is None else [bos], dtype=np.int32)
-        prompts, _ = self._tokens([self._content(self._messages(record)[0][1]) for record in records])
+        prompts, _ = self._tokens([self._prompt(record) for record in records])
         answers, _ = self._tokens([self._harmless(record.answer) for record in records])
         return [
             Encoded(
@@ -197,6 +215,14 @@ class Encoder:
             )
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
+
+    def _prompt(self, record: Record) -> str:
+        """The text before the answer without a chat template."""
+        written = [
+            content if role in ("system", "assistant") else self._prompt_template.replace(_PROMPT, content)
+            for role, content in ((role, self._content(parts)) for role, parts in self._messages(record))
+        ]
+        return (self._separator or "").join(written)
 
     def _chat(self, records: Sequence[Record]) -> list[Encoded]:
         prompts, rests, written = [], [], ""

@@ -17,6 +17,7 @@ from clkit.evaluation.token_scores import positions
 from clkit.files import result_folder, write_atomically
 from clkit.language.features import TowerFeatures, Where
 from clkit.language.images import reader_of
+from clkit.language.labelled import labelled_only
 from clkit.language.vision import PROJECTORS, for_language_model, vision_parts
 from clkit.method.adapters import add_adapter
 from clkit.method.learning_rate import LearningRate
@@ -201,16 +202,21 @@ class LanguageModule(pl.LightningModule):
         """Return the model's output, with ``logits`` and, where there are ``labels``, ``loss``."""
         return self.net(**inputs)
 
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the model's loss on a batch."""
+        with labelled_only(self.net):
+            return cast(Tensor, self(**batch).loss)
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss: Tensor = self(**batch).loss
+        loss = self.loss(batch)
         self.log("train_loss", loss, batch_size=len(batch["labels"]))
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.log("val_loss", self(**batch).loss, batch_size=len(batch["labels"]))
+        self.log("val_loss", self.loss(batch), batch_size=len(batch["labels"]))
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.log("test_loss", self(**batch).loss, batch_size=len(batch["labels"]))
+        self.log("test_loss", self.loss(batch), batch_size=len(batch["labels"]))
 
     def on_fit_start(self) -> None:
         most = positions(self.net)

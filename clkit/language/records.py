@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,8 +20,20 @@ FindImage = Callable[[Any], Any]
 PLACE = "<image>"
 """Stands for an image in the texts of records."""
 
-_ROLES = ("system", "user", "assistant", "tool")
-_LLAVA_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
+Turns = Literal["last", "all"]
+
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "tool": "tool",
+}
 _INLINE = ("image", "path", "url", "base64")
 
 
@@ -59,21 +72,23 @@ class Record:
         return found
 
 
-def records_of(item: Any, find: FindImage | None = None) -> list[Record]:
+def records_of(item: Any, find: FindImage | None = None, turns: Turns = "last") -> list[Record]:
     """Read an object of a file.
 
     It is one of
 
     - ``{"prompt": ..., "answer": ...}``, or ``"text"`` for the prompt;
-    - ``{"messages": [{"role": ..., "content": ...}, ...]}``, the last one the assistant's, which is the answer;
-    - LLaVA's ``{"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]}``. Each answer
-      makes a record, with all turns before it as its messages. One ``<image>`` moves to the front of its turn, as LLaVA
-      does it.
+    - Alpaca's ``{"instruction": ..., "input": ..., "output": ...}``; an empty input, or none, is left out;
+    - ``{"messages": [{"role": ..., "content": ...}, ...]}``, the last one the assistant's, which is the answer. With
+      ``turns="all"`` each of the assistant's answers makes a record, with all messages before it;
+    - ShareGPT's and LLaVA's ``{"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...},
+      ...]}``. Each answer makes a record, with all turns before it as its messages. One ``<image>`` moves to the front
+      of its turn, as LLaVA does it.
 
     With ``find``, ``"image"`` or ``"images"`` are its images, one entry or a list. They stand where its texts have
     ``<image>``, or before them if there is none. The content of a message may be a list of ``{"type": "text", "text":
     ...}`` and ``{"type": "image"}``, of which each is the next of ``"images"``, or has its own as ``"image"`` or
-    ``"path"``. Without ``find`` images are no part of a record.
+    ``"path"``. Without ``find`` images are no part of a record, and such a list has texts alone.
 
     Raises:
         ValueError: If it is none of these, or the places of images are not as many as the images; the message says
@@ -88,13 +103,19 @@ def records_of(item: Any, find: FindImage | None = None) -> list[Record]:
         messages = _messages(item["messages"], own if with_images else None)
         if messages[-1][0] != "assistant":
             raise ValueError(f"the last of its messages is the {messages[-1][0]}'s and must be the assistant's")
-        turns = [len(messages) - 1]
+        answers = [len(messages) - 1] if turns == "last" else _answered(messages)
     elif "conversations" in item:
         used = ("conversations",)
         messages = _conversation(item["conversations"], with_images)
-        turns = [position for position, (role, _) in enumerate(messages) if role == "assistant"]
-        if not turns:
+        answers = [position for position, (role, _) in enumerate(messages) if role == "assistant"]
+        if not answers:
             raise ValueError("its conversations have no answer of gpt")
+    elif {"instruction", "output"} <= item.keys() and not {"prompt", "text", "answer"} & item.keys():
+        # an instruction of many samples is what strategies group by, so it stays beside them
+        used = ("input", "output")
+        given = [_text(item[key], key) for key in ("instruction", "input") if item.get(key)]
+        messages = [("user", "\n\n".join(given)), ("assistant", _text(item["output"], "output"))]
+        answers = [1]
     else:
         asked = "text" if "text" in item and "prompt" not in item else "prompt"
         answered = "answer_bbox" if "answer_bbox" in item and "answer" not in item else "answer"
@@ -103,7 +124,7 @@ def records_of(item: Any, find: FindImage | None = None) -> list[Record]:
         if missing:
             raise ValueError(f"it has no {missing[0]!r}; its keys are {', '.join(map(repr, item))}")
         messages = [("user", _text(item[asked], asked)), ("assistant", _text(item[answered], answered))]
-        turns = [1]
+        answers = [1]
     images: list[Any] = []
     if find is not None:
         used += ("image", "images")
@@ -111,12 +132,33 @@ def records_of(item: Any, find: FindImage | None = None) -> list[Record]:
         messages = _without_first(messages, len(images))
     extra = {key: value for key, value in item.items() if key not in used}
     found = []
-    for turn in turns:
+    for turn in answers:
         # of images that stand in the texts, an early turn knows those before it
         n = sum(text.count(PLACE) for _, text in messages[:turn])
         shown = images[:n] if any(PLACE in text for _, text in messages) else images
         found.append(_record(messages[:turn], messages[turn][1], extra, shown))
     return found
+
+
+def _answered(messages: Sequence[tuple[str, str]]) -> list[int]:
+    """Positions of the assistant's messages that somebody else's come before."""
+    pairs = enumerate(itertools.pairwise(messages), 1)
+    return [at for at, (before, own) in pairs if own[0] == "assistant" and before[0] != "assistant"]
+
+
+def renamed(item: Any, keys: Mapping[str, str]) -> Any:
+    """Return an object with more names for its entries: ``{"prompt": "question"}`` reads the prompt from the question.
+
+    Raises:
+        ValueError: If it lacks one of them.
+    """
+    if not keys or not isinstance(item, Mapping):
+        return item
+    missing = [theirs for theirs in keys.values() if theirs not in item]
+    if missing:
+        raise ValueError(f"it has no {missing[0]!r}, which keys names; its keys are {', '.join(map(repr, item))}")
+    theirs = set(keys.values())
+    return {**{key: value for key, value in item.items() if key not in theirs}, **{k: item[v] for k, v in keys.items()}}
 
 
 def _record(messages: list[tuple[str, str]], answer: str, extra: Mapping[str, Any], images: list[Any]) -> Record:
@@ -141,13 +183,22 @@ class Records(list[Record]):
     n_bad = 0
 
 
-def read_records(path: str | Path, on_error: OnError = "raise", find: FindImage | None = None) -> tuple[Records, int]:
+def read_records(
+    path: str | Path,
+    on_error: OnError = "raise",
+    find: FindImage | None = None,
+    *,
+    turns: Turns = "last",
+    keys: Mapping[str, str] | None = None,
+) -> tuple[Records, int]:
     """Read a file of records: a JSON list (``.json``) or one JSON object a line (``.jsonl``); see :func:`records_of`.
 
     Args:
         path: The file, UTF-8.
         on_error: ``"raise"``, or ``"skip"`` to leave bad records out.
         find: Finds the images that records name.
+        turns: Whether the ``"last"`` answer of messages is learned, or ``"all"``, each as a record.
+        keys: The file's names for ``prompt``, ``answer``, ``messages`` and whatever else is read.
 
     Returns:
         The records, and how many were left out.
@@ -167,7 +218,7 @@ def read_records(path: str | Path, on_error: OnError = "raise", find: FindImage 
         try:
             if isinstance(item, ValueError):
                 raise ValueError(f"no JSON: {getattr(item, 'msg', item)}")
-            records += records_of(item, find)
+            records += records_of(renamed(item, keys or {}), find, turns)
         except ValueError as error:
             if on_error == "raise":
                 raise ConfigurationError(
@@ -253,7 +304,7 @@ def _messages(value: Any, own: list[Any] | None) -> list[tuple[str, str]]:
         if message["role"] not in _ROLES:
             raise ValueError(f"message {position} has the role {message['role']!r}; known are {', '.join(_ROLES)}")
         content, name = message["content"], f"content of message {position}"
-        if own is None or not isinstance(content, list):
+        if not isinstance(content, list):
             found.append((message["role"], _text(content, name)))
             if own is not None:
                 own += [None] * found[-1][1].count(PLACE)
@@ -261,14 +312,16 @@ def _messages(value: Any, own: list[Any] | None) -> list[tuple[str, str]]:
         parts = []
         for part in content:
             kind = part.get("type") if isinstance(part, Mapping) else None
-            if kind == "image":
+            if kind == "image" and own is not None:
                 own.append(next((part[key] for key in _INLINE if part.get(key) is not None), None))
                 parts.append(PLACE)
             elif kind == "text":
                 parts.append(_text(part.get("text"), name))
-                own += [None] * parts[-1].count(PLACE)
+                if own is not None:
+                    own += [None] * parts[-1].count(PLACE)
             else:
-                raise ValueError(f"the {name} has a part that is neither a text nor an image: {part!r:.60}")
+                known = "no text" if own is None else "neither a text nor an image"
+                raise ValueError(f"the {name} has a part that is {known}: {part!r:.60}")
         found.append((message["role"], "".join(parts)))
     return found
 
@@ -280,9 +333,9 @@ def _conversation(value: Any, with_images: bool) -> list[tuple[str, str]]:
     for position, turn in enumerate(value):
         if not isinstance(turn, Mapping) or not {"from", "value"} <= turn.keys():
             raise ValueError(f"turn {position} has no 'from' and 'value'")
-        if turn["from"] not in _LLAVA_ROLES:
-            raise ValueError(f"turn {position} is from {turn['from']!r}; known are {', '.join(_LLAVA_ROLES)}")
-        role, text = _LLAVA_ROLES[turn["from"]], _text(turn["value"], f"turn {position}")
+        if turn["from"] not in _SHAREGPT_ROLES:
+            raise ValueError(f"turn {position} is from {turn['from']!r}; known are {', '.join(_SHAREGPT_ROLES)}")
+        role, text = _SHAREGPT_ROLES[turn["from"]], _text(turn["value"], f"turn {position}")
         if with_images and text.count(PLACE) == 1:
             text = f"{PLACE}\n{text.replace(PLACE, '').strip()}"
         if role == (found[-1][0] if found else "assistant"):

@@ -11,9 +11,10 @@ import pytorch_lightning as pl
 import torch
 import transformers
 from test_vision_language import batch_of, built, fit
-from vision import FAMILIES
+from vision import FAMILIES, in_memory
 
 from clkit import ConfigurationError, StabilityGap, StreamDataModule
+from clkit.data.images import Images
 from clkit.language.dataset import InstructionDataset
 from clkit.language.generation import AnswerScores, generate
 from clkit.language.images import let_read
@@ -187,6 +188,18 @@ def test_workers_read_an_image_only_while_its_features_are_not_there(tmp_path):
     fit(small_vision_language_module(features="memory"), data, [Watch()], default_root_dir=tmp_path)
     assert [read for _, read in seen[:2]] == [used for used, _ in seen[:2]]
     assert [read for _, read in seen[2:]] == [0] * 4
+
+
+def test_an_image_that_joins_the_table_later_is_kept_too():
+    data, each, kept = keeping("llava")
+    number = data.images.add(in_memory((32, 32), 77))
+    for _ in range(2):
+        batches = [batch_of(data, [0]) for _ in range(2)]
+        for batch in batches:
+            batch["images"] = Images(torch.tensor([[number]]))
+        with torch.no_grad():
+            assert torch.equal(*(m(**batch).logits for m, batch in zip((each, kept), batches, strict=True)))
+    assert (features_of(kept).misses, features_of(kept).hits) == (1, 1)
 
 
 def test_a_tower_that_changes_is_refused():

@@ -3,9 +3,10 @@
     python tools/bench_vlm.py [--model FOLDER] [--steps 12] [--records 100000] [--clock cpu]
 
 Without ``--model`` it is a LLaVA with random weights: a CLIP tower of 4 layers, 64 tokens an image, a language model of
-4 layers with 8192 words, both of width 256. ``--model`` takes the folder of a LLaVA with its processor, as ``from_pretrained`` reads
-it. Images are PNG files of 256 pixels, texts have about 45 tokens, batches 8 samples. The three loops take turns after
-every step, so that another program's load falls on all of them; ratios are of medians over steps.
+4 layers with 8192 words, both of width 256. ``--model`` takes the folder of a LLaVA with its processor, as
+``from_pretrained`` reads it. Images are PNG files of 256 pixels, texts have about 45 tokens, batches 8 samples. The
+three loops take turns after every step, so that another program's load falls on all of them; ratios are of medians
+over steps.
 
 - ``once / plain``: time of clkit's training step with features in memory, over a plain loop of transformers and peft
   that reads the same images and runs the tower each time.
@@ -51,7 +52,7 @@ from clkit.method.adapters import lora
 from clkit.scenarios import Instructions
 from clkit.testing import small_tokenizer
 
-BATCH, ANSWERS, PIXELS, INODES = 8, 64, 256, 20
+BATCH, PIXELS, INODES = 8, 256, 20
 WIDTH = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4}
 WORDS = ("red", "green", "blue", "one", "two")
 
@@ -214,6 +215,7 @@ def main() -> None:
     parser.add_argument("--model", help="folder of a LLaVA and its processor; a small one by default")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--images", type=int, default=64, help="different ones, each a sample")
+    parser.add_argument("--answers", type=int, default=64)
     parser.add_argument("--records", type=int, default=100_000)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: where other programs run")
     args = parser.parse_args()
@@ -226,11 +228,11 @@ def main() -> None:
     module = VisionLanguage(net, adapter=adapter, features="memory")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        paths = pictures(folder, max(args.images, ANSWERS, INODES))
+        paths = pictures(folder, max(args.images, args.answers, INODES))
         data = InstructionDataset(records(paths[: args.images]), processor, images=ImageTable(processor))
         seconds = train(module, data, args.steps, clock)
-        asked = InstructionDataset(records(paths[:ANSWERS]), processor, images=data.images)
-        questions = [asked.question(i) for i in range(ANSWERS)]
+        asked = InstructionDataset(records(paths[: args.answers]), processor, images=data.images)
+        questions = [asked.question(i) for i in range(args.answers)]
         limits: dict[str, Any] = {"tokenizer": asked.tokenizer, "max_new_tokens": 8, "images": asked.images}
         module.eval()
         start = clock()
@@ -248,7 +250,10 @@ def main() -> None:
     table.add_row("once / plain", f"{base / plain:.2f}", step, "at most 0.75")
     table.add_row("once / once", f"{base / once:.2f}", f"plain with features {once:.3f} s", "at most 1.05")
     table.add_row(
-        "generation", f"{alone / together:.2f}", f"{ANSWERS} answers in {together:.2f} s, 32 at a time", "at least 4"
+        "generation",
+        f"{alone / together:.2f}",
+        f"{args.answers} answers in {together:.2f} s, 32 at a time",
+        "at least 4",
     )
     table.add_row("records", f"{opened:.1f} s", f"{args.records:,} records with images opened", "seconds")
     table.add_row("memory", f"{trained:,.0f} MB", f"peak, three models; {peak():,.0f} MB with the records", "")

@@ -251,15 +251,19 @@ class TowerFeatures:
             dropped = self._store.put(key, found, number)
             self.misses += 1
             self.seconds += watch.seconds
-            if self._known is not None and dropped is not None:
-                self._known[dropped] = 0
-                self._known[number] = 1
+            if dropped is not None:
+                self._note(dropped, 0)
+                self._note([number], 1)
         else:
             self.hits += 1
             self.seconds_avoided += float(found[_SECONDS])
-            if self._known is not None:
-                self._known[number] = 1
+            self._note([number], 1)
         return {name: part for name, part in found.items() if name != _SECONDS}
+
+    def _note(self, numbers: list[int], known: int) -> None:
+        assert self._known is not None
+        # a table may have grown since
+        self._known[[number for number in numbers if number < len(self._known)]] = known
 
     def report(self) -> dict[str, Any]:
         """Return what it saved, as plain data."""

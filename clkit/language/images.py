@@ -370,7 +370,8 @@ class ImageTable:
             return self.pixels(images)
         if get_worker_info() is None:
             return {}
-        return {number: self.load(number) for number in dict.fromkeys(images.used()) if not self.known[number]}
+        new = [n for n in dict.fromkeys(images.used()) if n >= len(self.known) or not self.known[n]]
+        return {number: self.load(number) for number in new}
 
     def _prepared(self, image: Image.Image) -> tuple[np.ndarray[Any, np.dtype[np.int32]], Pixels]:
         out = dict(

@@ -27,6 +27,16 @@ def result_folder(trainer: Trainer, own: Path | None, below: str = "") -> Path:
     return Path(trainer.log_dir or trainer.default_root_dir, below)
 
 
+def run_folder(trainer: Trainer) -> Path:
+    """Return the folder for what is no callback's: the root folder if the user chose one, else the log folder.
+
+    All processes must ask together.
+    """
+    log = trainer.log_dir
+    root = Path(trainer.default_root_dir)
+    return Path(log) if log is not None and root == Path.cwd() else root
+
+
 def write_atomically(path: str | Path, content: str | bytes) -> None:
     """Write a file beside its final name, flush it to disk and rename it; its folder is made if need be.
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import copy
 import functools
 import json
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
 import torch
 import transformers
+from pytorch_lightning.loggers import CSVLogger
 from test_vision_language import batch_of, built, fit
 from vision import FAMILIES, in_memory
 
 from clkit import ConfigurationError, StabilityGap, StreamDataModule
 from clkit.data.images import Images
+from clkit.files import run_folder
 from clkit.language.dataset import InstructionDataset
 from clkit.language.generation import AnswerScores, generate
 from clkit.language.images import let_read
@@ -143,6 +146,15 @@ def test_a_run_ends_in_the_same_bits_with_features_and_its_report_says_what_they
     assert 0 <= found["bytes"] - n * 4 * 32 * 4 < n * 20
     assert found["hits"] > 3 * n
     assert found["tower_seconds_avoided"] > found["tower_seconds"] > 0
+
+
+def test_reports_go_to_the_folder_that_was_chosen_or_to_the_loggers(tmp_path, monkeypatch):
+    quiet = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+    chosen = pl.Trainer(default_root_dir=tmp_path, logger=CSVLogger(tmp_path / "logs"), **quiet)
+    assert run_folder(chosen) == tmp_path
+    monkeypatch.chdir(tmp_path)
+    none = pl.Trainer(logger=CSVLogger("logs"), **quiet)
+    assert run_folder(none) == Path(none.log_dir) != tmp_path
 
 
 def test_features_on_disk_serve_the_next_run(tmp_path, plain):

@@ -493,8 +493,10 @@ def reader_of(model: nn.Module) -> ImageReader:
 def let_read(module: nn.Module, table: ImageTable) -> None:
     """Let the language model in a module read the images of a stream."""
     reader = reader_of(language_model(module))
-    reader.table, table.known = table, None
-    if reader.features is not None:
+    reader.table = table
+    if reader.features is None:
+        table.known = None
+    else:
         reader.features.watch(table)
 
 

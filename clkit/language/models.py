@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from clkit.errors import ConfigurationError, check_choice
 from clkit.evaluation.token_scores import positions
-from clkit.files import result_folder, write_atomically
+from clkit.files import run_folder, write_atomically
 from clkit.language.features import TowerFeatures, Where
 from clkit.language.images import reader_of
 from clkit.language.labelled import labelled_only
@@ -366,10 +366,19 @@ class VisionLanguage(LanguageModule):
             loss = loss + 0.0 * sum(parameter.sum() for parameter in unused if parameter.requires_grad)
         return loss
 
+    def configure_model(self) -> None:
+        if self.device_mesh is not None and self._reader.features is not None:
+            raise ConfigurationError(
+                "The features of a tower are found by its weights, but the trainer shards them; use features=null."
+            )
+        super().configure_model()
+
     def on_fit_end(self) -> None:
         features = self._reader.features
-        if features is not None and self.trainer.is_global_zero:
-            folder = result_folder(self.trainer, None)
+        if features is None:
+            return
+        folder = run_folder(self.trainer)
+        if self.trainer.is_global_zero:
             write_atomically(folder / "features.json", json.dumps(features.report(), indent=2) + "\n")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from clkit.data.columns import describe, size_of
 from clkit.data.datamodule import stream_data
 from clkit.data.datasets import is_class, labels_of
 from clkit.errors import ConfigurationError
-from clkit.files import result_folder, write_atomically
+from clkit.files import run_folder, write_atomically
 from clkit.memory.buffer import ReservoirBuffer
 from clkit.memory.storage import TextStorage
 from clkit.method.evaluation_mode import untouched
@@ -56,7 +56,10 @@ def report_memory(trainer: Trainer, memory: ReservoirBuffer) -> None:
     ``texts`` and ``images`` are bytes in memory, ``images_elsewhere`` those of the files that it only refers to.
     """
     storage, keeper = memory.storage, getattr(stream_data(trainer).collate_fn, "keeper", None)
-    if not isinstance(storage, TextStorage) or not storage.shown or keeper is None or not trainer.is_global_zero:
+    if not isinstance(storage, TextStorage) or not storage.shown or keeper is None:
+        return
+    folder = run_folder(trainer)
+    if not trainer.is_global_zero:
         return
     elsewhere, read = 0, keeper(trainer.lightning_module, "encoded")
     for number in storage.shown if memory.images == "references" else ():
@@ -67,7 +70,7 @@ def report_memory(trainer: Trainer, memory: ReservoirBuffer) -> None:
     for logger in trainer.loggers:
         logger.log_metrics({f"memory/{name}": float(value) for name, value in found.items()}, stream_data(trainer).step)
     about = {"kept_of_images": memory.images, "samples": len(memory), "different_images": len(storage.shown), **found}
-    write_atomically(result_folder(trainer, None) / "memory.json", json.dumps(about, indent=2) + "\n")
+    write_atomically(folder / "memory.json", json.dumps(about, indent=2) + "\n")
 
 
 def _one_of_each(trainer: Trainer) -> Iterator[Any]:

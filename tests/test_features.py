@@ -155,6 +155,7 @@ def test_reports_go_to_the_folder_that_was_chosen_or_to_the_loggers(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     none = pl.Trainer(logger=CSVLogger("logs"), **quiet)
     assert run_folder(none) == Path(none.log_dir) != tmp_path
+    assert run_folder(pl.Trainer(logger=False, **quiet)) is None
 
 
 def test_features_on_disk_serve_the_next_run(tmp_path, plain):

@@ -283,7 +283,7 @@ class VisionLanguage(LanguageModule):
         projector_lr: Learning rate of the projector; the optimizer's own when ``None``.
         features: Run a frozen tower once for each image, in training, evaluation and generation, and keep its output in
             ``"memory"`` or on ``"disk"``, see :class:`~clkit.language.features.TowerFeatures`; each time when ``None``.
-            At the end of a fit, ``features.json`` says what that saved.
+            At the end of a fit, ``features.json`` in the trainer's folder says what that saved.
         features_limit: Most bytes to keep.
         features_dir: Their folder on disk, which runs may share.
         **options: As in :class:`LanguageModule`. Gradient checkpointing is that of the language model.
@@ -378,7 +378,7 @@ class VisionLanguage(LanguageModule):
         if features is None:
             return
         folder = run_folder(self.trainer)
-        if self.trainer.is_global_zero:
+        if folder is not None and self.trainer.is_global_zero:
             write_atomically(folder / "features.json", json.dumps(features.report(), indent=2) + "\n")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -51,7 +51,7 @@ def _keeper(trainer: Trainer) -> Any:
 
 
 def report_memory(trainer: Trainer, memory: ReservoirBuffer) -> None:
-    """Say how many bytes a memory of texts with images takes: in loggers, and in ``memory.json``.
+    """Say how many bytes a memory of texts with images takes: in loggers, and ``memory.json`` in the trainer's folder.
 
     ``texts`` and ``images`` are bytes in memory, ``images_elsewhere`` those of the files that it only refers to.
     """
@@ -70,7 +70,8 @@ def report_memory(trainer: Trainer, memory: ReservoirBuffer) -> None:
     for logger in trainer.loggers:
         logger.log_metrics({f"memory/{name}": float(value) for name, value in found.items()}, stream_data(trainer).step)
     about = {"kept_of_images": memory.images, "samples": len(memory), "different_images": len(storage.shown), **found}
-    write_atomically(folder / "memory.json", json.dumps(about, indent=2) + "\n")
+    if folder is not None:
+        write_atomically(folder / "memory.json", json.dumps(about, indent=2) + "\n")
 
 
 def _one_of_each(trainer: Trainer) -> Iterator[Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from lightning_fabric.utilities import move_data_to_device
 from pytorch_lightning import LightningModule, Trainer
 from torch.optim import Optimizer
@@ -16,6 +15,7 @@ from clkit.errors import check_whole
 from clkit.memory.buffer import ReservoirBuffer
 from clkit.memory.storage import ImageMemory
 from clkit.method.gradient import add_to_gradients, check_automatic, flatten, loss_gradient, with_gradient
+from clkit.method.projection import without_conflict
 from clkit.method.setup_checks import check_memory, report_memory
 from clkit.method.strategy import Strategy, gives_texts, random_samples
 
@@ -87,9 +87,7 @@ class AGEM(Strategy):
         batch = stream_data(trainer).augmented(batch)
         reference = loss_gradient(trainer, pl_module, params, batch)
         gradient = flatten(p.grad for p in params)
-        product, norm = gradient @ reference, reference @ reference
-        scale = torch.where((product < 0) & (norm > 0), product / norm, 0.0)
-        add_to_gradients(params, -scale * reference)
+        add_to_gradients(params, without_conflict(gradient, reference))
 
     def remembered(self) -> Any:
         return None if self.memory is None else self.memory.contents()

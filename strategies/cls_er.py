@@ -17,9 +17,10 @@ from clkit.data.columns import size_of
 from clkit.data.datamodule import stream_data
 from clkit.errors import ConfigurationError, check_whole
 from clkit.memory.buffer import ReservoirBuffer, draw_replay
+from clkit.method.averages import begin, follow
 from clkit.method.evaluation_mode import evaluation_mode
 from clkit.method.forward import logit_distance, outputs
-from clkit.method.parameters import averageable, grown
+from clkit.method.parameters import averageable
 from clkit.method.setup_checks import check_classes, check_logits, check_memory
 from clkit.method.statistics import Statistics, horizon
 from clkit.method.strategy import Strategy, check_pairs
@@ -129,9 +130,7 @@ class CLSER(Strategy):
 
     def _begin(self, live: dict[str, Tensor]) -> None:
         for average in self.averages.values():
-            average.update(
-                {name: grown(average.get(name), t) for name, t in live.items() if not _fits(average, name, t)}
-            )
+            begin(average, live)
 
     def transform_batch(self, trainer: Trainer, module: LightningModule, batch: Any) -> Any:
         self._begin(averageable(module))
@@ -169,7 +168,7 @@ class CLSER(Strategy):
             if drawn < self.rates[name]:
                 chosen = self.decays[name]
                 decay = min(self._horizons[name] if chosen is None else chosen, 1 - 1 / (data.steps_taken + 1))
-                torch._foreach_lerp_([average[key] for key in live], list(live.values()), 1 - decay)
+                follow(average, live, decay)
 
     def _view(self, name: str, module: LightningModule) -> AbstractContextManager[None]:
         self._begin(averageable(module))
@@ -188,10 +187,6 @@ class CLSER(Strategy):
         self.buffer.load_state_dict(state_dict["buffer"])
         self.averages = {name: dict(state_dict["averages"][name]) for name in self.averages}
         set_rng_state(self.rng, state_dict["rng"])
-
-
-def _fits(average: dict[str, Tensor], name: str, live: Tensor) -> bool:
-    return name in average and average[name].shape == live.shape
 
 
 def _confidence(logits: Tensor, labels: Tensor) -> Tensor:

@@ -77,6 +77,7 @@ class ExperienceReplay(Strategy):
         self.batch_size, self.alpha, self.scale_first_task = batch_size, alpha, scale_first_task
         self.weigh = weigh
         self.appends_samples = alpha is None and capacity > 0
+        self.weighs_loss = alpha is not None
         self._replayed: Any = None
         self._weight: float | None = None
 

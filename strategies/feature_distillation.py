@@ -12,6 +12,7 @@ from clkit.data.forward_record import LayerCall, record_layers, unwatch, watch
 from clkit.errors import ConfigurationError, check_choice
 from clkit.method.distillation import Distillation, ask
 from clkit.method.forward import layer_call
+from clkit.method.head import last_linear
 from clkit.method.setup_checks import few_outputs
 from clkit.method.strategy import check_pairs
 
@@ -74,12 +75,12 @@ class FeatureDistillation(Distillation):
                     f"use one of {', '.join(filter(None, layers))}."
                 )
             return layers[self.layer]
-        linears = [layer for layer in layers.values() if isinstance(layer, nn.Linear)]
-        if not linears:
+        layer = last_linear(module)
+        if layer is None:
             raise ConfigurationError(
                 f"{type(module).__name__} has no linear layer whose input could be the features; set layer=NAME."
             )
-        return linears[-1]
+        return layer
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         few_outputs(trainer, pl_module)

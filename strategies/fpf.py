@@ -30,7 +30,7 @@ from clkit.method.gradient import check_automatic
 from clkit.method.module_kinds import Part, only, select
 from clkit.method.optimizer import forget_state
 from clkit.method.setup_checks import check_memory, check_output, check_whole_head
-from clkit.method.strategy import Strategy, check_pairs
+from clkit.method.strategy import Strategy, check_pairs, memory_before
 from clkit.rng import private_rng
 
 
@@ -215,10 +215,9 @@ class FPF(_Finetuning):
         self._memory(trainer)
 
     def _memory(self, trainer: Trainer) -> Strategy:
-        strategies = callbacks_of(trainer, Strategy)
-        for strategy in reversed(strategies[: strategies.index(self)]):
-            if type(strategy).remembered is not Strategy.remembered:
-                return strategy
+        strategy = memory_before(trainer, self)
+        if strategy is not None:
+            return strategy
         raise ConfigurationError(
             "FPF finetunes on the memory of another strategy, and none before it has one; put it after a replay "
             "strategy, such as strategy=[er,fpf], or use kfpf."

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from lightning_fabric.utilities import move_data_to_device
 from pytorch_lightning import LightningModule, Trainer
-from scipy.optimize import nnls
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -18,10 +16,9 @@ from clkit.data.datamodule import stream_data
 from clkit.data.stream import Experience
 from clkit.errors import ConfigurationError, check_whole
 from clkit.method.gradient import add_to_gradients, check_automatic, flatten, loss_gradient, with_gradient
+from clkit.method.projection import projection_weights
 from clkit.method.setup_checks import check_memory
 from clkit.method.strategy import Strategy, random_samples
-
-Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 class GEM(Strategy):
@@ -95,14 +92,7 @@ class GEM(Strategy):
             gradient: The gradient, ``[P]``.
             references: The memories' gradients, ``[T, P]``.
         """
-        products = torch.column_stack([references @ references.T, references @ gradient]).double().cpu().numpy()
-        gram, along = products[:, :-1], products[:, -1]
-        # gradients that are not finite come with a step that mixed precision will leave out
-        if (along >= 0).all() or not np.isfinite(products).all():
-            return None
-        regularised = gram + self.eps * np.eye(len(gram))
-        shifted = minimum_above_zero(regularised, along + self.margin * regularised.sum(axis=1))
-        return torch.from_numpy(shifted + self.margin).to(references)
+        return projection_weights(gradient, references, self.margin, self.eps)
 
     def remembered(self) -> Any:
         return concatenate(self.memories) if self.memories else None
@@ -112,24 +102,3 @@ class GEM(Strategy):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.memories = list(state_dict["memories"])
-
-
-def minimum_above_zero(matrix: Array, vector: Array) -> Array:
-    r"""Return :math:`\arg\min_{u \ge 0} \tfrac12 u^\top M u + q^\top u` for a positive semidefinite :math:`M`, ``[T]``.
-
-    With :math:`M = A^\top A` and :math:`q = -A^\top b` it is the non-negative least squares problem
-    :math:`\min_{u \ge 0} \|A u - b\|`.
-
-    Args:
-        matrix: :math:`M`, ``[T, T]``.
-        vector: :math:`q`, ``[T]``, in the range of :math:`M`.
-    """
-    values, vectors = np.linalg.eigh(matrix)
-    rounding = len(values) * np.finfo(np.float64).eps
-    kept = values > rounding * values[-1]
-    root, basis = np.sqrt(values[kept]), vectors[:, kept].T
-    a = root[:, None] * basis
-    # a column of nothing but rounding errors would get a huge weight
-    a[np.abs(a) < rounding * root[-1]] = 0
-    solution: Array = nnls(a, -(basis @ vector) / root)[0]
-    return solution

@@ -74,6 +74,7 @@ class InterpolatedLoRA(Strategy):
     """
 
     carries_weights = True
+    weighs_loss = True
 
     def __init__(
         self,

@@ -40,6 +40,22 @@ STRATEGIES = {
     "gdumb": (lambda: strategies.GDumb(24, epochs=None), WEIGHTS),
     "cls_er": (lambda: strategies.CLSER(16), 16 * SAMPLE + 2 * WEIGHTS),
     "ilora": (lambda: strategies.InterpolatedLoRA(16), 16 * SAMPLE + WEIGHTS),
+    "weight_average": (strategies.WeightAverage, WEIGHTS),
+    "cumulative_average": (lambda: strategies.WeightAverage(rate="cumulative"), WEIGHTS),
+    "nmc": (lambda: strategies.NearestMean(24), 24 * SAMPLE),
+    "er+average+nmc": (
+        lambda: [strategies.ExperienceReplay(16), strategies.WeightAverage(), strategies.NearestMean()],
+        16 * SAMPLE + WEIGHTS,
+    ),
+    "er+lpr": (lambda: [strategies.ExperienceReplay(16), strategies.LPR(every=4)], 16 * SAMPLE + 4 * (7**2 + 17**2)),
+    "head_init": (strategies.HeadInit, 0),
+    "er+least_squares": (lambda: [strategies.ExperienceReplay(16), strategies.HeadInit("least_squares")], 16 * SAMPLE),
+    "er+warmup": (lambda: [strategies.ExperienceReplay(16), strategies.HeadWarmup(5)], 16 * SAMPLE),
+    "soft_targets": (strategies.SoftTargets, 4 * (6 * 6 + 6)),
+    "freeze_old_rows": (strategies.FreezeOldRows, 4 * 4 * 17),
+    "ngm": (lambda: strategies.NGM(0.4), 8),
+    "er_agem": (lambda: strategies.ProjectedReplay(8), 3 * 8 * SAMPLE),
+    "er_gem": (lambda: strategies.ProjectedReplay(8, projection="gem"), 3 * 8 * SAMPLE),
     "er+fpf": (lambda: [strategies.ExperienceReplay(16), strategies.FPF(steps=3)], 16 * SAMPLE),
 }
 

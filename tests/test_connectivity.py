@@ -16,7 +16,9 @@ from torch import nn
 from clkit import ConfigurationError, StreamCheckpoint, StreamDataModule
 from clkit.evaluation.connectivity import line
 from clkit.metrics.connectivity_file import Line, read_lines, write_lines
+from clkit.metrics.history import History
 from clkit.report import write_report
+from clkit.report.tables import path_table
 from clkit.run.checkpoint import checkpoints, experience_ends, latest_checkpoint
 from clkit.run.cli import main
 from clkit.run.connect import connect
@@ -145,6 +147,14 @@ def test_lines_are_written_and_read(tmp_path):
     (tmp_path / "lines.csv").write_text("start,end\na,b\n")
     with pytest.raises(ConfigurationError, match="clkit connect"):
         read_lines(tmp_path / "lines.csv")
+
+
+def test_falls_on_the_line_beside_those_in_training():
+    scores = np.array([[0.9, np.nan], [0.3, 0.5], [0.8, 0.9]])
+    history = History(np.array([1, 2, 3]), np.array([0, 1, 1]), np.array(["step"] * 3), scores)
+    score = np.array([[0.9, 0.1], [0.85, 0.5], [0.88, 0.9]])
+    found = Line("a", "b", ("a", "b"), np.linspace(0, 1, 3), np.zeros((3, 2)), score)
+    assert path_table([found], history).rows == (("a → b", "5.0", "5.0", "60.0", "60.0"),)
 
 
 def fit(folder, strategies=(), ckpt_path=None):

@@ -143,7 +143,7 @@ def test_every_strategy_has_a_page_with_its_paper_and_configuration():
         config, page = (ROOT / "conf" / "strategy" / f"{name}.yaml").read_text("utf-8"), pages[f"methods/{name}.md"]
         assert config in page
         assert set(re.findall(r"arXiv \d{4}\.\d{5}", config)) <= set(re.findall(r"arXiv \d{4}\.\d{5}", page))
-        assert f"strategy={name}" in page or name in ("fpf", "instruction_groups")
+        assert f"strategy={name}" in page or name in (*docs_figures.BEHIND_A_MEMORY, "instruction_groups")
 
 
 def test_pages_of_methods_have_the_methods_names_as_titles():

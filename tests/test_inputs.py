@@ -28,17 +28,26 @@ from clkit.strategies import (
     FPF,
     GEM,
     KFPF,
+    LPR,
     MAS,
+    NGM,
     Cumulative,
     EMABalance,
     ExperienceReplay,
     FeatureDistillation,
+    FreezeOldRows,
     GDumb,
+    HeadInit,
+    HeadWarmup,
     Joint,
     LwF,
     Naive,
+    NearestMean,
     PerTask,
+    ProjectedReplay,
+    SoftTargets,
     SynapticIntelligence,
+    WeightAverage,
 )
 
 N = 8
@@ -77,6 +86,15 @@ CONSUMERS: dict[str, Callable[[], Any]] = {
     "fpf": lambda: [ExperienceReplay(6), FPF(select="all", steps=1)],
     "kfpf": lambda: KFPF(1, capacity=6, select="all", steps=1, distillation=1.0),
     "gradients": GradientNorms,
+    "weight average": WeightAverage,
+    "nmc": lambda: NearestMean(6),
+    "lpr": lambda: [ExperienceReplay(6), LPR()],
+    "head init": HeadInit,
+    "head warm-up": lambda: HeadWarmup(1),
+    "soft targets": SoftTargets,
+    "frozen rows": FreezeOldRows,
+    "ngm": NGM,
+    "er + gem": lambda: ProjectedReplay(3, projection="gem"),
 }
 
 

@@ -217,8 +217,37 @@ def test_unknown_names_and_settings_are_answered_with_the_right_ones(override: s
     assert hint in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("scheduler", ["constant", "linear", "cosine", "warmup_cosine", "one_cycle"])
+@pytest.mark.parametrize("scheduler", ["constant", "linear", "cosine", "warmup_cosine", "one_cycle", "wsd"])
 def test_every_schedule_trains_from_the_shell(tmp_path: Path, scheduler: str) -> None:
     chosen = ["optimizer=adam", f"scheduler={scheduler}", "model.scheduler.span=experience"]
     small = [*SMALL, "data.steps=3", "trainer.enable_progress_bar=false"]
     assert main(["train", *small, *chosen, f"hydra.run.dir={tmp_path / 'run'}"]) == 0
+
+
+def test_wsd_s_by_step():
+    # ends 400, 600, 1200; peak 1e-3, least 1e-4, warm-up 40, re-warm-up 20, a tenth of each experience decays
+    schedule = LearningRate("wsd", warmup=40, final=0.1, span="experience", rewarm=20)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    lr, rates = StreamLR(optimizer, schedule.factor, [400, 200, 600], "experience"), []
+    for step in range(1200):
+        if step in (400, 600):
+            lr.enter(1 if step == 400 else 2)
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        lr.step()
+    known = {20: 5e-4, 40: 1e-3, 360: 1e-3, 380: 5.5e-4, 399: 1.225e-4, 400: 1e-4, 410: 5.5e-4, 420: 1e-3, 580: 1e-3,
+             590: 5.5e-4, 599: 1.45e-4, 600: 1e-4, 620: 1e-3, 1140: 1e-3, 1170: 5.5e-4, 1199: 1.15e-4}  # fmt: skip
+    assert {step: rates[step] for step in known} == pytest.approx(known)
+
+
+def test_a_jump_a_cooldown_and_a_rewarmed_cosine():
+    jump = LearningRate("wsd", final=0.1, span="experience", rewarm=0)
+    assert [jump.factor(t, 10, True) for t in (0, 8, 9)] == [1, 1, 1]
+    cooldown = LearningRate("wsd", decay=0.5)
+    assert [cooldown.factor(t, 10) for t in (0, 5, 6, 10)] == pytest.approx([1, 1, 0.8, 0])
+    cosine = LearningRate("cosine", warmup=0.1, final=0.2, span="experience", rewarm=4)
+    assert [cosine.factor(t, 20, True) for t in (0, 2, 4, 12, 20)] == pytest.approx([0.2, 0.6, 1, 0.6, 0.2])
+    assert cosine.factor(0, 20, False) == 0
+    for bad in ({"rewarm": 5}, {"rewarm": -1, "span": "experience"}, {"decay": 1.5}):
+        with pytest.raises(ConfigurationError, match=next(iter(bad))):
+            LearningRate("wsd", **bad)

@@ -64,7 +64,7 @@ EXPECTED = {
     1: {
         "ACC": 80, "FORG": 15, "BWT": -15, "min-ACC": 20, "WC-ACC": 130 / 3, "WF2": 110 / 3, "WF4": 140 / 3,
         "WF10": 140 / 3, "WF100": 140 / 3, "WP2": 30, "WP10": 160 / 3, "WP100": 160 / 3, "AAA": (753 + 1 / 3) / 12,
-        "gap_depth": 190 / 3, "gap_area": 395 / 3,
+        "gap_depth": 190 / 3, "gap_area": 395 / 3, "avg-SG": 100 * 7 / 9, "avg-SG_first": 50 * (7 / 9 + 5 / 8),
     },
     2: {
         "ACC": 80, "FORG": 15, "BWT": -15, "min-ACC": 30, "WC-ACC": 50, "WF2": 110 / 3, "WF4": 40, "WF10": 40,
@@ -120,10 +120,22 @@ def test_recovery_is_the_first_return_after_the_lowest_point():
     steps, scores = [12, 14, 16, 18, 20], [0.5, 0.9, 0.3, 0.885, 0.95]
     assert gap(steps, scores, before=0.9, boundary=10).recovery == 8  # at step 18, not 14
     assert gap(steps, scores, before=0.9, boundary=10, within=0.01).recovery == 10
-    assert gap(steps, scores, before=0.3, boundary=10) == (0, 0, 0)
+    assert gap(steps, scores, before=0.3, boundary=10)[:3] == (0, 0, 0)
     assert gap(steps, [NAN, NAN, 0.85, NAN, 0.89], before=0.9, boundary=10).area == pytest.approx(0.15 + 0.12)
     assert math.isnan(gap(steps, scores, before=1.0, boundary=10).recovery)
     assert all(map(math.isnan, gap([12], [NAN], before=0.9, boundary=10)))
+
+
+def test_relative_depth_is_negative_where_a_score_only_rose_and_undefined_from_zero():
+    assert gap([12, 14], [0.6, 0.5], before=0.4, boundary=10).relative == pytest.approx(-0.25)
+    assert math.isnan(gap([12, 14], [0.6, 0.5], before=0.0, boundary=10).relative)
+
+
+def test_relative_depth_is_of_each_seed_not_of_the_mean_curve():
+    # two seeds fall to 20 at different steps: their mean curve only to 50
+    seeds = [from_rows([(1, 0, "step", [1, NAN]), (2, 1, "step", [a, 1]), (3, 1, "step", [b, 1])], 2)
+             for a, b in ((0.2, 0.8), (0.8, 0.2))]  # fmt: skip
+    assert [compute_metrics(history)["avg-SG"] for history in seeds] == pytest.approx([0.8, 0.8])
 
 
 def learned_in_twelve_steps():
@@ -312,7 +324,7 @@ def test_ranges(history):
     metrics = compute_metrics(history)
     differences, unbounded = {"FORG", "FORG_max", "BWT", "FWT"}, {"gap_area", "recovery_steps"}
     for name, value in metrics.items():
-        low = -1 if name in differences else 0
+        low = -1 if name in differences else -math.inf if name.startswith("avg-SG") else 0
         high = math.inf if name in unbounded or name.startswith("n_") else 1
         assert math.isnan(value) or low <= value <= high
 
@@ -434,7 +446,7 @@ def test_single_metrics_of_transfer(metric, name):
 @given(st.lists(scores | st.just(NAN), max_size=15), scores, st.sampled_from([0.0, 0.05, 0.11]))
 def test_gap_equals_the_brute_force(values, before, within):
     steps = [3 * n + 2 for n in range(len(values))]
-    depth, area, recovery = gap(steps, values, before=before, boundary=0, within=within)
+    depth, area, recovery, _ = gap(steps, values, before=before, boundary=0, within=within)
     known = [(n, value) for n, value in zip(steps, values, strict=True) if not math.isnan(value)]
     if not known:
         assert math.isnan(depth)

@@ -34,11 +34,16 @@ SMALL = {
     "er": ["capacity=16"],
     "fpf": ["steps=3", "when=experience"],
     "gdumb": ["capacity=24", "epochs=null"],
+    "head_init": ["samples=16"],
+    "head_warmup": ["steps=3", "samples=16"],
     "gem": ["samples_per_experience=8"],
     "ilora": ["capacity=16"],
     "kfpf": ["k=3", "capacity=16", "steps=3"],
     "kfpf_kd": ["k=3", "capacity=16", "steps=3"],
+    "lpr": ["every=4"],
     "moelora": ["experts=2"],
+    "nmc": ["capacity=24"],
+    "projected_replay": ["samples_per_experience=8"],
     "reglora": ["strength=1.0", "percent=20"],
 }
 PAGE = Path(__file__).parents[1] / "docs" / "composition.md"

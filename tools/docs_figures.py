@@ -50,6 +50,8 @@ _OVERRIDES = {
     "reglora": [_LORA],
     "si": [*_ROTATED, "strategy.si.strength=1"],
 }
+BEHIND_A_MEMORY = ("fpf", "freeze_old_rows", "head_init", "head_warmup", "lpr", "nmc", "soft_targets", "weight_average")
+"""Strategies that need another's memory, or show more with one."""
 _PATH = re.compile(r' d="[^"]*"')
 _QUIET = ["trainer=cpu", "trainer.enable_progress_bar=false", "logger=none", "checkpoint.every_n_steps=null"]
 
@@ -78,7 +80,7 @@ def _wrapped(words: list[str], width: int = 72) -> str:
 
 def overrides(name: str) -> list[str]:
     """What the command line says to make a strategy's figure."""
-    chosen = "strategy=[er,fpf]" if name == "fpf" else f"strategy={name}"
+    chosen = f"strategy=[er,{name}]" if name in BEHIND_A_MEMORY else f"strategy={name}"
     return [chosen, *_OVERRIDES.get(name, [])]
 
 

@@ -142,6 +142,16 @@ VECTORS: dict[str, Build] = {
     "ema_balance": s.EMABalance,
     "ilora": lambda: s.InterpolatedLoRA(16),
     "per_task": s.PerTask,
+    "weight_average": s.WeightAverage,
+    "nmc": lambda: s.NearestMean(24),
+    "er, lpr": lambda: [s.ExperienceReplay(16), s.LPR(every=4)],
+    "er, head_init": lambda: [s.ExperienceReplay(16), s.HeadInit("least_squares")],
+    "er, head_warmup": lambda: [s.ExperienceReplay(16), s.HeadWarmup(5)],
+    "soft_targets": s.SoftTargets,
+    "freeze_old_rows": s.FreezeOldRows,
+    "ngm": s.NGM,
+    "projected_replay": lambda: s.ProjectedReplay(8),
+    "er, gem": lambda: s.ProjectedReplay(8, projection="gem"),
 }
 ADAPTERS: dict[str, Build] = {
     "reglora": lambda: s.RegLoRA(1.0, percent=20),

@@ -7,6 +7,8 @@
   seed 100 with 200 steps in a phase and an experience.
 - ``fpf_cnn``: FPF and k-FPF on split digits with a small CNN, also with its last convolution; k-FPF has as many phases
   as make it cost what ER costs.
+- ``fpf_resnet``: k-FPF with the last block against ER at as many operations, split Fashion-MNIST, slim ResNet-18, with
+  memories of three sizes.
 - ``lora``: LoRA on a ViT pretrained on four classes, over the other six: sequential, ER, the presets of EMA balance,
   I-LoRA and RegLoRA; with the share of tensors on which EMA balance falls back.
 - ``ilora``: on the same stream I-LoRA with the horizon that fits, against ER and averages of the same horizon.
@@ -50,6 +52,16 @@ _ER = ["strategy=er", "strategy.er.capacity=500"]
 # as many operations as ER
 _KFPF = ["strategy=kfpf", "strategy.kfpf.capacity=500", "strategy.kfpf.k=3"]
 _EMA = "strategy.ema_balance"
+
+
+def _memories(sizes: Sequence[int]) -> dict[str, list[str]]:
+    """ER and k-FPF of about as many operations, with memories of these sizes."""
+    found = {}
+    for size in sizes:
+        found[f"ER, {size}"] = ["strategy=er", f"strategy.er.capacity={size}"]
+        phases = (f"capacity={size}", "k=2", "steps=100", "select=norm+last_block+head")
+        found[f"k-FPF-CE, {size}"] = ["strategy=kfpf", *(f"strategy.kfpf.{value}" for value in phases)]
+    return found
 
 
 def _averages(tuned: float) -> dict[str, list[str]]:
@@ -120,6 +132,7 @@ METHODS = {
             *(f"strategy.kfpf_kd.{v}" for v in ("capacity=500", "k=3", "select=norm+last_block+head")),
         ],
     },
+    "fpf_resnet": _memories((200, 500, 2000)),
     "rehearsal": {
         "finetuning": ["strategy=naive"],
         "ER": ["strategy=er", "strategy.er.capacity=100"],
@@ -252,6 +265,7 @@ PROTOCOLS = {
     "ilora": Protocol("lora_split", prepare=pretrained(4, 1500), controls=averaged_table),
     "reglora": Protocol("reglora_permuted", prepare=pretrained(10, 450, "digits", "mlp")),
     "fpf_cnn": Protocol("fpf_cnn", {"TFLOP": operations, "seconds": seconds}),
+    "fpf_resnet": Protocol("fpf_resnet", {"TFLOP": operations, "seconds": seconds}),
     "rehearsal": Protocol("fpf_cnn", {"TFLOP": operations, "seconds": seconds}),
     "penalties": Protocol("ema_permuted", {"seconds": seconds}),
     "ema": Protocol("ema_rotated", {"fallback": fallback}),

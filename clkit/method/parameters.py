@@ -6,11 +6,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from clkit.errors import ConfigurationError
+
+T = TypeVar("T")
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -45,13 +48,11 @@ def check_patterns(name: str, patterns: Sequence[str]) -> list[str]:
     return list(patterns)
 
 
-def select(
-    parameters: Mapping[str, nn.Parameter], patterns: Sequence[str], what: str = "parameter"
-) -> dict[str, nn.Parameter]:
+def select(parameters: Mapping[str, T], patterns: Sequence[str], what: str = "parameter") -> dict[str, T]:
     """Return the parameters whose names match one of the patterns.
 
     Args:
-        parameters: Parameters by name.
+        parameters: Parameters, or other things, by name.
         patterns: Patterns of :mod:`fnmatch`, case-sensitive.
         what: What the parameters are, for the error.
 

@@ -48,6 +48,7 @@ class Strategy(Hooks):
         renews_weights: Whether it starts new trainable weights at an experience's start. What carries weights cannot be
             combined with it, and what offers ``views`` must come after it.
         changes_frozen: Whether it changes weights that are not trained, as merging an adapter does.
+        weighs_loss: Whether its loss term gives the module's own loss another weight; one strategy alone can.
         replaces_data: Whether it replaces what the experiences train on; one strategy alone can.
         is_new_group: Whether the current experience trains weights of which no earlier one has trained any; see
             :class:`~clkit.method.routing.Router`.
@@ -59,6 +60,7 @@ class Strategy(Hooks):
     carries_weights = False
     renews_weights = False
     changes_frozen = False
+    weighs_loss = False
     replaces_data = False
     is_new_group = False
     works_sharded = False
@@ -97,6 +99,10 @@ class Strategy(Hooks):
                 )
             if self.replaces_data and other.replaces_data:
                 raise ConfigurationError(f"{own} and {name} both choose what an experience trains on; use one of them.")
+            if self.weighs_loss and other.weighs_loss:
+                raise ConfigurationError(
+                    f"{own} and {name} both give the module's own loss another weight; use one of them."
+                )
             if not self.renews_weights:
                 continue
             if other.carries_weights or other.renews_weights:
@@ -139,6 +145,15 @@ def chosen_view(trainer: Trainer, name: str | None) -> tuple[str, View]:
             f"No strategy offers the view {found!r}; known: {', '.join(views)}. Add the strategy, or leave view out."
         )
     return found, views[found]
+
+
+def memory_before(trainer: Trainer, strategy: Strategy) -> Strategy | None:
+    """Return the last strategy before this one, in the trainer's callbacks, that remembers samples."""
+    strategies = callbacks_of(trainer, Strategy)
+    for other in reversed(strategies[: strategies.index(strategy)]):
+        if type(other).remembered is not Strategy.remembered:
+            return other
+    return None
 
 
 def random_samples(trainer: Trainer, experience: Experience, n: int, seed: int) -> Any:

@@ -67,11 +67,14 @@ class Gap(NamedTuple):
         area: Integral of the fall over the optimizer steps, by the trapezoid rule.
         recovery: Steps from the boundary to the first evaluation after the lowest one (that is) within a tolerance of
             the score before; 0 if it never fell further, NaN if it did not come back.
+        relative: The score before less the lowest one, over the score before: at most 1, negative where it only rose,
+            NaN where the score before is 0.
     """
 
     depth: float
     area: float
     recovery: float
+    relative: float
 
 
 def gap(steps: ArrayLike, scores: ArrayLike, *, before: float, boundary: int, within: float = WITHIN) -> Gap:
@@ -85,19 +88,20 @@ def gap(steps: ArrayLike, scores: ArrayLike, *, before: float, boundary: int, wi
         within: Tolerance of the recovery.
 
     Returns:
-        Depth, area and recovery; all NaN without an evaluation on both sides of the boundary.
+        Depth, area, recovery and relative depth; all NaN without an evaluation on both sides of the boundary.
     """
     values = np.asarray(scores, dtype=np.float64)
     defined = ~np.isnan(values)
     at, values = np.asarray(steps, dtype=np.float64)[defined], values[defined]
     if not values.size or np.isnan(before):
-        return Gap(np.nan, np.nan, np.nan)
+        return Gap(np.nan, np.nan, np.nan, np.nan)
     falls = np.maximum(0.0, before - np.append(before, values))
     area = float((np.diff(np.append(boundary, at)) * (falls[1:] + falls[:-1]) / 2).sum())
     lowest = int(values.argmin())
     back = lowest + np.flatnonzero(falls[1:][lowest:] <= within)
     took = at[back] - boundary if falls.max() > within else np.zeros(1)
-    return Gap(float(falls.max()), area, float(next(iter(took), np.nan)))
+    relative = float((before - values.min()) / before) if before else np.nan
+    return Gap(float(falls.max()), area, float(next(iter(took), np.nan)), relative)
 
 
 def compute_metrics(history: History, windows: Sequence[int] = (10, 100)) -> dict[str, float]:
@@ -120,6 +124,8 @@ def compute_metrics(history: History, windows: Sequence[int] = (10, 100)) -> dic
       starts with the score right before learning.
     - ``gap_depth``, ``gap_area``, ``recovery_steps``: means of :func:`gap` over all pairs of a boundary and an old
       experience, ``recovery_steps`` over those that came back.
+    - ``avg-SG``: mean over the boundaries of the ``relative`` depth of the experience right before (arXiv 2507.14056),
+      and ``avg-SG_first`` of the first experience, as its published code has it.
     - ``n_missing``: old experiences without any evaluation after their end; ``min-ACC`` leaves them out.
     - ``n_unrecovered``: pairs of a boundary and an old experience that did not come back before the next boundary.
 
@@ -269,7 +275,8 @@ class Statistics:
         initial: ``[K]``, scores of the untrained model.
         before: ``[K]``, scores right before an experience is learned.
         early: ``[K]``, sum of the first :data:`BETA` scores of each experience while it is learned; NaN if fewer.
-        gaps: ``depth``, ``area`` and ``recovery`` of :func:`gap`, ``[K, K]`` each: row learned, column old.
+        gaps: ``depth``, ``area``, ``recovery`` and ``relative`` of :func:`gap`, ``[K, K]`` each: row learned, column
+            old.
     """
 
     started: int
@@ -352,6 +359,8 @@ class Statistics:
             "gap_depth": _mean(self.gaps["depth"]),
             "gap_area": _mean(self.gaps["area"]),
             "recovery_steps": _mean(self.gaps["recovery"]),
+            "avg-SG": _mean(np.diag(self.gaps["relative"], -1)),
+            "avg-SG_first": _mean(self.gaps["relative"][:, 0]),
         }
         counts = {
             "n_missing": int(np.isnan(self.minimum[: max(k - 1, 0)]).sum()),
@@ -371,7 +380,7 @@ def _sum_of_first(series: Array) -> float:
 
 
 def _gaps(steps: History, seen: Array) -> dict[str, Array]:
-    gaps = np.full((3, steps.n_experiences, steps.n_experiences), np.nan)
+    gaps = np.full((len(Gap._fields), steps.n_experiences, steps.n_experiences), np.nan)
     for k in np.unique(steps.experience[steps.experience > 0]):
         now, earlier = steps.experience == k, steps.experience < k
         if earlier.any():

@@ -50,6 +50,7 @@ class _ContinualMetric(Metric):
     depth: Tensor
     area: Tensor
     recovery: Tensor
+    relative: Tensor
 
     def __init__(
         self, n_experiences: int, windows: Sequence[int] = (), *, persistent: bool = True, **kwargs: Any
@@ -147,6 +148,8 @@ class _ContinualMetric(Metric):
         self.area[experience, old] = torch.where(defined, area.nan_to_num(0.0) + new_area, area)
         self.depth[experience, old] = torch.where(defined, depth.fmax(fall), depth)
         self.recovery[experience, old] = torch.where(defined, took, recovery)
+        relative = torch.where(reference == 0, torch.nan, (reference - now) / reference)
+        self.relative[experience, old] = self.relative[experience, old].fmax(relative)
         evaluated = scores.isfinite()
         self.lowest = torch.where(evaluated, self.lowest.fmin(scores), self.lowest)
         self.latest = torch.where(evaluated, scores, self.latest)

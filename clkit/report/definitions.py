@@ -22,6 +22,11 @@ _DEFINITIONS = {
     "gap_depth": (False, "Stability gap: largest fall of an old experience below its accuracy before a boundary."),
     "gap_area": (False, "Integral of that fall over the optimizer steps, in points times steps."),
     "recovery_steps": (False, "Optimizer steps from a boundary until an old experience is back within 2 points."),
+    "avg-SG": (
+        False,
+        "Share of its accuracy that the last experience loses after a boundary (arXiv 2507.14056).",
+    ),
+    "avg-SG_first": (False, "The same of the first experience at every boundary."),
     "n_missing": (False, "Old experiences without any evaluation after their end; min-ACC leaves them out."),
 }
 _WINDOWED = ("WF", "WP")

@@ -14,6 +14,8 @@ import rich.box
 import rich.table
 
 from clkit.metrics.connectivity_file import Line
+from clkit.metrics.functional import Statistics
+from clkit.metrics.history import History
 from clkit.report.definitions import define, scale, title
 from clkit.report.estimate import Estimate
 from clkit.report.runs import ABSENT, Group, config_differences
@@ -114,6 +116,23 @@ def connectivity_table(lines: Sequence[Line]) -> Table:
         rows.append((f"{line.start} → {line.end}", *(cell.replace("nan", "–") for cell in cells)))
     header = ("line", "loss: mean", "largest", "score: mean", "largest")
     return Table("Barriers on straight lines between weights (of scores in points)", header, tuple(rows))
+
+
+def path_table(lines: Sequence[Line], history: History) -> Table:
+    """Return how far old experiences fall on the line between two ends, and how far they fell in training between them.
+
+    Args:
+        lines: Lines between consecutive experience ends, with scores of the samples of ``history``.
+        history: The run's evaluations.
+    """
+    rows = []
+    for k, line in enumerate(lines):
+        falls = (line.score[0] - line.score.min(axis=0))[: k + 1]
+        trained = Statistics.of(history).gaps["depth"][k + 1, : k + 1]
+        cells = [f"{100 * found:.1f}" for found in (falls.mean(), falls.max(), trained.mean(), trained.max())]
+        rows.append((f"{line.start} → {line.end}", *(cell.replace("nan", "–") for cell in cells)))
+    header = ("boundary", "line: mean", "largest", "training: mean", "largest")
+    return Table("Falls of old experiences below their score at the boundary, in points", header, tuple(rows))
 
 
 def metric_names(groups: Sequence[Group]) -> list[str]:

@@ -155,7 +155,8 @@ def _status(args: argparse.Namespace) -> int:
 def _connect(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from clkit.report.tables import connectivity_table
+    from clkit.metrics.history import History
+    from clkit.report.tables import connectivity_table, path_table
     from clkit.run.connect import connect
     from clkit.run.explain import complain
     from clkit.run.jobs import quieten_libraries
@@ -167,6 +168,9 @@ def _connect(args: argparse.Namespace) -> int:
         return complain(error)
     console = Console(soft_wrap=True)
     console.print(connectivity_table(lines).rich())
+    history = args.paths[0] / "history.csv"
+    if len(args.paths) == 1 and history.is_file():
+        console.print(path_table(lines, History.read(history)).rich())
     console.print(*files, sep="\n", style="dim", highlight=False)
     return 0
 

@@ -1,0 +1,291 @@
+"""Remedies for the stability gap, alone and on ER, in one table; which combination has the best worst case.
+
+    python tools/reproduce_gap_remedies.py [--streams split,rotated,joint] [--methods PATTERN,...] [--seeds 5]
+        [--data-root data] [--unpack-debian] [--folder runs/gap_remedies]
+
+Streams of Fashion-MNIST, short: ``split`` (five experiences of two classes), ``rotated`` (0, 80 and 160 degrees), and
+``joint`` (split, where each experience trains on all classes so far). All methods have the same steps, batches, memory
+and evaluations. The learning rate of each is that of ``RATES`` with the best final accuracy on seed 100; what is shown
+are seeds 0 to 4. All runs are trained in this process, one after another, into ``--folder`` as ``clkit train`` would:
+started again, the command goes on with what is missing. ``--no-training`` shows what is there.
+
+TFLOP are counted in the run of the first rate on seed 100: all products that the training computes, evaluation aside;
+the seconds of the training, without evaluation, have the rest. Compositions hold the upper layers only (LPR);
+``no gap`` is ``experiment=no_gap``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import functools
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from bench_train import unpack_debian
+from hydra import compose, initialize_config_module
+from rich.console import Console
+
+from clkit.metrics.functional import compute_metrics
+from clkit.metrics.history import History
+from clkit.report.estimate import Estimate
+from clkit.report.tables import Table
+from clkit.run.folder import is_finished
+from clkit.run.jobs import quieten_libraries
+from clkit.run.jobs import task as task  # registers the resolver of run names
+from clkit.run.train import run
+
+RATES = (0.01, 0.03, 0.1)
+HELD_OUT = 100
+CAPACITY = 1000
+_PLAIN = "model.optimizer.momentum=0"
+# all but the first layer, whose 784 inputs cost more than the rest of a step
+_UPPER = "strategy.lpr.layers=[net.3,net.5]"
+# as often and as much as 1.2 times ER's operations allow
+_CHEAP = ["strategy.lpr.every=50", "strategy.lpr.samples=250", "strategy.head_init.samples=500"]
+_MEMORY = {
+    "er": ["capacity", "buffer=class_balanced"],
+    "nmc": ["capacity"],
+    "projected_replay": [f"samples_per_experience={CAPACITY // 5}"],
+}
+
+ALONE = {
+    "finetuning": ["naive"],
+    "finetuning, no momentum": ["naive", _PLAIN],
+    "weight average": ["weight_average"],
+    "nearest mean": ["nmc"],
+    "NGM": ["ngm"],
+    "head init": ["head_init"],
+    "head warm-up": ["head_warmup"],
+    "soft targets": ["soft_targets"],
+    "frozen rows": ["freeze_old_rows"],
+}
+ON_ER = {
+    "ER": ["er"],
+    "ER, no momentum": ["er", _PLAIN],
+    "ER + average": ["er", "weight_average"],
+    "ER + average, cumulative": ["er", "weight_average", "strategy.weight_average.rate=cumulative"],
+    "ER + nearest mean": ["er", "nmc", "callbacks=live"],
+    "ER + LPR": ["er", "lpr"],
+    "ER + LPR, upper layers": ["er", "lpr", _UPPER],
+    "ER + NGM": ["er", "ngm"],
+    "ER + head without momentum": ["er", "ngm", "strategy.ngm.rate=0", "strategy.ngm.forget_momentum=true"],
+    "ER + head init": ["er", "head_init"],
+    "ER + head init, least squares": ["er", "head_init", "strategy.head_init.method=least_squares"],
+    "ER + head warm-up": ["er", "head_warmup"],
+    "ER + soft targets": ["er", "soft_targets"],
+    "ER + frozen rows": ["er", "freeze_old_rows"],
+    "ER + SGM": ["er", "head_init", "soft_targets", "freeze_old_rows"],
+    "replay 1/k": ["projected_replay", "strategy.projected_replay.projection=none"],
+    "replay 1/k + A-GEM": ["projected_replay"],
+    "replay 1/k + GEM": ["projected_replay", "strategy.projected_replay.projection=gem"],
+    "ER + LPR + average": ["er", "lpr", "weight_average", _UPPER],
+    "ER + average + nearest mean": ["er", "weight_average", "nmc"],
+    "ER + LPR + average + nearest mean": ["er", "lpr", "weight_average", "nmc", _UPPER],
+    "ER + head init + average": ["er", "head_init", "weight_average"],
+    "ER + head init + average + nearest mean": ["er", "head_init", "weight_average", "nmc"],
+    "no gap": ["er", "head_init", "lpr", "weight_average", _UPPER, *_CHEAP],
+    "ER + head init + LPR + average": ["er", "head_init", "lpr", "weight_average", _UPPER],
+}
+NEW_CLASSES = ("head init", "head warm-up", "soft targets", "frozen rows", "SGM", "no gap")
+"""What is about new classes, of which a rotated stream has none."""
+
+
+def streams() -> dict[str, tuple[list[str], dict[str, list[str]]]]:
+    """Overrides and methods of each stream."""
+    rotated = ["scenario=rotated_fashion_mnist", "scenario.angles=[0,80,160]"]
+    methods = {**ALONE, **ON_ER}
+    shared = {name: chosen for name, chosen in methods.items() if not any(word in name for word in NEW_CLASSES)}
+    joint = {name: ["cumulative", *chosen] for name, chosen in methods.items() if name in ALONE or "LPR" in name}
+    joint |= {"ER": ["cumulative", "er"], "average + nearest mean": ["cumulative", "weight_average", "nmc"]}
+    return {"split": ([], methods), "rotated": (rotated, shared), "joint": ([], joint)}
+
+
+def overrides(chosen: Sequence[str]) -> list[str]:
+    """Strategies, with the memory that all share, and settings."""
+    names = [word for word in chosen if "=" not in word]
+    settings = [word for word in chosen if "=" in word]
+    memory = [
+        f"strategy.{name}.{setting}" + ("" if "=" in setting else f"={CAPACITY}")
+        for name in names
+        for setting in _MEMORY.get(name, [])
+    ]
+    return [f"strategy=[{','.join(names)}]", *memory, *settings]
+
+
+def train(folder: Path, chosen: Sequence[str], data_root: str) -> None:
+    """Train one run, unless it is there."""
+    if is_finished(folder):
+        return
+    with initialize_config_module("clkit.conf", version_base="1.3"):
+        common = ["experiment=gap_remedies", f"data_root={data_root}", "trainer.enable_progress_bar=false"]
+        quick = ["+evaluation.plot=false", *(["+callbacks.live.plot=false"] if "live" in " ".join(chosen) else [])]
+        config = compose("train", overrides=[*common, *chosen, *quick])
+    run(config, folder, in_sweep=True)
+    # hundreds of runs, each with a memory
+    shutil.rmtree(folder / "checkpoints")
+
+
+@functools.cache
+def metrics_of(folder: Path, view: str = ".") -> dict[str, float]:
+    """The metrics of a run, of what it predicts with or of another view."""
+    return compute_metrics(History.read(folder / view / "history.csv"))
+
+
+class Method:
+    """The runs of one method on one stream.
+
+    Args:
+        folder: Where they are.
+        chosen: Overrides of all.
+    """
+
+    def __init__(self, folder: Path, chosen: Sequence[str]) -> None:
+        self.folder, self.chosen = folder, list(chosen)
+
+    def _run(self, rate: float, seed: int) -> Path:
+        return self.folder / f"lr={rate},seed={seed}"
+
+    def train(self, seeds: Iterable[int], data_root: str) -> None:
+        for rate in RATES:
+            counted = ["callbacks=flops"] if rate == RATES[0] else []
+            if "callbacks=live" in self.chosen:
+                counted = ["callbacks=[live,flops]"] if counted else []
+            self._fit(rate, HELD_OUT, data_root, counted)
+        for seed in seeds:
+            self._fit(self.rate, seed, data_root, [])
+
+    def _fit(self, rate: float, seed: int, data_root: str, extra: Sequence[str]) -> None:
+        rest = [word for word in self.chosen if not (extra and word.startswith("callbacks="))]
+        train(self._run(rate, seed), [*rest, *extra, f"model.optimizer.lr={rate}", f"seed={seed}"], data_root)
+
+    @property
+    def is_there(self) -> bool:
+        return all(is_finished(self._run(rate, HELD_OUT)) for rate in RATES) and bool(self.runs)
+
+    @property
+    def rate(self) -> float:
+        """The rate with the best final accuracy on the held-out seed."""
+        return max(RATES, key=lambda rate: metrics_of(self._run(rate, HELD_OUT))["ACC"])
+
+    @property
+    def runs(self) -> list[Path]:
+        """Finished runs of the rate chosen, but the held-out one."""
+        found = sorted(self.folder.glob(f"lr={self.rate},seed=*"))
+        return [path for path in found if path != self._run(self.rate, HELD_OUT) and is_finished(path)]
+
+    def estimate(self, metric: str, view: str = ".") -> Estimate:
+        return Estimate.of(metrics_of(path, view)[metric] for path in self.runs)
+
+    @property
+    def tflop(self) -> float:
+        return json.loads((self._run(RATES[0], HELD_OUT) / "flops.json").read_text())["total"] / 1e12
+
+    @property
+    def seconds(self) -> Estimate:
+        times = (json.loads((path / "timing.json").read_text())["training_seconds"] for path in self.runs)
+        return Estimate.of(times)
+
+
+COLUMNS: dict[str, Callable[[Method], str]] = {
+    "ACC": lambda method: str(method.estimate("ACC")),
+    "min-ACC": lambda method: str(method.estimate("min-ACC")),
+    "WC-ACC": lambda method: str(method.estimate("WC-ACC")),
+    "avg-SG": lambda method: str(method.estimate("avg-SG")),
+    "depth": lambda method: str(method.estimate("gap_depth")),
+    "recovery": lambda method: method.estimate("recovery_steps").text(1.0),
+    "TFLOP": lambda method: f"{method.tflop:.2f}",
+    "seconds": lambda method: f"{method.seconds.mean:.1f}",
+    "lr": lambda method: f"{method.rate:g}",
+}
+
+
+def table_of(stream: str, methods: dict[str, Method]) -> Table:
+    """All methods on one stream, in percent."""
+    rows = [(name, *(column(method) for column in COLUMNS.values())) for name, method in methods.items()]
+    seeds = min(len(method.runs) for method in methods.values())
+    return Table(f"{stream}: {seeds} seeds, percent", ("method", *COLUMNS), tuple(rows))
+
+
+def head_share(method: Method) -> str:
+    """How much of the trained head's gap is gone with class means, in the same runs."""
+    live, means = (method.estimate("gap_depth", view) for view in ("live", "."))
+    return (
+        f"Gap depth with the trained head {live}, with class means of the same features {means}: the head's share is "
+        f"{100 * (live.mean - means.mean) / live.mean:.0f} %."
+    )
+
+
+def verdict(methods: dict[str, Method]) -> str:
+    """The best worst case at no loss of final accuracy and at most 1.2 times ER's operations."""
+    er = methods["ER"]
+    allowed = {
+        name: method
+        for name, method in methods.items()
+        if method.estimate("ACC").mean >= er.estimate("ACC").mean and method.tflop <= 1.2 * er.tflop
+    }
+    best = max(allowed, key=lambda name: allowed[name].estimate("WC-ACC").mean)
+    found = allowed[best]
+    gained = 100 * (found.estimate("WC-ACC").mean - er.estimate("WC-ACC").mean)
+    ratio = found.estimate("gap_depth").mean / er.estimate("gap_depth").mean
+    return (
+        f"At no loss of final accuracy and at most 1.2 times ER's operations the best worst case is that of {best}: "
+        f"WC-ACC {gained:+.1f} points, gap depth {ratio:.2f} times ER's, {found.tflop / er.tflop:.2f} times its cost."
+    )
+
+
+def main() -> None:
+    """Train what is missing, and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", default=",".join(streams()))
+    parser.add_argument("--methods", default="*", help="patterns of names, joined by ','")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--data-root", default="data")
+    parser.add_argument("--unpack-debian", action="store_true")
+    parser.add_argument("--no-training", action="store_true", help="only show what is there")
+    parser.add_argument("--folder", type=Path, default=Path("runs/gap_remedies"))
+    args = parser.parse_args()
+    if args.unpack_debian:
+        unpack_debian(Path(args.data_root))
+    torch.set_num_threads(1)
+    quieten_libraries()
+    warnings.simplefilter("ignore")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    console = Console(width=200)
+    patterns = args.methods.split(",")
+    said: list[str] = []
+    for stream in args.streams.split(","):
+        common, chosen = streams()[stream]
+        methods = {
+            name: Method(args.folder / stream / name.replace(" ", "_").replace(",", ""), [*common, *overrides(words)])
+            for name, words in chosen.items()
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        }
+        for name, method in methods.items():
+            if not args.no_training:
+                method.train(range(args.seeds), args.data_root)
+                console.print(f"{stream}, {name}: done", style="dim")
+        there = {name: method for name, method in methods.items() if method.is_there}
+        if not there:
+            continue
+        table = table_of(stream, there)
+        console.print(table.rich())
+        said.append(table.markdown())
+        if "ER + nearest mean" in there:
+            said.append(head_share(there["ER + nearest mean"]) + "\n")
+            console.print(said[-1])
+        if "ER" in there:
+            said.append(verdict(there) + "\n")
+            console.print(said[-1])
+    args.folder.mkdir(parents=True, exist_ok=True)
+    (args.folder / "tables.md").write_text("\n".join(said))
+    console.print(f"{args.folder}/tables.md")
+
+
+if __name__ == "__main__":
+    main()

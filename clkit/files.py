@@ -27,6 +27,17 @@ def result_folder(trainer: Trainer, own: Path | None, below: str = "") -> Path:
     return Path(trainer.log_dir or trainer.default_root_dir, below)
 
 
+def run_folder(trainer: Trainer) -> Path | None:
+    """Return the folder for what is no callback's: the root folder if the user chose one, else that of a logger.
+
+    ``None`` if there is neither. All processes must ask together.
+    """
+    log, root = trainer.log_dir, Path(trainer.default_root_dir)
+    if root != Path.cwd():
+        return root
+    return Path(log) if trainer.loggers and log is not None else None
+
+
 def write_atomically(path: str | Path, content: str | bytes) -> None:
     """Write a file beside its final name, flush it to disk and rename it; its folder is made if need be.
 

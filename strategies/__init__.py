@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .lpr import LPR as LPR
     from .lwf import LwF as LwF
     from .mas import MAS as MAS
+    from .moelora import MoELoRA as MoELoRA
     from .naive import Naive as Naive
     from .ngm import NGM as NGM
     from .nmc import NearestMean as NearestMean
@@ -63,6 +64,7 @@ _PUBLIC = {
     "LPR": ".lpr",
     "LwF": ".lwf",
     "MAS": ".mas",
+    "MoELoRA": ".moelora",
     "Naive": ".naive",
     "NearestMean": ".nmc",
     "NGM": ".ngm",

@@ -13,9 +13,10 @@ from clkit.data.datamodule import stream_data
 from clkit.data.stream import Experience
 from clkit.errors import check_whole
 from clkit.memory.buffer import ReservoirBuffer
+from clkit.memory.storage import ImageMemory
 from clkit.method.gradient import add_to_gradients, check_automatic, flatten, loss_gradient, with_gradient
 from clkit.method.projection import without_conflict
-from clkit.method.setup_checks import check_memory
+from clkit.method.setup_checks import check_memory, report_memory
 from clkit.method.strategy import Strategy, gives_texts, random_samples
 
 
@@ -32,6 +33,8 @@ class AGEM(Strategy):
         batch_size: Memory samples in the reference gradient, at least 1. When ``None``, 256; as many as a batch has
             (over all processes) where samples are texts, which cost far more.
         seed: Seed of the memory's own random numbers.
+        images: What the memory keeps of images beside texts: ``"references"``, so that they are read from the stream;
+            ``"encoded"``, their files; or ``"features"`` of a frozen tower. ``memory.json`` has the bytes.
 
     Raises:
         ConfigurationError: If a number is out of range.
@@ -39,11 +42,19 @@ class AGEM(Strategy):
     Reference: Chaudhry et al., *Efficient Lifelong Learning with A-GEM*, arXiv 1812.00420, equation 11.
     """
 
-    def __init__(self, samples_per_experience: int = 200, *, batch_size: int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        samples_per_experience: int = 200,
+        *,
+        batch_size: int | None = None,
+        seed: int = 0,
+        images: ImageMemory = "references",
+    ) -> None:
         check_whole("samples_per_experience", samples_per_experience, 1)
         if batch_size is not None:
             check_whole("batch_size", batch_size, 1)
         self.samples_per_experience, self.batch_size, self.seed = samples_per_experience, batch_size, seed
+        self.images: ImageMemory = images
         self.memory: ReservoirBuffer | None = None
         self._size = batch_size or 256
 
@@ -52,7 +63,7 @@ class AGEM(Strategy):
         check_automatic(pl_module, "AGEM")
         if self.memory is None:
             capacity = self.samples_per_experience * len(stream_data(trainer).stream)
-            self.memory = ReservoirBuffer(capacity, seed=self.seed)
+            self.memory = ReservoirBuffer(capacity, seed=self.seed, images=self.images)
         check_memory(trainer, self.memory)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -64,6 +75,7 @@ class AGEM(Strategy):
     def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
         assert self.memory is not None
         self.memory.insert(random_samples(trainer, experience, self.samples_per_experience, self.seed))
+        report_memory(trainer, self.memory)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         assert self.memory is not None

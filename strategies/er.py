@@ -10,10 +10,12 @@ from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
 from clkit.data.batch import IGNORED, concatenate, gather_batch, labels_tokens
+from clkit.data.stream import Experience
 from clkit.errors import ConfigurationError, check_choice, check_whole
 from clkit.memory.buffer import ClassBalancedBuffer, ReservoirBuffer, draw_replay
+from clkit.memory.storage import ImageMemory
 from clkit.method.forward import task_loss
-from clkit.method.setup_checks import check_memory
+from clkit.method.setup_checks import check_memory, report_memory
 from clkit.method.strategy import Strategy, gives_token_labels
 
 BUFFERS = {"reservoir": ReservoirBuffer, "class_balanced": ClassBalancedBuffer}
@@ -41,6 +43,8 @@ class ExperienceReplay(Strategy):
             the effective learning rate of the first steps is then ``alpha`` times the set one.
         seed: Seed of the memory's own random numbers.
         device: Where the memory is kept; beside the batches when ``None``.
+        images: What the memory keeps of images beside texts: ``"references"``, so that they are read from the stream;
+            ``"encoded"``, their files; or ``"features"`` of a frozen tower. ``memory.json`` has the bytes.
 
     Raises:
         ConfigurationError: If a value is out of range.
@@ -61,6 +65,7 @@ class ExperienceReplay(Strategy):
         scale_first_task: bool = True,
         seed: int = 0,
         device: str | None = None,
+        images: ImageMemory = "references",
     ) -> None:
         check_choice("buffer", buffer, BUFFERS)
         check_choice("weigh", weigh, ("samples", "tokens"))
@@ -68,7 +73,7 @@ class ExperienceReplay(Strategy):
             check_whole("batch_size", batch_size, 1)
         if alpha is not None and not 0 < alpha <= 1:
             raise ConfigurationError(f"alpha={alpha} is not possible; use a weight above 0 and at most 1, or null.")
-        self.buffer = BUFFERS[buffer](capacity, seed=seed, device=device)
+        self.buffer = BUFFERS[buffer](capacity, seed=seed, device=device, images=images)
         self.batch_size, self.alpha, self.scale_first_task = batch_size, alpha, scale_first_task
         self.weigh = weigh
         self.appends_samples = alpha is None and capacity > 0
@@ -113,6 +118,9 @@ class ExperienceReplay(Strategy):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.buffer.insert(gather_batch(trainer, batch))
+
+    def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
+        report_memory(trainer, self.buffer)
 
     def remembered(self) -> Any:
         return self.buffer.contents()

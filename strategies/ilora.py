@@ -17,11 +17,12 @@ from clkit.data.stream import Experience
 from clkit.errors import ConfigurationError, check_choice, check_whole
 from clkit.evaluation.token_scores import is_encoder_decoder
 from clkit.memory.buffer import ReservoirBuffer, draw_replay
+from clkit.memory.storage import ImageMemory
 from clkit.method.evaluation_mode import evaluation_mode
 from clkit.method.forward import task_loss
 from clkit.method.hidden_states import capture, find_blocks
 from clkit.method.parameters import averageable, grown, swapped
-from clkit.method.setup_checks import check_memory
+from clkit.method.setup_checks import check_memory, report_memory
 from clkit.method.statistics import Statistics, horizon
 from clkit.method.strategy import Strategy
 
@@ -62,6 +63,8 @@ class InterpolatedLoRA(Strategy):
             16 batches of the experience and of each memory, or ``"average"``, like the weights.
         seed: Seed of the memory's own random numbers.
         device: Where the memory is kept; beside the batches when ``None``.
+        images: What the memory keeps of images beside texts: ``"references"``, so that they are read from the stream;
+            ``"encoded"``, their files; or ``"features"`` of a frozen tower. ``memory.json`` has the bytes.
 
     Raises:
         ConfigurationError: If a value is out of range, or no blocks are found.
@@ -87,6 +90,7 @@ class InterpolatedLoRA(Strategy):
         statistics: Literal["recompute", "average"] = "recompute",
         seed: int = 0,
         device: str | None = None,
+        images: ImageMemory = "references",
     ) -> None:
         if decay is not None and not 0 <= decay <= 1:
             raise ConfigurationError(f"decay={decay} is not possible; use a number from 0 to 1, such as 0.99.")
@@ -101,7 +105,7 @@ class InterpolatedLoRA(Strategy):
         self.prediction = "slow" if predict_with == "slow" else None
         self.statistics = Statistics(statistics)
         self.views = {"slow": lambda module: self.statistics.swapped(module, self.slow)}
-        self.buffer = ReservoirBuffer(capacity, seed=seed, device=device)
+        self.buffer = ReservoirBuffer(capacity, seed=seed, device=device, images=images)
         self.slow: dict[str, Tensor] = {}
         self.k = 0
         self._horizon = 0.99
@@ -185,6 +189,9 @@ class InterpolatedLoRA(Strategy):
         weight = min(1 - 1 / (self.k + 1), decay) if self.ramp else decay
         live = [fast[name].detach().float() for name in self.slow]
         torch._foreach_lerp_(list(self.slow.values()), live, 1 - weight)
+
+    def on_experience_end(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
+        report_memory(trainer, self.buffer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.prediction == "slow":

@@ -62,6 +62,7 @@ STRATEGIES = {
 NEED_LORA = {
     "reglora": (lambda: strategies.RegLoRA(1.0, percent=20), 6 * 16 * 5),
     "olora": (lambda: strategies.OLoRA(0.1, l2=0.01), 3 * 4 * 3 * 6),
+    "moelora": (lambda: strategies.MoELoRA(3), 0),
 }
 
 UNLIKE_ONE_PROCESS = {
@@ -99,13 +100,21 @@ def lora_module():
     return module
 
 
+def module_with_experts():
+    """The fit itself adds none."""
+    module = lora_module()
+    strategies.MoELoRA(3).split(module)
+    return module
+
+
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("name", [*NEED_LORA, "ema", "ilora", "naive"])
 def test_strategy_with_lora(name, check):
     if name in NEED_LORA and check == "refusals":
         pytest.skip("it refuses the suite's modules without LoRA")
     build, limit = (NEED_LORA | STRATEGIES)[name]
-    check_strategy(build, module=lora_module, only=[check], state_limit=limit if name in NEED_LORA else None)
+    module = module_with_experts if name == "moelora" else lora_module
+    check_strategy(build, module=module, only=[check], state_limit=limit if name in NEED_LORA else None)
 
 
 def test_every_public_strategy_is_here():

@@ -37,6 +37,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     "ema_balance": s.EMABalance,
     "reglora": lambda: s.RegLoRA(1.0),
     "olora": s.OLoRA,
+    "moelora": s.MoELoRA,
     "ilora": s.InterpolatedLoRA,
     "ilora, last block": lambda: s.InterpolatedLoRA(layers="last"),
     "er": s.ExperienceReplay,

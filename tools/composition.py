@@ -41,6 +41,7 @@ SMALL = {
     "kfpf": ["k=3", "capacity=16", "steps=3"],
     "kfpf_kd": ["k=3", "capacity=16", "steps=3"],
     "lpr": ["every=4"],
+    "moelora": ["experts=2"],
     "nmc": ["capacity=24"],
     "projected_replay": ["samples_per_experience=8"],
     "reglora": ["strength=1.0", "percent=20"],
@@ -49,9 +50,9 @@ PAGE = Path(__file__).parents[1] / "docs" / "composition.md"
 INTRODUCTION = """# Which strategies work together
 
 `strategy=[a,b]` runs both, in this order. Every pair below was trained for two experiences on a small network (with
-LoRA where RegLoRA or OLoRA takes part, a language model with InstructionGroups) by `python tools/composition.py`; a
-test keeps the table true. In any order, what replaces or finetunes the weights at an experience's end (EMA balance,
-FPF) does so before the others remember them.
+LoRA where RegLoRA, OLoRA or MoELoRA takes part, a language model with InstructionGroups) by
+`python tools/composition.py`; a test keeps the table true. In any order, what replaces or finetunes the weights at an
+experience's end (EMA balance, FPF) does so before the others remember them.
 
 ✓ works in either order. → works with the row's strategy first, ↓ with the column's first. A number: `setup` refuses
 both orders, for the reason below. What works together need not help: two memories cost twice, two penalties add up.
@@ -104,8 +105,8 @@ def attempt(*chosen: str) -> str:
     torch.manual_seed(0)
     texts = "instruction_groups" in chosen
     module: Any = small_language_module() if texts else SmallModule()
-    if {"reglora", "olora"} & set(chosen) and not texts:
-        module.net = add_adapter(module.net, lora(3, target_modules=["1"], modules_to_save=["3"]))
+    if {"reglora", "olora", "moelora"} & set(chosen) and not texts:
+        module.net = add_adapter(module.net, lora(4, target_modules=["1"], modules_to_save=["3"]))
     built = strategies(*chosen)
     data = StreamDataModule(small_instructions(2) if texts else small_stream(2), batch_size=8)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():

@@ -45,6 +45,7 @@ _OVERRIDES = {
     "l2": _ROTATED,
     "lwf": _ROTATED,
     "mas": _ROTATED,
+    "moelora": [_LORA],
     "olora": [_LORA],
     "reglora": [_LORA],
     "si": [*_ROTATED, "strategy.si.strength=1"],

@@ -157,6 +157,7 @@ ADAPTERS: dict[str, Build] = {
     "reglora": lambda: s.RegLoRA(1.0, percent=20),
     "reglora, sparse": lambda: s.RegLoRA(1.0, percent=20, product="sparse"),
     "olora": lambda: s.OLoRA(0.1, l2=0.01),
+    "moelora": lambda: s.MoELoRA(3),
     "ilora, lora": lambda: s.InterpolatedLoRA(16),
 }
 TEXTS: dict[str, Build] = {

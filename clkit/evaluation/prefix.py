@@ -48,8 +48,9 @@ class FrozenPrefix:
     The prefix is every call of a module without trainable parameter that is made before the first operation on one.
     Which of their outputs the rest needs is found by trying, and each chunk's replay is compared with the full forward
     before it is used; where it differs, the cache gives up with a warning. Modules whose buffers change (BatchNorm in
-    training mode) end the prefix, and a module with compiled parts has none. What saves less than a fifth of the
-    floating-point operations is not kept. The cache starts anew when ``requires_grad`` or a frozen tensor changes.
+    training mode) end the prefix, and a module with compiled parts, or one that keeps its tower's features, has none.
+    What saves less than a fifth of the floating-point operations is not kept. The cache starts anew when
+    ``requires_grad`` or a frozen tensor changes.
 
     Args:
         module: The module, called by the functions given to :meth:`run`.
@@ -62,7 +63,7 @@ class FrozenPrefix:
 
     def reset(self) -> None:
         """Forget everything."""
-        self._given_up = _is_compiled(self.module)
+        self._given_up = _is_compiled(self.module) or _computes_once(self.module)
         self._moving: set[int] = set()
         self._flags = [parameter.requires_grad for parameter in self.module.parameters()]
         self._forget()
@@ -355,6 +356,12 @@ def _is_compiled(module: nn.Module) -> bool:
     # Lightning's for a compiled LightningModule, PyTorch's for module.compile(), and for torch.compile(module)
     marks = ("_compiler_ctx", "_compiled_call_impl")
     return any("_orig_mod" in part._modules or any(map(part.__dict__.get, marks)) for part in module.modules())
+
+
+def _computes_once(module: nn.Module) -> bool:
+    """Tell whether a frozen part is run for inputs that are new alone: a record of its calls would not hold again."""
+    hooks = [hook for part in module.modules() for hook in part._forward_pre_hooks.values()]
+    return any(getattr(hook, "computes_once", False) for hook in hooks)
 
 
 def _hollow(tensor: Tensor) -> Tensor:

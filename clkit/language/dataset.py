@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -14,10 +14,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from clkit.data.batch import IGNORED, fill_value
-from clkit.data.images import Images
+from clkit.data.images import Images, Kept
 from clkit.errors import ConfigurationError, check_whole
 from clkit.language.encoding import Encoded, Encoder
-from clkit.language.images import ImageTable, let_read
+from clkit.language.images import ImageTable, kept_features, let_read
 from clkit.language.records import Record
 
 if TYPE_CHECKING:
@@ -217,7 +217,8 @@ class Pad:
 
     Adds ``attention_mask``, and ``position_ids`` where texts are padded on the left, so that each begins at position 0.
     Texts with images get no positions: their models count for themselves, some of them in three dimensions. ``images``
-    of samples, ``int64`` ``[K]``, become :class:`~clkit.data.images.Images` with what the model takes of each.
+    of samples, ``int64`` ``[K]``, become :class:`~clkit.data.images.Images` with what the model takes of each, but for
+    those whose features it has.
 
     Args:
         side: ``"right"`` or ``"left"``.
@@ -248,12 +249,29 @@ class Pad:
 
     def _read(self, numbers: list[Tensor]) -> Images:
         images = Images(pad_sequence(numbers, batch_first=True, padding_value=-1))
-        return images if self.images is None else Images(images.numbers, self.images.pixels(images))
+        return images if self.images is None else Images(images.numbers, self.images.ahead(images))
 
     def prepare(self, module: nn.Module) -> None:
         """Let the model in a module read the images of batches; nothing happens for texts alone."""
         if self.images is not None:
             let_read(module, self.images)
+
+    def keeper(self, module: nn.Module, what: Literal["encoded", "features"]) -> Callable[[int], Kept]:
+        """Return what a memory asks for what it shall keep of the image of a number.
+
+        Args:
+            module: Holds the model.
+            what: Its file, or the features of the model's tower.
+
+        Raises:
+            ConfigurationError: If the samples have no images, or the model keeps no features.
+        """
+        table = self.images
+        if table is None:
+            raise ConfigurationError("These texts have no images, of which a memory could keep more than references.")
+        if what == "encoded":
+            return lambda number: {"encoded": torch.frombuffer(bytearray(table.content(number)), dtype=torch.uint8)}
+        return kept_features(module, table)
 
     def _used(self, lengths: list[int]) -> Tensor:
         """Which columns of each sample are no padding, ``bool`` ``[B, S]``."""

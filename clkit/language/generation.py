@@ -67,6 +67,7 @@ def generate(
     device = model.get_input_embeddings().weight.device
     config = _greedy(model, tokenizer, max_new_tokens, ends)
     pad, answers = Pad("left", images), [""] * len(samples)
+    pad.prepare(module)
     order = sorted(range(len(samples)), key=lambda i: len(samples[i]["input_ids"]))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]

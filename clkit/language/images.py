@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -16,10 +17,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import get_worker_info
 
-from clkit.data.images import Images, Pixels
+from clkit.data.images import Images, Kept, Pixels
 from clkit.errors import ConfigurationError
 from clkit.evaluation.token_scores import language_model
+from clkit.language.features import TowerFeatures
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -265,6 +268,8 @@ class ImageTable:
     Attributes:
         expansions: The tokens that stand for an image, ``int32`` ``[S]`` each; images of different size may have
             different ones.
+        known: Which images need not be read, since the model keeps its tower's features of them, ``uint8`` ``[N]``,
+            shared with the loader's workers; ``None`` where it keeps none.
 
     Raises:
         ConfigurationError: If the processor has no image processor or no token for an image.
@@ -282,6 +287,7 @@ class ImageTable:
         self.token = str(getattr(token, "content", token))
         self.token_id = int(self.tokenizer.convert_tokens_to_ids(self.token))
         self.expansions: list[np.ndarray[Any, np.dtype[np.int32]]] = []
+        self.known: Tensor | None = None
         self._sources: list[ImageSource] = []
         self._numbers: dict[Any, int] = {}
         self._by_tokens: dict[bytes, int] = {}
@@ -324,13 +330,19 @@ class ImageTable:
             start = place + 1
         return torch.cat([*pieces, tokens[start:]])
 
-    def load(self, number: int) -> Pixels:
+    def load(self, number: int, kept: Kept | None = None) -> Pixels:
         """Read an image and return what the model takes of it.
+
+        Args:
+            number: The image's number.
+            kept: What a memory has of it, in place of the stream.
 
         Raises:
             ConfigurationError: If it cannot be read, or is not of the size that it was when the stream was made.
         """
         source = self._sources[number]
+        if kept is not None:
+            source = ImageBytes(source.name, self.content(number, kept))
         tokens, pixels = self._prepared(decoded(source))
         planned = self.expansions[self.expansion(source)]
         if not np.array_equal(tokens, planned):
@@ -340,10 +352,26 @@ class ImageTable:
             )
         return pixels
 
+    def content(self, number: int, kept: Kept | None = None) -> bytes:
+        """Return an image as it is stored."""
+        return self._sources[number].read() if kept is None else kept["encoded"].numpy().tobytes()
+
     def pixels(self, images: Images) -> dict[int, Pixels]:
         """Return what the model takes of each image of a batch, reading those that are not at hand."""
         used = dict.fromkeys(images.used())
-        return {number: images.pixels.get(number) or self.load(number) for number in used}
+        return {n: images.pixels.get(n) or self.load(n, images.kept.get(n)) for n in used}
+
+    def ahead(self, images: Images) -> dict[int, Pixels]:
+        """Return what to read for a model before it gets a batch: nothing that it may not need.
+
+        A model that keeps its tower's features reads what it misses itself, unless another process can do it.
+        """
+        if self.known is None:
+            return self.pixels(images)
+        if get_worker_info() is None:
+            return {}
+        new = [n for n in dict.fromkeys(images.used()) if n >= len(self.known) or not self.known[n]]
+        return {number: self.load(number) for number in new}
 
     def _prepared(self, image: Image.Image) -> tuple[np.ndarray[Any, np.dtype[np.int32]], Pixels]:
         out = dict(
@@ -398,14 +426,21 @@ class ImageReader:
     """Gives a model the images of a batch: a pre-hook of its ``forward``, which turns ``images`` into pixels.
 
     The model takes what its processor makes (``pixel_values``, ``image_grid_thw``, ...), in the dtype of its weights;
-    where it wants ``mm_token_type_ids``, it gets them too.
+    where it wants ``mm_token_type_ids``, it gets them too. Where its tower's features are kept, it takes these.
 
     Attributes:
         table: Where images are read whose pixels are not in the batch.
+        features: Keeps the features of the model's tower; ``None`` where it is run each time.
     """
 
     def __init__(self) -> None:
         self.table: ImageTable | None = None
+        self.features: TowerFeatures | None = None
+
+    @property
+    def computes_once(self) -> bool:
+        """Whether a part of the model is not run each time."""
+        return self.features is not None
 
     def __call__(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -422,18 +457,20 @@ class ImageReader:
         images = inputs.pop("images", None)
         if not isinstance(images, Images) or not images.used():
             return inputs
-        missing = [number for number in images.used() if number not in images.pixels]
+        missing = [number for number in images.used() if number not in images.pixels and number not in images.kept]
         if missing and self.table is None:
             raise ConfigurationError(
                 f"Image {missing[0]} is not in the batch and no stream is known to read it from; train on a "
                 "StreamDataModule, or collate the samples with Pad(images=TABLE)."
             )
-        pixels = self.table.pixels(images) if self.table is not None else images.pixels
-        ids = inputs["input_ids"]
-        dtype = next((part.dtype for part in model.parameters() if part.is_floating_point()), torch.float32)
-        for name, part in joined([pixels[number] for number in images.used()]).items():
-            inputs[name] = part.to(ids.device, dtype if part.is_floating_point() else None)
-        config = model.config
+        ids, config = inputs["input_ids"], model.config
+        if self.features is not None and self.table is not None:
+            inputs |= self.features.arguments(model, self.table, images)
+        else:
+            pixels = self.table.pixels(images) if self.table is not None else images.pixels
+            dtype = next((part.dtype for part in model.parameters() if part.is_floating_point()), torch.float32)
+            for name, part in joined([pixels[number] for number in images.used()]).items():
+                inputs[name] = part.to(ids.device, dtype if part.is_floating_point() else None)
         if _takes(model, "mm_token_type_ids") and "mm_token_type_ids" not in inputs:
             inputs["mm_token_type_ids"] = (ids == config.image_token_id).long()
         return inputs
@@ -455,4 +492,32 @@ def reader_of(model: nn.Module) -> ImageReader:
 
 def let_read(module: nn.Module, table: ImageTable) -> None:
     """Let the language model in a module read the images of a stream."""
-    reader_of(language_model(module)).table = table
+    reader = reader_of(language_model(module))
+    reader.table = table
+    if reader.features is None:
+        table.known = None
+    else:
+        reader.features.watch(table)
+
+
+def kept_features(module: nn.Module, table: ImageTable) -> Callable[[int], Kept]:
+    """Return what gives the features of an image of a number, as the model in a module has them in training.
+
+    Raises:
+        ConfigurationError: If the model keeps none.
+    """
+    model = language_model(module)
+    reader = reader_of(model)
+    if reader.features is None:
+        raise ConfigurationError(
+            "images='features' remembers what a frozen tower makes of images, which VisionLanguage keeps with "
+            "features='memory' or 'disk' (model.features=memory); set that, or use images='encoded'."
+        )
+
+    def kept(number: int) -> Kept:
+        assert reader.features is not None
+        trainer = getattr(module, "_trainer", None)
+        with nullcontext() if trainer is None else trainer.precision_plugin.train_step_context():
+            return reader.features.of(model, table, number)
+
+    return kept

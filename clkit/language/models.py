@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from clkit.errors import ConfigurationError, check_choice
 from clkit.evaluation.token_scores import positions
+from clkit.files import run_folder, write_atomically
+from clkit.language.features import TowerFeatures, Where
 from clkit.language.images import reader_of
 from clkit.language.labelled import labelled_only
 from clkit.language.vision import PROJECTORS, for_language_model, vision_parts
@@ -281,10 +283,16 @@ class VisionLanguage(LanguageModule):
         train_projector: Train the projector between tower and language model as a whole (as a part of the adapter, if
             there is one).
         projector_lr: Learning rate of the projector; the optimizer's own when ``None``.
+        features: Run a frozen tower once for each image, in training, evaluation and generation, and keep its output in
+            ``"memory"`` or on ``"disk"``, see :class:`~clkit.language.features.TowerFeatures`; each time when ``None``.
+            At the end of a fit, ``features.json`` in the trainer's folder says what that saved.
+        features_limit: Most bytes to keep.
+        features_dir: Their folder on disk, which runs may share.
         **options: As in :class:`LanguageModule`. Gradient checkpointing is that of the language model.
 
     Raises:
-        ConfigurationError: If the model has no tower, or the projector that is to be trained cannot be found.
+        ConfigurationError: If the model has no tower, the projector that is to be trained cannot be found, or features
+            are to be kept of a tower that is trained.
     """
 
     auto = "AutoModelForImageTextToText"
@@ -297,6 +305,9 @@ class VisionLanguage(LanguageModule):
         tower: Literal["frozen", "adapted", "trained"] = "frozen",
         train_projector: bool = True,
         projector_lr: float | None = None,
+        features: Where | None = None,
+        features_limit: int = 4 * 2**30,
+        features_dir: str | Path | None = None,
         **options: Any,
     ) -> None:
         check_choice("tower", tower, ("frozen", "adapted", "trained"))
@@ -304,9 +315,16 @@ class VisionLanguage(LanguageModule):
             raise ConfigurationError(
                 f"projector_lr={projector_lr} is for a projector that train_projector=false freezes."
             )
+        if features is not None and tower != "frozen":
+            raise ConfigurationError(
+                f"features={features!r} keeps what the tower makes of images, which changes with tower={tower!r}; use "
+                "tower='frozen', or features=null."
+            )
         self.tower, self.train_projector, self.projector_lr = tower, train_projector, projector_lr
         super().__init__(net, adapter=adapter, **options)
-        reader_of(self.net)
+        kept = None if features is None else TowerFeatures(features, limit=features_limit, dir=features_dir)
+        self._reader = reader_of(self.net)
+        self._reader.features = kept
         self._parts = vision_parts(self.net)
         self.train(self.training)
         for part in self._parts.tower:
@@ -349,6 +367,29 @@ class VisionLanguage(LanguageModule):
             unused = [*self._parts.projector_parameters, *self._parts.tower_parameters]
             loss = loss + 0.0 * sum(parameter.sum() for parameter in unused if parameter.requires_grad)
         return loss
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None and self._reader.features is not None:
+            raise ConfigurationError(
+                "The features of a tower are found by its weights, but the trainer shards them; use features=null."
+            )
+        super().configure_model()
+
+    def on_fit_end(self) -> None:
+        features = self._reader.features
+        if features is None:
+            return
+        folder = run_folder(self.trainer)
+        if folder is not None and self.trainer.is_global_zero:
+            write_atomically(folder / "features.json", json.dumps(features.report(), indent=2) + "\n")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._reader.features is not None:
+            checkpoint["features"] = self._reader.features.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._reader.features is not None and "features" in checkpoint:
+            self._reader.features.load_state_dict(checkpoint["features"])
 
     def train(self, mode: bool = True) -> VisionLanguage:
         """Set the mode; a frozen tower stays in evaluation mode."""

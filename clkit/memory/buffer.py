@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -13,8 +13,8 @@ from clkit.data.batch import local_share
 from clkit.data.columns import describe, size_of
 from clkit.data.datamodule import stream_data
 from clkit.data.datasets import is_class, labels_of
-from clkit.errors import ConfigurationError, check_whole
-from clkit.memory.storage import DISK, Slots, Storage, make_storage
+from clkit.errors import ConfigurationError, check_choice, check_whole
+from clkit.memory.storage import DISK, ImageMemory, KeepImage, Slots, Storage, make_storage
 from clkit.rng import private_rng, rng_state, set_rng_state
 
 
@@ -30,13 +30,26 @@ class ReservoirBuffer:
         seed: Seed of the buffer's own random numbers, at least 0.
         device: Where samples are kept; on the device of the first batch when ``None``. Texts (batches with an
             ``attention_mask``) are kept on the CPU, unpadded, or in a temporary file for ``"disk"``.
+        images: What is kept of the images of texts: ``"references"``, their numbers, so that they are read from the
+            stream; ``"encoded"``, their files too; or ``"features"`` in their place, those of the model's tower.
+
+    Attributes:
+        keep: Returns what is to be kept of an image; see :func:`~clkit.method.setup_checks.check_memory`.
 
     Raises:
-        ConfigurationError: If ``capacity`` is negative.
+        ConfigurationError: If ``capacity`` is negative, or ``images`` unknown.
     """
 
-    def __init__(self, capacity: int, *, seed: int = 0, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        images: ImageMemory = "references",
+    ) -> None:
         check_whole("capacity", capacity, 0)
+        check_choice("images", images, get_args(ImageMemory))
         try:
             torch.empty(0, device=None if device == DISK else device)
         except (RuntimeError, AssertionError) as error:
@@ -44,7 +57,8 @@ class ReservoirBuffer:
             raise ConfigurationError(
                 f"device={device!r} is not possible here ({reason}); use null, cpu or disk."
             ) from error
-        self.capacity, self.device = capacity, device
+        self.capacity, self.device, self.images = capacity, device, images
+        self.keep: KeepImage | None = None
         self.rng = private_rng(seed, 2)
         self.n_seen = 0
         self.storage: Storage | None = None
@@ -67,7 +81,7 @@ class ReservoirBuffer:
         """
         n_new = size_of(batch)
         if self.storage is None:
-            self.storage = make_storage(batch, self.capacity, self.device)
+            self.storage = make_storage(batch, self.capacity, self.device, self.keep)
         slots = self._choose_slots(batch, n_new)
         self.n_seen += n_new
         kept = np.flatnonzero(slots < self.capacity)
@@ -140,7 +154,7 @@ class ReservoirBuffer:
         set_rng_state(self.rng, state["rng"])
         self.storage = None
         if state["samples"] is not None:
-            self.storage = make_storage(state["samples"], self.capacity, self.device)
+            self.storage = make_storage(state["samples"], self.capacity, self.device, self.keep)
             self.storage.unpack(self.occupied(), state["samples"])
 
 
@@ -151,8 +165,8 @@ class ClassBalancedBuffer(ReservoirBuffer):
     appears the others shrink at random.
     """
 
-    def __init__(self, capacity: int, *, seed: int = 0, device: torch.device | str | None = None) -> None:
-        super().__init__(capacity, seed=seed, device=device)
+    def __init__(self, capacity: int, **options: Any) -> None:
+        super().__init__(capacity, **options)
         self.slots: dict[int, Slots] = {}
         self.seen: dict[int, int] = {}
 

@@ -318,8 +318,16 @@ def adapter_models(module: nn.Module) -> Iterator[tuple[str, PeftModel]]:
 
 def _check_saved(model: PeftModel) -> None:
     """Refuse a model that its adapter's files do not restore."""
+    from peft.tuners.lora import LoraLayer
     from peft.utils import ModulesToSaveWrapper
 
+    for layer in model.modules():
+        variants = layer.lora_variant.values() if isinstance(layer, LoraLayer) else ()
+        if any(not type(variant).__module__.startswith("peft.") for variant in variants):
+            raise ConfigurationError(
+                "A saved adapter would not restore the model: peft does not know what a strategy made of its layers, "
+                "such as experts; leave SaveAdapters out and keep whole weights by checkpoint.keep_ends=true."
+            )
     saved = {tensor.data_ptr() for tensor in _peft().get_peft_model_state_dict(model).values()}
     lost = [n for n, p in model.named_parameters() if p.requires_grad and p.data_ptr() not in saved]
     copied = [part for part in model.modules() if isinstance(part, ModulesToSaveWrapper)]

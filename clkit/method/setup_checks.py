@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,14 +17,16 @@ from clkit.data.columns import describe, size_of
 from clkit.data.datamodule import stream_data
 from clkit.data.datasets import is_class, labels_of
 from clkit.errors import ConfigurationError
+from clkit.files import run_folder, write_atomically
 from clkit.memory.buffer import ReservoirBuffer
+from clkit.memory.storage import TextStorage
 from clkit.method.evaluation_mode import untouched
 from clkit.method.forward import call, to_device
 from clkit.method.strategy import gives_pairs
 
 
 def check_memory(trainer: Trainer, memory: ReservoirBuffer | None = None) -> None:
-    """Make sure that a memory can keep samples of all experiences, each by itself when ``None``.
+    """Make sure that a memory can keep samples of all experiences, each by itself when ``None``, and their images.
 
     Raises:
         ConfigurationError: If it cannot.
@@ -30,8 +34,44 @@ def check_memory(trainer: Trainer, memory: ReservoirBuffer | None = None) -> Non
     if memory is None:
         for batch in _one_of_each(trainer):
             size_of(batch)
-    else:
-        memory.check(_one_of_each(trainer))
+        return
+    memory.check(_one_of_each(trainer))
+    if memory.images != "references":
+        memory.keep = _keeper(trainer)(trainer.lightning_module, memory.images)
+
+
+def _keeper(trainer: Trainer) -> Any:
+    keeper = getattr(stream_data(trainer).collate_fn, "keeper", None)
+    if keeper is None:
+        raise ConfigurationError(
+            "A memory keeps images of texts only, as the records of a scenario such as image_instructions have them; "
+            "use images='references' here, with which samples are kept as they are."
+        )
+    return keeper
+
+
+def report_memory(trainer: Trainer, memory: ReservoirBuffer) -> None:
+    """Say how many bytes a memory of texts with images takes: in loggers, and ``memory.json`` in the trainer's folder.
+
+    ``texts`` and ``images`` are bytes in memory, ``images_elsewhere`` those of the files that it only refers to.
+    """
+    storage, keeper = memory.storage, getattr(stream_data(trainer).collate_fn, "keeper", None)
+    if not isinstance(storage, TextStorage) or not storage.shown or keeper is None:
+        return
+    folder = run_folder(trainer)
+    if not trainer.is_global_zero:
+        return
+    elsewhere, read = 0, keeper(trainer.lightning_module, "encoded")
+    for number in storage.shown if memory.images == "references" else ():
+        # a file that is gone is missed when it is replayed
+        with suppress(OSError):
+            elsewhere += read(number)["encoded"].nbytes
+    found = {"texts": storage.n_bytes, "images": storage.image_bytes, "images_elsewhere": elsewhere}
+    for logger in trainer.loggers:
+        logger.log_metrics({f"memory/{name}": float(value) for name, value in found.items()}, stream_data(trainer).step)
+    about = {"kept_of_images": memory.images, "samples": len(memory), "different_images": len(storage.shown), **found}
+    if folder is not None:
+        write_atomically(folder / "memory.json", json.dumps(about, indent=2) + "\n")
 
 
 def _one_of_each(trainer: Trainer) -> Iterator[Any]:

@@ -27,7 +27,7 @@ RESULTS = (
     *("metrics.json", "checkpoints", "history*.csv", "tensorboard", "csv", "wandb", "mlruns", "adapters"),
     *("report.md", "report.tex", "report.csv", "runs.csv", "report.html", "timing.json", "gradients.csv"),
     *("drift.csv", "flops.json", "connectivity.csv", "answers", "answers.csv", "answers.json", "eval*.csv"),
-    *("mlflow.db", "mlartifacts", "start", "held_out"),
+    *("mlflow.db", "mlartifacts", "start", "held_out", "features.json", "memory.json"),
     *(f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")),
 )
 RECORDS = ("attempts.jsonl", LOG, ".hydra")

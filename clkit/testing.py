@@ -258,7 +258,7 @@ def small_image_instructions(n_experiences: int = 3, n: int = 24) -> Stream:
             records = []
             for i in range(first, first + size):
                 shown = [list(colours)[(i + j) % 3] for j in range((1, 2, 1, 0)[i % 4])]
-                answer = (*shown, "no")[-1]
+                answer = (*shown, "no")[0]
                 images = [_one_colour(f"{name} {i} {j}", colours[colour], i) for j, colour in enumerate(shown)]
                 extra = {"instruction": asks}
                 records.append(Record((("user", f"{asks} {' '.join(['of'] * (i % 4))} :"),), answer, extra, (*images,)))

@@ -111,6 +111,17 @@ def test_calls_without_labels_and_other_models_are_left_alone():
         assert t5(**inputs, labels=labels).logits.shape == (3, 9, 61)
 
 
+def test_an_output_layer_that_is_never_called_leaves_the_loss_of_all_logits():
+    model = built("llama")
+    layer, weight = model.lm_head, model.lm_head.weight
+    model.lm_head = nn.Identity()
+    model.lm_head.register_forward_hook(lambda own, args, hidden: nn.functional.linear(hidden, weight))
+    model.get_output_embeddings = lambda: layer
+    expected = model(**batch()).loss
+    with labelled_only(model):
+        torch.testing.assert_close(model(**batch()).loss, expected)
+
+
 def test_gradient_checkpointing_and_random_states():
     model = built("llama")
     model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -98,9 +98,14 @@ class _Call:
         self.seen, self.head = logits, head
 
     def add_loss(self, inner: Any, args: Any, output: Any) -> Any:
-        if self.targets is None or self.hidden is None:
+        if self.targets is None:
             return None
         targets, self.targets = self.targets, None
+        if self.hidden is None:
+            # the layer's weights were used without a call of it
+            size = output.logits.shape[-1]
+            output.loss = inner.loss_function(output.logits, None, size, shift_labels=targets)
+            return output
         n = output.logits.shape[1]
         loss = _sum_of_losses(output.logits, targets[:n])
         for start in range(n, len(targets), self.rows):

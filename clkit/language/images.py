@@ -461,7 +461,7 @@ class ImageReader:
         if missing and self.table is None:
             raise ConfigurationError(
                 f"Image {missing[0]} is not in the batch and no stream is known to read it from; train on a "
-                "StreamDataModule, or collate the samples with Pad(images=TABLE)."
+                "StreamDataModule, or collate the samples with Pad(images=TABLE) and call its prepare(module)."
             )
         ids, config = inputs["input_ids"], model.config
         if self.features is not None and self.table is not None:

@@ -7,6 +7,8 @@ Prompts of 60 to 120 tokens and answers of 1 to 20, batches of 4, all threads th
 the same size, where the package is not installed. Each ratio is the median over rounds that take turns.
 
 - ``clkit / plain``: tokens per second of sequential LoRA, over a plain loop of torch and peft on the same batches.
+- ``grouped``, ``packed``: tokens per second with length groups, and with rows of up to 512 tokens in place of padding, over
+  shuffled and padded.
 - ``memory``: peak of a process that takes two steps with texts of 512 tokens, over that of the plain loop.
 - ``I-LoRA``: time of a step with replay over a plain one, and the same of counted operations.
 - ``generation``: 32 answers of 8 tokens, batched, over one by one.
@@ -45,7 +47,7 @@ from clkit.run.jobs import file_of
 from clkit.strategies import InterpolatedLoRA
 from clkit.testing import small_tokenizer
 
-BATCH, PROMPTS, SCORED, LONG = 4, 32, 64, 512
+BATCH, PROMPTS, SCORED, LONG, ROW = 4, 32, 64, 512, 512
 SIZE = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
 HEADS = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
 
@@ -86,12 +88,30 @@ class Clock(pl.Callback):
             self.seconds = time.perf_counter() - self._start
 
 
-def fit(module: CausalLM, steps: int, callbacks: list[Any], experiences: int = 1, length: int | None = None) -> float:
-    """Train; return the seconds of the last experience's steps but the first."""
+def stream_of(steps: int, experiences: int = 1, length: int | None = None, grouped: bool = False) -> StreamDataModule:
     parts = [Experience(k, f"E{k}", texts(steps * BATCH, k, length), texts(8, 9)) for k in range(experiences)]
-    data = StreamDataModule(
-        Stream(parts, name="bench", kind="instruction", collate_fn=Pad()), batch_size=BATCH, steps=steps
-    )
+    stream = Stream(parts, name="bench", kind="instruction", collate_fn=Pad())
+    return StreamDataModule(stream, batch_size=BATCH, steps=steps, group_by_length=grouped)
+
+
+def padding(grouped: bool) -> float:
+    """Share of padding in batches, over enough of them for length groups of 50."""
+    masks = [batch["attention_mask"].float() for batch in stream_of(50, grouped=grouped).train_dataloader()]
+    return 1 - sum(float(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+
+
+def fit(
+    module: CausalLM,
+    steps: int,
+    callbacks: list[Any],
+    experiences: int = 1,
+    length: int | None = None,
+    grouped: bool = False,
+    packing: int | None = None,
+) -> float:
+    """Train; return the seconds of the last experience's steps but the first."""
+    data = stream_of(steps, experiences, length, grouped)
+    module.packing = packing
     clock = Clock(experiences, steps)
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(
@@ -110,9 +130,7 @@ def fit(module: CausalLM, steps: int, callbacks: list[Any], experiences: int = 1
 
 def plain(module: CausalLM, steps: int, length: int | None = None) -> float:
     """The same steps as the first experience of :func:`fit`, in a loop of their own."""
-    parts = [Experience(0, "E0", texts(steps * BATCH, 0, length), texts(8, 9))]
-    stream = Stream(parts, name="bench", kind="instruction")
-    batches = list(StreamDataModule(stream, batch_size=BATCH, steps=steps, collate_fn=Pad()).train_dataloader())
+    batches = list(stream_of(steps, length=length).train_dataloader())
     optimizer = module.configure_optimizers()
     module.train()
     for number, batch in enumerate(batches):
@@ -161,7 +179,14 @@ def main() -> None:
     prompts = [data.prompt(i) for i in range(PROMPTS)]
     batches = [Pad()([data[i] for i in range(start, start + 16)]) for start in range(0, SCORED, 16)]
     replay = operations(module, 2, [InterpolatedLoRA(32)], 2) / operations(module, 2, [], 2)
-    ratios: dict[str, list[float]] = {"clkit / plain": [], "I-LoRA": [], "generation": [], "scoring": []}
+    ratios: dict[str, list[float]] = {
+        "clkit / plain": [],
+        "grouped": [],
+        "packed": [],
+        "I-LoRA": [],
+        "generation": [],
+        "scoring": [],
+    }
     tokens = sum(texts((args.steps) * BATCH, 0).lengths)
     rates = []
 
@@ -172,6 +197,8 @@ def main() -> None:
 
     for _ in range(args.rounds):
         bare, own = plain(module, args.steps), fit(module, args.steps, [])
+        grouped = fit(module, args.steps, [], grouped=True)
+        in_rows = fit(module, args.steps, [], packing=ROW)
         slow = fit(module, args.steps, [InterpolatedLoRA(32)], experiences=2)
         rates.append(tokens * (args.steps - 1) / args.steps / own)
         with evaluation_mode(module):
@@ -180,6 +207,8 @@ def main() -> None:
             alone = timed(lambda: [generate(module, [prompt], **limits) for prompt in prompts])  # noqa: B023
             scoring = timed(score)
         ratios["clkit / plain"].append(bare / own)
+        ratios["grouped"].append(own / grouped)
+        ratios["packed"].append(own / in_rows)
         ratios["I-LoRA"].append(slow / own)
         ratios["generation"].append(alone / together)
         ratios["scoring"].append(scoring / (own / (args.steps - 1)))
@@ -187,6 +216,8 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in ratios.items()} | {"memory": of_clkit / of_plain}
     rows = {
         "clkit / plain": (f"tokens per second; clkit {statistics.median(rates):.0f}", "at least 1.2"),
+        "grouped": (f"tokens per second; padding {padding(True):.1%}, shuffled {padding(False):.1%}", ""),
+        "packed": (f"tokens per second; rows of up to {ROW} tokens", ""),
         "memory": (f"peak at {LONG} tokens; clkit {of_clkit / 2**20:.1f} GiB", "at most 0.75"),
         "I-LoRA": (f"time of a step; operations {replay:.2f}", "at most 1.1 of the operations"),
         "generation": ("answers per second, batched over one by one", "at least 3"),

@@ -41,7 +41,7 @@ def labelled_only(model: Any, *, rows: int = 1024) -> Iterator[None]:
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
-    if head is None or not _predicts_next_token(inner):
+    if head is None or not predicts_next_token(inner):
         yield
         return
     call = _Call(rows)
@@ -58,7 +58,7 @@ def labelled_only(model: Any, *, rows: int = 1024) -> Iterator[None]:
             handle.remove()
 
 
-def _predicts_next_token(inner: Any) -> bool:
+def predicts_next_token(inner: Any) -> bool:
     """Whether the model's loss is the cross-entropy of each next token, and nothing else."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 

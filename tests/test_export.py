@@ -89,7 +89,7 @@ def test_groups_of_weights_are_folders_with_a_router(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "kind"), [("ilora", "peft"), ("reglora", "transformers")])
+@pytest.mark.parametrize(("strategy", "kind"), [("ilora", "peft"), ("reglora", "transformers"), ("moelora", "")])
 def test_a_language_model_answers_elsewhere_as_the_method_does(strategy, kind, tmp_path):
     torch.manual_seed(0)
     small_language_module(adapter=None).net.save_pretrained(tmp_path / "model")
@@ -99,6 +99,10 @@ def test_a_language_model_answers_elsewhere_as_the_method_does(strategy, kind, t
     cheap = ["trainer=cpu", "data.steps=3", "logger=none", "trainer.enable_progress_bar=false", "evaluation.every=3"]
     config = composed(*chosen, *cheap, f"data_root={tmp_path / 'data'}", f"strategy={strategy}")
     run(config, tmp_path / "run", in_sweep=True)
+    if not kind:
+        with pytest.raises(ConfigurationError, match="neither be merged nor loaded by peft"):
+            export(tmp_path / "run", tmp_path / "out")
+        return
     x = torch.randint(3, 30, (2, 12))
     with torch.no_grad():
         expected = clkit.load(tmp_path / "run").module.net(input_ids=x).logits

@@ -12,7 +12,9 @@ from command_line import Command, composed, wait_for
 from omegaconf import DictConfig
 from vision import save_picture
 
+import clkit
 from clkit.run.checkpoint import checkpoints
+from clkit.run.export import export
 from clkit.run.train import run
 from clkit.testing import small_processor, small_vision_language_module
 
@@ -108,6 +110,20 @@ def test_it_runs_dry_from_start_to_report(name: str, files: Path, tmp_path: Path
     assert found["experiences"] == list(config.scenario.tasks)
     assert len(found["score"]["matrix"]) == len(found["wrong_image"]["matrix"]) == len(config.scenario.tasks)
     assert json.loads((tmp_path / "metrics.json").read_text())["complete"]
+    # and others load it as the card says
+    out = tmp_path / "out"
+    export(tmp_path, out, merge=name == "ucit", data_root=files)
+    code = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = code.replace("base = ...", f"base = {str(files / 'llava')!r}").replace('"."', repr(str(out)))
+    loaded: dict[str, Any] = {}
+    exec(code, loaded)
+    module, stream = clkit.load(tmp_path, data_root=files)
+    batch = module.eval()._reader.inputs(module.net, stream.collate_fn([stream[0].test[0]]))
+    batch["pixel_values"] = batch["pixel_values"].float()
+    with torch.no_grad():
+        expected = module.net(**batch).logits
+        torch.testing.assert_close(loaded["model"].eval()(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+    assert loaded["processor"].image_processor is not None
     assert "wrong image" in (tmp_path / "report.md").read_text()
 
 

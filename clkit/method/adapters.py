@@ -316,27 +316,38 @@ def adapter_models(module: nn.Module) -> Iterator[tuple[str, PeftModel]]:
     yield from cast(Any, found)
 
 
-def _check_saved(model: PeftModel) -> None:
-    """Refuse a model that its adapter's files do not restore."""
+def knows_layers(model: PeftModel) -> bool:
+    """Tell whether peft knows what the adapter's layers are: not where a strategy made experts of them, say."""
     from peft.tuners.lora import LoraLayer
+
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    variants = [variant for layer in layers for variant in layer.lora_variant.values()]
+    return all(type(variant).__module__.startswith("peft.") for variant in variants)
+
+
+def unsaved(model: PeftModel) -> list[str]:
+    """Return what training changes of a model and peft's ``save_pretrained`` leaves out, by name."""
     from peft.utils import ModulesToSaveWrapper
 
-    for layer in model.modules():
-        variants = layer.lora_variant.values() if isinstance(layer, LoraLayer) else ()
-        if any(not type(variant).__module__.startswith("peft.") for variant in variants):
-            raise ConfigurationError(
-                "A saved adapter would not restore the model: peft does not know what a strategy made of its layers, "
-                "such as experts; leave SaveAdapters out and keep whole weights by checkpoint.keep_ends=true."
-            )
     saved = {tensor.data_ptr() for tensor in _peft().get_peft_model_state_dict(model).values()}
     lost = [n for n, p in model.named_parameters() if p.requires_grad and p.data_ptr() not in saved]
     copied = [part for part in model.modules() if isinstance(part, ModulesToSaveWrapper)]
     inside = {id(part) for wrapper in copied for part in wrapper.modules()}
-    lost += [
+    return lost + [
         f"the running statistics of {n}"
         for n, part in model.named_modules()
         if isinstance(part, _BatchNorm) and part.track_running_stats and part.training and id(part) not in inside
     ]
+
+
+def _check_saved(model: PeftModel) -> None:
+    """Refuse a model that its adapter's files do not restore."""
+    if not knows_layers(model):
+        raise ConfigurationError(
+            "A saved adapter would not restore the model: peft does not know what a strategy made of its layers, "
+            "such as experts; leave SaveAdapters out and keep whole weights by checkpoint.keep_ends=true."
+        )
+    lost = unsaved(model)
     if lost:
         raise ConfigurationError(
             f"A saved adapter would not restore the model: {lost[0]} changes in training, but peft does not save it; "

@@ -23,6 +23,7 @@ from clkit.errors import ConfigurationError
 from clkit.evaluation.held_out import held_out
 from clkit.files import unfinished_name
 from clkit.language.models import LanguageModule, load_processor, load_tokenizer
+from clkit.method.adapters import knows_layers, unsaved
 from clkit.method.routing import Router, route_of
 from clkit.method.strategy import Strategy, chosen_view, views_of
 from clkit.metrics.history import History
@@ -44,7 +45,7 @@ def export(
 
     - A model of transformers becomes a folder for ``from_pretrained``: its weights as safetensors, adapters merged,
       with tokenizer or processor and generation config. Where the weights below an adapter are those that the run
-      started with, it is a folder of peft instead, unless ``merge``.
+      started with, and peft saves all else, it is a folder of peft instead, unless ``merge``.
     - Another network becomes ``model.safetensors``, the state dict of the network alone with adapters merged, and
       ``model.json``, which says how it was built.
     - A method that predicts some samples with other weights than others (``per_task``, ``instruction_groups``) becomes
@@ -63,7 +64,8 @@ def export(
         The files.
 
     Raises:
-        ConfigurationError: See :func:`clkit.load`; or if ``out`` holds files.
+        ConfigurationError: See :func:`clkit.load`; if ``out`` holds files, or the layers are such that only clkit can
+            compute (``moelora``).
     """
     run, out = Path(run), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -124,10 +126,15 @@ class _Exporter(Reader):
         folder.mkdir(parents=True, exist_ok=True)
         net: Any = module.net if hasattr(module, "net") else module
         adapted = hasattr(net, "merge_and_unload")
+        if adapted and not knows_layers(net):
+            raise ConfigurationError(
+                f"The adapter of {self.run} can neither be merged nor loaded by peft, which does not know what a "
+                "strategy made of its layers, such as experts; use clkit.load(RUN) where clkit is installed."
+            )
         if isinstance(module, LanguageModule):
             self._reader_of_texts(trainer, folder)
             moved = any(strategy.changes_frozen for strategy in callbacks_of(trainer, Strategy))
-            if adapted and not moved and not self.merge:
+            if adapted and not (moved or self.merge or unsaved(net)):
                 net.save_pretrained(folder)
                 return "peft"
             plain = copy.deepcopy(net).merge_and_unload() if adapted else net
@@ -165,18 +172,18 @@ class _Exporter(Reader):
 
 _LOADS = {
     "peft": [
-        "from peft import AutoPeftModelForCausalLM",
-        "from transformers import AutoTokenizer",
+        "from peft import PeftModel",
+        "from transformers import {auto}, {reader}",
         "",
-        "# it needs the model that adapter_config.json names",
-        'model = AutoPeftModelForCausalLM.from_pretrained("{folder}")',
-        'tokenizer = AutoTokenizer.from_pretrained("{folder}")',
+        "base = ...  # that adapter_config.json names",
+        'model = PeftModel.from_pretrained({auto}.from_pretrained(base), "{folder}")',
+        '{name} = {reader}.from_pretrained("{folder}")',
     ],
     "transformers": [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "from transformers import {auto}, {reader}",
         "",
-        'model = AutoModelForCausalLM.from_pretrained("{folder}")',
-        'tokenizer = AutoTokenizer.from_pretrained("{folder}")',
+        'model = {auto}.from_pretrained("{folder}")',
+        '{name} = {reader}.from_pretrained("{folder}")',
     ],
     "state dict": [
         "from safetensors.torch import load_model",
@@ -200,7 +207,10 @@ def _card_lines(
     )
     yield from ("", "## Loading it", "", "```python")
     folder, kind = next(iter(kinds.items()))
-    yield from (line.replace("{folder}", folder or ".") for line in _LOADS[kind])
+    reader = "AutoTokenizer" if getattr(stream, "images", None) is None else "AutoProcessor"
+    words = {"folder": folder or ".", "auto": getattr(trainer.lightning_module, "auto", ""), "reader": reader}
+    words["name"] = reader.removeprefix("Auto").lower()
+    yield from (line.format(**words) for line in _LOADS[kind])
     yield "```"
     if folder:
         yield from ("", f"One folder for each group ({', '.join(kinds)}); `router.json` says whose samples are whose.")

@@ -262,6 +262,17 @@ def test_a_users_own_module_trains_with_every_callback_as_vision_language_does(t
     assert any("multi_modal_projector.modules_to_save" in name for name, _ in again.named_parameters())
 
 
+def test_a_model_that_has_run_is_evaluated_in_another_process(tmp_path):
+    torch.manual_seed(0)
+    module, stream = small_vision_language_module(), small_image_instructions(1, 8)
+    module.loss(stream.collate_fn([stream[0].train[0]]))
+    for name, asynchronous in (("beside", True), ("within", False)):
+        gap = StabilityGap(score="token_accuracy", plot=False, dir=tmp_path / name, asynchronous=asynchronous)
+        pl.seed_everything(0, verbose=False)
+        fit(copy.deepcopy(module), StreamDataModule(stream, batch_size=4, steps=2), [gap])
+    assert (tmp_path / "beside" / "history.csv").read_text() == (tmp_path / "within" / "history.csv").read_text()
+
+
 @torch.no_grad()
 def test_remembered_samples_bring_their_own_images_back():
     stream = small_image_instructions()

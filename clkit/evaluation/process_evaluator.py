@@ -6,6 +6,7 @@ import copy
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -13,14 +14,14 @@ from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import cloudpickle
 import torch
 from loky import ProcessPoolExecutor
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from clkit.errors import ConfigurationError
 from clkit.evaluation.evaluator import Evaluator, Result, evaluate_chunks, frozen_versions, live_tensors
@@ -86,7 +87,8 @@ class ProcessEvaluator(Evaluator):
         limit = None if self.prefix is None else self._limit
         content = (module, self.subsets, self.scorer, self.trainer.precision_plugin, limit, self._queue)
         try:
-            path.write_bytes(cloudpickle.dumps((*content, torch.get_num_threads())))
+            with path.open("wb") as file:
+                _Pickler(file).dump((*content, torch.get_num_threads()))
         except (TypeError, AttributeError, pickle.PicklingError) as error:
             raise ConfigurationError(
                 f"asynchronous=True sends the module to another process, but {type(self.module).__name__} cannot be "
@@ -140,6 +142,22 @@ class ProcessEvaluator(Evaluator):
         self._folder.cleanup()
 
 
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    """Sends what transformers keeps in its modules by name.
+
+    Hooks that it leaves in a model which has run look there for who collects outputs: a copy would collect nothing.
+    """
+
+    def reducer_override(self, obj: Any) -> Any:
+        home = type(obj).__module__
+        if home.startswith("transformers."):
+            module = sys.modules[home]
+            name = next((name for name, part in vars(module).items() if part is obj), None)
+            if name is not None:
+                return getattr, (module, name)
+        return super().reducer_override(obj)
+
+
 @dataclass
 class _Job:
     path: Path
@@ -154,6 +172,16 @@ class _Job:
         return self.path, self.slot, self.index, self.chunks
 
 
+def _introduce(module: nn.Module) -> None:
+    """Make a model of each of transformers' classes in a module: only then a process knows what outputs they have."""
+    known: set[nn.Module] = set()
+    for part in module.modules():
+        if hasattr(type(part), "_can_record_outputs") and part not in known:
+            known.update(part.modules())
+            with torch.device("meta"):
+                type(part)(cast(Any, part).config)
+
+
 class _Site:
     """A copy of the module and all else that an evaluation needs, read from a file of :class:`ProcessEvaluator`."""
 
@@ -162,6 +190,7 @@ class _Site:
             path.read_bytes()
         )
         self.module.eval()
+        _introduce(self.module)
         self.live = live_tensors(self.module)
         self.slots = _slots(path, self.live, queue)
         self.prefix = None if limit is None else FrozenPrefix(self.module, limit)

@@ -1,4 +1,4 @@
-"""Streams to learn on: standard image scenarios and Avalanche's benchmarks."""
+"""Streams to learn on: standard image scenarios, features, texts and Avalanche's benchmarks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from clkit.lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
     from .avalanche import AvalancheStream as AvalancheStream
+    from .features import SplitFeatures as SplitFeatures
     from .image_folder import ImageFolder as ImageFolder
     from .instructions import Instructions as Instructions
     from .permuted import Permuted as Permuted
@@ -24,6 +25,7 @@ _PUBLIC = {
     "Rotated": ".rotated",
     "Split": ".split",
     "SplitDigits": ".split",
+    "SplitFeatures": ".features",
     "SplitTexts": ".texts",
 }
 __all__ = sorted(_PUBLIC)

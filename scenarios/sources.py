@@ -1,10 +1,10 @@
-"""The images that scenarios are made of: loaded once, shared by all experiences."""
+"""The samples that scenarios are made of: loaded once, shared by all experiences."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,17 +44,17 @@ _SOURCES = {
 
 
 @dataclass(frozen=True, eq=False)
-class Images:
-    """Labelled images, held once, with their training, validation and test rows.
+class Samples:
+    """Labelled samples, held once, with their training, validation and test rows.
 
     Args:
-        x: All images, ``uint8``, shape ``[N, C, H, W]``.
+        x: All inputs as they are stored: images, ``uint8`` ``[N, C, H, W]``, or features, ``float32`` ``[N, ...]``.
         y: Their labels from 0, ``int64``, shape ``[N]``.
         train: Rows for training, ``int64``; so are ``val`` (may be empty) and ``test``.
         val: Rows for validation.
         test: Rows for testing.
-        normalize: Map from stored images to model inputs, ``float32``, of the same shape.
-        transform: Map of stored images that comes before all else; none when ``None``.
+        normalize: Map from stored inputs to those of a model, ``float32``, of the same shape; none when ``None``.
+        transform: Map of stored inputs that comes before all else; none when ``None``.
         augment: Random map of model inputs for training; none when ``None``.
     """
 
@@ -63,7 +63,7 @@ class Images:
     train: Tensor
     val: Tensor
     test: Tensor
-    normalize: BatchTransform
+    normalize: BatchTransform | None = None
     transform: BatchTransform | None = None
     augment: Augment | None = None
 
@@ -88,21 +88,20 @@ class Images:
         view: BatchTransform | None = None,
         task: int | None = None,
     ) -> Experience:
-        """Make one experience that shares the stored images.
+        """Make one experience that shares the stored samples.
 
         Args:
             index: Position in the stream.
             name: Name of the experience.
-            of_classes: Classes whose images belong to it; all when ``None``.
+            of_classes: Classes whose samples belong to it; all when ``None``.
             labels: Labels to learn instead of ``y``, ``int64``, shape ``[N]``.
-            view: Map of a batch of stored images that comes before the normalisation.
+            view: Map of a batch of stored inputs that comes before the normalisation.
             task: Task label of its samples.
         """
         labels = self.y if labels is None else labels
         belongs = torch.ones_like(self.y, dtype=torch.bool) if of_classes is None else torch.isin(self.y, of_classes)
-        transform = self.normalize if view is None else chained(view, self.normalize)
-        if self.transform is not None:
-            transform = chained(self.transform, transform)
+        maps = [change for change in (self.transform, view, self.normalize) if change is not None]
+        transform = reduce(chained, maps) if maps else None
 
         def part(rows: Tensor) -> InMemoryDataset:
             return InMemoryDataset(self.x, labels, indices=rows[belongs[rows]], transform=transform, task=task)
@@ -127,7 +126,7 @@ def load(
     val_fraction: float = 0.0,
     transform: Transforms | None = None,
     augment: str | Transforms | None = None,
-) -> Images:
+) -> Samples:
     """Load a dataset by name: digits, mnist, fashion_mnist, cifar10 or cifar100.
 
     Args:
@@ -145,8 +144,7 @@ def load(
     """
     source = _SOURCES[choose("dataset", dataset, list(_SOURCES))]
     check_whole("seed", seed, 0)
-    if not isinstance(val_fraction, (int, float)) or not 0 <= val_fraction < 1:
-        raise ConfigurationError(f"val_fraction={val_fraction!r} is not possible; use a number from 0 to below 1.")
+    check_share("val_fraction", val_fraction)
     if source.torchvision_class:
         x, y, n_train = _read(source, Path(data_root).expanduser().resolve(), download)
         train, test = torch.arange(len(y)).tensor_split([n_train])
@@ -157,7 +155,7 @@ def load(
     mean, std = (torch.tensor(values)[:, None, None] for values in (source.mean, source.std))
     normal = partial(normalize, mean=source.peak * mean, scale=1 / (source.peak * std))
     change = augmentation(augment, mean, std)
-    return Images(x, y, train, val, test, normal, None if transform is None else fixed(transform, x[:4]), change)
+    return Samples(x, y, train, val, test, normal, None if transform is None else fixed(transform, x[:4]), change)
 
 
 def choose(what: str, value: Any, options: Sequence[str]) -> str:
@@ -169,6 +167,16 @@ def choose(what: str, value: Any, options: Sequence[str]) -> str:
     if value in options:
         return str(value)
     raise ConfigurationError(f"{what}={value!r} is unknown; {suggest(str(value), options)}")
+
+
+def check_share(name: str, value: Any) -> None:
+    """Check that ``value`` is a number in [0, 1).
+
+    Raises:
+        ConfigurationError: If it is not.
+    """
+    if not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise ConfigurationError(f"{name}={value!r} is not possible; use a number from 0 to below 1.")
 
 
 def divide_classes(title: str, n_classes: int, n_experiences: int, per_experience: Sequence[int] | None) -> list[int]:

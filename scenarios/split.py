@@ -10,13 +10,72 @@ import torch
 from clkit.data.stream import Kind, Stream
 from clkit.errors import ConfigurationError
 
-from .sources import choose, divide_classes, load, order_classes
+from .sources import Samples, choose, divide_classes, load, order_classes
 from .transforms import Transforms
 
 KINDS = ("class-incremental", "task-incremental", "domain-incremental")
 
 
-class Split(Stream):
+class ClassSplit(Stream):
+    """The classes of samples that are held in memory, some in each experience.
+
+    Args:
+        samples: The samples.
+        n_experiences: Number of experiences, a divisor of the number of classes that come.
+        kind: See :class:`Split`.
+        name: Name of the stream.
+        title: What its errors call it.
+        class_order: See :class:`Split`.
+        classes_per_experience: See :class:`Split`.
+        seed: Seed of the class order.
+
+    Raises:
+        ConfigurationError: If the classes cannot be divided as asked.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        n_experiences: int,
+        kind: Kind,
+        *,
+        name: str,
+        title: str,
+        class_order: Sequence[int] | Literal["shuffled"] | None,
+        classes_per_experience: Sequence[int] | None,
+        seed: int,
+    ) -> None:
+        order = order_classes(title, samples.n_classes, class_order, seed)
+        sizes = divide_classes(title, len(order), n_experiences, classes_per_experience)
+        groups = torch.split(torch.tensor(order), sizes)
+        domains = kind == "domain-incremental"
+        if domains and len(set(sizes)) > 1:
+            raise ConfigurationError(
+                f"Experiences of a domain-incremental stream share their labels, but classes_per_experience={sizes}; "
+                "use equal numbers or another kind."
+            )
+        place = torch.zeros(samples.n_classes, dtype=torch.int64)
+        for group in groups:
+            place[group] = torch.arange(len(group))
+        super().__init__(
+            (
+                samples.experience(
+                    k,
+                    _name(group.tolist()),
+                    of_classes=group,
+                    labels=place[samples.y] if domains else None,
+                    task=k if kind == "task-incremental" else None,
+                )
+                for k, group in enumerate(groups)
+            ),
+            name=name,
+            kind=kind,
+            n_classes=sizes[0] if domains else samples.n_classes,
+            augment=samples.augment,
+        )
+
+
+class Split(ClassSplit):
     """The classes of a dataset, some in each experience.
 
     Samples are ``(x, y)``: ``x`` ``float32`` of shape ``[C, H, W]``, ``y`` ``int64``; in a task-incremental stream
@@ -76,34 +135,15 @@ class Split(Stream):
             transform=transform,
             augment=augment,
         )
-        title = "Split" + dataset.title().replace("_", "")
-        order = order_classes(title, images.n_classes, class_order, seed)
-        sizes = divide_classes(title, len(order), n_experiences, classes_per_experience)
-        groups = torch.split(torch.tensor(order), sizes)
-        domains = kind == "domain-incremental"
-        if domains and len(set(sizes)) > 1:
-            raise ConfigurationError(
-                f"Experiences of a domain-incremental stream share their labels, but classes_per_experience={sizes}; "
-                "use equal numbers or another kind."
-            )
-        place = torch.zeros(images.n_classes, dtype=torch.int64)
-        for group in groups:
-            place[group] = torch.arange(len(group))
         super().__init__(
-            (
-                images.experience(
-                    k,
-                    _name(group.tolist()),
-                    of_classes=group,
-                    labels=place[images.y] if domains else None,
-                    task=k if kind == "task-incremental" else None,
-                )
-                for k, group in enumerate(groups)
-            ),
+            images,
+            n_experiences,
+            kind,
             name=f"split_{dataset}",
-            kind=kind,
-            n_classes=sizes[0] if domains else images.n_classes,
-            augment=images.augment,
+            title="Split" + dataset.title().replace("_", ""),
+            class_order=class_order,
+            classes_per_experience=classes_per_experience,
+            seed=seed,
         )
 
 

@@ -50,7 +50,7 @@ def test_the_page_for_ones_own_trainer_runs(tmp_path, monkeypatch):
     assert (tmp_path / "replay" / "stability_gap.png").exists()
     assert names["page"] == Path("replay/report.html")
     assert (tmp_path / "replay" / "report.html").exists()
-    for folder in ("replay", "monitored", "stopped", "accuracy", "probability", "mine", "resumed"):
+    for folder in ("replay", "monitored", "stopped", "accuracy", "probability", "mine", "features", "resumed"):
         assert is_finished(tmp_path / folder)
     # what the program was told to do again is done already
     weights = [p.detach().clone() for p in names["train"]().parameters()]

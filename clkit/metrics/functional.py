@@ -245,6 +245,18 @@ def language_summary(matrix: ArrayLike) -> dict[str, float]:
     }
 
 
+def general_ability_delta(before: ArrayLike, after: ArrayLike) -> float:
+    r"""TRACE's general ability delta :math:`\frac1M \sum_i (R^G_{t,i} - R^G_{0,i})`; NaN where a score is missing.
+
+    Args:
+        before: :math:`R^G_0`, scores of the untrained model on :math:`M` tasks that are never trained on, ``[M]``.
+        after: :math:`R^G_t`, those after :math:`t` experiences, ``[M]``.
+
+    Reference: Wang et al., *TRACE*, arXiv 2310.06762.
+    """
+    return float(np.mean(np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)))
+
+
 def _first(matrix: ArrayLike, after: int | None) -> Array:
     """The first ``after`` rows and columns of a matrix of scores."""
     r = np.asarray(matrix, dtype=np.float64)

@@ -6,7 +6,7 @@ import csv
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from io import StringIO
 
@@ -52,6 +52,11 @@ class Table:
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     numeric: bool = True
+
+    def only(self, columns: Sequence[int]) -> Table:
+        """Return the table with some of its columns alone."""
+        header, *rows = (tuple(row[column] for column in columns) for row in (self.header, *self.rows))
+        return replace(self, header=header, rows=tuple(rows))
 
     def rich(self) -> rich.table.Table:
         """Return the table for the terminal."""

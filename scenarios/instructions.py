@@ -13,7 +13,7 @@ from clkit.errors import ConfigurationError, check_choice, check_keys, check_who
 from clkit.language.answers import METRICS
 from clkit.language.dataset import InstructionDataset, Pad, Side, TooLong
 from clkit.language.images import ImageTable
-from clkit.language.models import load_processor, load_tokenizer
+from clkit.language.models import describes_encoder_decoder, load_processor, load_tokenizer
 from clkit.language.records import OnError, Record, Records, Turns
 from clkit.language.styles import AnswerStyles, StyleReport
 from clkit.language.tasks import EVALUATED, LEARNED, SPLITS, Split, read_task, sources_of
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 class Instructions(Stream):
     """A stream of instruction tasks: each experience trains on the prompts and answers of one, with images or without.
 
-    Samples are ``{"input_ids": [S], "labels": [S]}``, see :class:`~clkit.language.dataset.InstructionDataset`; batches
-    have ``attention_mask`` too. Labels of training samples are the answer and its end; those of held-out samples are
+    Samples are ``{"input_ids": [S], "labels": [S]}``, of an encoder-decoder ``"labels": [T]``, see
+    :class:`~clkit.language.dataset.InstructionDataset`; batches have ``attention_mask`` too. Labels of training samples
+    are the answer and its end; those of held-out samples are
     the answer's content alone, so that scores of tokens are about it. A task is
 
     - a folder with ``train``, ``test`` and, if there is one, ``eval`` as ``.json`` (a list) or ``.jsonl`` files, as
@@ -64,6 +65,8 @@ class Instructions(Stream):
             date of the day (Llama 3), fix it: ``date_string``.
         prompt_template: Without a chat template, what is written for a prompt, with ``{prompt}`` where it stands.
         separator: Without a chat template, what is written between several messages.
+        encoder_decoder: Whether the model is an encoder-decoder, such as T5, so that prompts and answers are apart.
+            When ``None``, what the model's configuration says, if the tokenizer is given by its name or path.
         turns: Which of the assistant's answers in ``messages`` are learned: the ``"last"`` one, or ``"all"``, each as a
             sample with all before it. Held-out data have the last one alone.
         on_error: What happens to bad records: ``"raise"``, or ``"skip"``; counted in a warning and in ``metrics.json``.
@@ -98,6 +101,7 @@ class Instructions(Stream):
         template_options: Mapping[str, Any] | None = None,
         prompt_template: str | None = None,
         separator: str | None = None,
+        encoder_decoder: bool | None = None,
         turns: Turns = "last",
         on_error: OnError = "raise",
         side: Side = "right",
@@ -124,6 +128,12 @@ class Instructions(Stream):
         if processor is not None:
             processor = load_processor(processor) if isinstance(processor, str) else processor
         self.images = None if processor is None else ImageTable(processor)
+        if encoder_decoder is None:
+            encoder_decoder = isinstance(tokenizer, str) and describes_encoder_decoder(tokenizer)
+        if encoder_decoder and side == "left":
+            raise ConfigurationError(
+                "side='left' is for texts that a model goes on with; an encoder-decoder's are padded on the right."
+            )
         loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer or processor
         assert loaded is not None
         limits = dict(limit) if isinstance(limit, Mapping) else dict.fromkeys(SPLITS, limit)
@@ -166,6 +176,7 @@ class Instructions(Stream):
                     separator=separator,
                     name=f"{task}/{split}",
                     metric=metric,
+                    encoder_decoder=encoder_decoder,
                     images=self.images,
                 )
                 data[split].n_bad = found.n_bad

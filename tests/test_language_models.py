@@ -151,7 +151,11 @@ def test_generation_in_batches_is_greedy_decoding_one_by_one(stream):
             parameter.mul_(4)
     tokenizer, dataset = small_tokenizer(), stream[0].test
     prompts = [dataset.prompt(i) for i in range(7)]
+    # what published models add to every generation
+    own = module.net.get_base_model().generation_config
+    own.repetition_penalty, own.num_beams, own.forced_eos_token_id = 1.8, 3, tokenizer.eos_token_id
     together = generate(module, prompts, tokenizer, max_new_tokens=5, batch_size=3)
+    assert module.net.get_base_model().generation_config is own
     for prompt, text in zip(prompts, together, strict=True):
         ids = prompt[None]
         with torch.no_grad():

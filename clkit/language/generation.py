@@ -6,7 +6,8 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,7 +28,7 @@ from clkit.language.answers import score_answer
 from clkit.language.blind import another_image, grey_image
 from clkit.language.dataset import InstructionDataset, Pad, Sample
 from clkit.language.images import ImageTable, reader_of
-from clkit.language.models import transformers
+from clkit.language.models import check_layout, transformers
 from clkit.method.evaluation_mode import untouched
 from clkit.method.routing import by_route, route_of
 from clkit.method.strategy import chosen_view, views_of
@@ -67,8 +68,8 @@ def generate(
 ) -> list[str]:
     """Return the greedy answer to each prompt, without special tokens and outer white space.
 
-    Prompts of similar length are padded on the left to one batch, with a cache of keys and values; each answer ends at
-    the end token or after ``max_new_tokens``.
+    Prompts of similar length are padded to one batch (on the left, but for encoder-decoders), with a cache of keys and
+    values; each answer ends at the end token or after ``max_new_tokens``.
 
     Args:
         module: A language model of transformers or peft, or a module that holds one.
@@ -101,18 +102,20 @@ def answers_to(
     device = model.get_input_embeddings().weight.device
     config = _greedy(model, tokenizer, max_new_tokens, ends)
     stops = torch.tensor(config.eos_token_id, device=device)
-    pad, answers = Pad("left", images), [Answer("", False)] * len(samples)
+    is_apart = is_encoder_decoder(model)
+    pad, answers = Pad("right" if is_apart else "left", images), [Answer("", False)] * len(samples)
     pad.prepare(module)
     order = sorted(range(len(samples)), key=lambda i: len(samples[i]["input_ids"]))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = pad([samples[i] for i in chosen])
-        width = batch["input_ids"].shape[1]
+        start_at = 1 if is_apart else batch["input_ids"].shape[1]
         batch.pop("position_ids", None)
         inputs = {key: part.to(device) for key, part in batch.items()}
         if "images" in inputs:
             inputs = reader_of(model).inputs(model, inputs)
-        written = model.generate(**inputs, generation_config=config)[:, width:]
+        with _own_settings_aside(model):
+            written = model.generate(**inputs, generation_config=config)[:, start_at:]
         texts = tokenizer.batch_decode(written, skip_special_tokens=True)
         cut = ~torch.isin(written, stops).any(dim=1)
         for i, text, is_cut in zip(chosen, texts, cut.tolist(), strict=True):
@@ -120,11 +123,26 @@ def answers_to(
     return answers
 
 
+@contextmanager
+def _own_settings_aside(model: Any) -> Iterator[None]:
+    """Leave out what a model's generation config adds to any other: beams, penalties, a forced end."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = inner.generation_config
+    inner.generation_config = transformers().GenerationConfig()
+    try:
+        yield
+    finally:
+        inner.generation_config = own
+
+
 def _greedy(model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, more: Sequence[int]) -> Any:
     own = getattr(model, "generation_config", None)
     ends = getattr(own, "eos_token_id", None)
     ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends]) | {tokenizer.eos_token_id, *more}
+    # what an encoder-decoder's answer begins with
+    begins = ("decoder_start_token_id", "forced_bos_token_id") if is_encoder_decoder(model) else ()
     return transformers().GenerationConfig(
+        **{name: getattr(own, name, None) for name in begins},
         max_new_tokens=max_new_tokens,
         do_sample=False,
         use_cache=True,
@@ -251,15 +269,13 @@ class AnswerScores(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = language_model(pl_module)
-        if is_encoder_decoder(model):
-            raise ConfigurationError(
-                f"AnswerScores lets a model go on with a prompt, but {type(model).__name__} is an encoder-decoder, "
-                "whose answers are apart; use a decoder, or score=token_accuracy alone."
-            )
-        most = positions(model)
+        most, is_apart = positions(model), is_encoder_decoder(model)
         for task in (*self._tasks, *self._general):
-            longest = task.data.prompt_lengths[task.chosen].max()
-            if most is not None and longest + self.max_new_tokens > most:
+            check_layout(model, task.data)
+            longest = int(task.data.prompt_lengths[task.chosen].max())
+            # a decoder begins with a mark
+            needed = max(longest, 1 + self.max_new_tokens) if is_apart else longest + self.max_new_tokens
+            if most is not None and needed > most:
                 raise ConfigurationError(
                     f"A prompt of {task.experience.name} has {longest} tokens; with an answer of max_new_tokens="
                     f"{self.max_new_tokens} that is more than the {most} positions of {type(model).__name__}; lower "

@@ -165,17 +165,17 @@ class _Exporter(Reader):
 
 _LOADS = {
     "peft": [
-        "from peft import AutoPeftModelForCausalLM",
+        "from peft import {peft}",
         "from transformers import AutoTokenizer",
         "",
         "# it needs the model that adapter_config.json names",
-        'model = AutoPeftModelForCausalLM.from_pretrained("{folder}")',
+        'model = {peft}.from_pretrained("{folder}")',
         'tokenizer = AutoTokenizer.from_pretrained("{folder}")',
     ],
     "transformers": [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "from transformers import {auto}, AutoTokenizer",
         "",
-        'model = AutoModelForCausalLM.from_pretrained("{folder}")',
+        'model = {auto}.from_pretrained("{folder}")',
         'tokenizer = AutoTokenizer.from_pretrained("{folder}")',
     ],
     "state dict": [
@@ -200,7 +200,12 @@ def _card_lines(
     )
     yield from ("", "## Loading it", "", "```python")
     folder, kind = next(iter(kinds.items()))
-    yield from (line.replace("{folder}", folder or ".") for line in _LOADS[kind])
+    auto = getattr(trainer.lightning_module, "auto", "")
+    names = {"{folder}": folder or ".", "{auto}": auto, "{peft}": _peft_name(auto)}
+    for line in _LOADS[kind]:
+        for mark, name in names.items():
+            line = line.replace(mark, name)
+        yield line
     yield "```"
     if folder:
         yield from ("", f"One folder for each group ({', '.join(kinds)}); `router.json` says whose samples are whose.")
@@ -218,6 +223,13 @@ def _card_lines(
     yield "- Scores are of the held-out data of these experiences, and of nothing else."
     yield "- What was learned first may be partly forgotten: compare each score with its highest."
     yield "- Nothing was tested for safety, bias or the leaking of training data, which a memory of samples favours."
+
+
+def _peft_name(auto: str) -> str:
+    """The class of peft that loads an adapter and the model of a class of transformers."""
+    name = auto.replace("AutoModel", "AutoPeftModel")
+    known = ("AutoModelForSeq2SeqLM", "AutoModelForSequenceClassification")
+    return name if auto in known else "AutoPeftModelForCausalLM"
 
 
 def _scores(run: Path, config: Any, stream: Any, last: int) -> Iterator[str]:

@@ -452,9 +452,10 @@ class AnswerScores(Callback):
         if self._general:
             content["general"] = _named(self._general)
             for reading in self._readings:
-                before, *matrix = self.general_matrix(reading)
+                matrix = self.general_matrix(reading)
+                before, matrix = matrix[0], matrix[1:]
                 summary = {"mean": float(matrix[-1].mean()), "delta": general_ability_delta(before, matrix[-1])}
-                found = {"matrix": _numbers(torch.stack(matrix)), **_defined_ones(summary)}
+                found = {"matrix": _numbers(matrix), **_defined_ones(summary)}
                 content["general"][reading] = {**found, "before": _numbers(before)} if self.before else found
         write_atomically(self.dir / "answers.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
@@ -13,25 +12,22 @@ from clkit.data.stream import Experience, Stream
 from clkit.errors import ConfigurationError, check_choice, check_keys, check_whole
 from clkit.language.answers import METRICS
 from clkit.language.dataset import InstructionDataset, Pad, Side, TooLong
-from clkit.language.images import ImageColumns, ImageFolder, ImageTable
-from clkit.language.models import load_processor, load_tokenizer
-from clkit.language.records import OnError, Record, Records, Turns, read_records, records_of
+from clkit.language.images import ImageTable
+from clkit.language.models import describes_encoder_decoder, load_processor, load_tokenizer
+from clkit.language.records import OnError, Record, Records, Turns
 from clkit.language.styles import AnswerStyles, StyleReport
+from clkit.language.tasks import EVALUATED, LEARNED, SPLITS, Split, read_task, sources_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
-
-Split = Literal["train", "eval", "test"]
-SPLITS: tuple[Split, ...] = ("train", "eval", "test")
-_ABOUT = ("metric", "style", "format", "sizes", "keys")
-_HUB = ("hub", "name", "splits", "options")
 
 
 class Instructions(Stream):
     """A stream of instruction tasks: each experience trains on the prompts and answers of one, with images or without.
 
-    Samples are ``{"input_ids": [S], "labels": [S]}``, see :class:`~clkit.language.dataset.InstructionDataset`; batches
-    have ``attention_mask`` too. Labels of training samples are the answer and its end; those of held-out samples are
+    Samples are ``{"input_ids": [S], "labels": [S]}``, of an encoder-decoder ``"labels": [T]``, see
+    :class:`~clkit.language.dataset.InstructionDataset`; batches have ``attention_mask`` too. Labels of training samples
+    are the answer and its end; those of held-out samples are
     the answer's content alone, so that scores of tokens are about it. A task is
 
     - a folder with ``train``, ``test`` and, if there is one, ``eval`` as ``.json`` (a list) or ``.jsonl`` files, as
@@ -54,8 +50,10 @@ class Instructions(Stream):
     their sizes are read, so that a missing or broken one is a bad record.
 
     Args:
-        tasks: Tasks in order, by name; or names of folders in ``root``. All folders of ``root`` in alphabetical order
-            when ``None``.
+        tasks: Tasks in order, by name; or names of folders in ``root``. All folders of ``root`` in alphabetical order,
+            but for those of ``general``, when ``None``.
+        general: Tasks that are evaluated and never trained on, given as ``tasks`` are; of their splits ``test`` must be
+            there, and ``train`` is not read. See :class:`~clkit.Stream`.
         tokenizer: A tokenizer of transformers, or the name or path of one (also a ``.gguf`` file).
         processor: Instead of a tokenizer: the processor of a model of texts and images, or its name or path.
         root: Where folders and files are.
@@ -67,6 +65,8 @@ class Instructions(Stream):
             date of the day (Llama 3), fix it: ``date_string``.
         prompt_template: Without a chat template, what is written for a prompt, with ``{prompt}`` where it stands.
         separator: Without a chat template, what is written between several messages.
+        encoder_decoder: Whether the model is an encoder-decoder, such as T5, so that prompts and answers are apart.
+            When ``None``, what the model's configuration says, if the tokenizer is given by its name or path.
         turns: Which of the assistant's answers in ``messages`` are learned: the ``"last"`` one, or ``"all"``, each as a
             sample with all before it. Held-out data have the last one alone.
         on_error: What happens to bad records: ``"raise"``, or ``"skip"``; counted in a warning and in ``metrics.json``.
@@ -90,6 +90,7 @@ class Instructions(Stream):
         self,
         tasks: Mapping[str, Any] | Sequence[str] | None = None,
         *,
+        general: Mapping[str, Any] | Sequence[str] | None = None,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         processor: str | ProcessorMixin | None = None,
         root: str | Path = ".",
@@ -100,6 +101,7 @@ class Instructions(Stream):
         template_options: Mapping[str, Any] | None = None,
         prompt_template: str | None = None,
         separator: str | None = None,
+        encoder_decoder: bool | None = None,
         turns: Turns = "last",
         on_error: OnError = "raise",
         side: Side = "right",
@@ -109,7 +111,16 @@ class Instructions(Stream):
         name: str = "instructions",
     ) -> None:
         root = Path(root)
-        sources = _sources(tasks, root)
+        learned = sources_of(tasks, root)
+        shown = {} if general is None else sources_of(general, root, "general")
+        twice = [task for task in shown if task in learned or shown[task] in learned.values()]
+        if tasks is None:
+            # all folders but these
+            learned = {task: source for task, source in learned.items() if source not in shown.values()}
+        elif twice:
+            raise ConfigurationError(
+                f"general has {twice[0]!r}, which the stream trains on; leave it out of tasks or of general."
+            )
         if (tokenizer is None) == (processor is None):
             raise ConfigurationError(
                 "A stream of instructions needs a tokenizer, or, with images, a processor, and not both; give one."
@@ -117,6 +128,12 @@ class Instructions(Stream):
         if processor is not None:
             processor = load_processor(processor) if isinstance(processor, str) else processor
         self.images = None if processor is None else ImageTable(processor)
+        if encoder_decoder is None:
+            encoder_decoder = isinstance(tokenizer, str) and describes_encoder_decoder(tokenizer)
+        if encoder_decoder and side == "left":
+            raise ConfigurationError(
+                "side='left' is for texts that a model goes on with; an encoder-decoder's are padded on the right."
+            )
         loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer or processor
         assert loaded is not None
         limits = dict(limit) if isinstance(limit, Mapping) else dict.fromkeys(SPLITS, limit)
@@ -124,15 +141,17 @@ class Instructions(Stream):
         for split, least in limits.items():
             if least is not None:
                 check_whole(f"limit of {split}", least, 1)
-        unknown = [task for task in metrics or {} if task not in sources]
+        names = [*learned, *shown]
+        unknown = [task for task in metrics or {} if task not in names]
         if unknown:
-            raise ConfigurationError(f"metrics names {unknown[0]!r}, which is no task; tasks are {', '.join(sources)}.")
+            raise ConfigurationError(f"metrics names {unknown[0]!r}, which is no task; tasks are {', '.join(names)}.")
         check_choice("turns", turns, ("last", "all"))
         self.style_reports: dict[str, StyleReport] = {}
-        experiences = []
-        for index, (task, source) in enumerate(sources.items()):
-            splits, about = _read(task, source, root, on_error, None if processor is None else (image_root,), turns)
-            _compare_sizes(task, splits, about.get("sizes") or {})
+
+        def read(index: int, task: str, source: Any, needed: Sequence[Split]) -> Experience:
+            found_in = None if processor is None else (image_root,)
+            splits, about = read_task(task, source, root, on_error, found_in, turns, needed)
+            _compare_sizes(task, splits, about.get("sizes") or {}, needed)
             metric = (metrics or {}).get(task, about.get("metric", "exact_match"))
             if metric not in METRICS:
                 raise ConfigurationError(
@@ -157,180 +176,31 @@ class Instructions(Stream):
                     separator=separator,
                     name=f"{task}/{split}",
                     metric=metric,
+                    encoder_decoder=encoder_decoder,
                     images=self.images,
                 )
                 data[split].n_bad = found.n_bad
                 if split != "train":
                     data[split] = data[split].for_scores()
-            experiences.append(Experience(index, task, data["train"], data["test"], data.get("eval")))
-        super().__init__(experiences, name=name, kind="instruction", collate_fn=Pad(side, self.images))
+            return Experience(index, task, data.get("train", data["test"]), data["test"], data.get("eval"))
+
+        super().__init__(
+            [read(index, task, source, LEARNED) for index, (task, source) in enumerate(learned.items())],
+            name=name,
+            kind="instruction",
+            collate_fn=Pad(side, self.images),
+            general=[read(index, task, source, EVALUATED) for index, (task, source) in enumerate(shown.items())],
+        )
 
 
-def _compare_sizes(task: str, splits: Mapping[Split, Records], sizes: Mapping[Split, int]) -> None:
+def _compare_sizes(
+    task: str, splits: Mapping[Split, Records], sizes: Mapping[Split, int], needed: Sequence[Split]
+) -> None:
     check_keys(f"Task {task!r}, sizes", sizes, SPLITS)
     for split, published in sizes.items():
+        if split == "train" and split not in needed:
+            continue
         n = splits[split].n_objects if split in splits else 0
         # published numbers are often rounded
         if abs(n - published) > 0.02 * published:
             rank_zero_warn(f"{task}/{split}: the published data has {published} records, these files have {n}.")
-
-
-def _sources(tasks: Mapping[str, Any] | Sequence[str] | None, root: Path) -> dict[str, Any]:
-    if isinstance(tasks, str):
-        raise ConfigurationError(f"tasks={tasks!r} is one text; use a list of names, [{tasks}].")
-    if tasks is None:
-        found = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-        if not found:
-            raise ConfigurationError(
-                f"{root} holds no folder of a task; make {root}/TASK/train.json and test.json, or name another root "
-                "(scenario.root=DIR)."
-            )
-        tasks = found
-    if isinstance(tasks, Mapping):
-        return {str(name): name if source is None else source for name, source in tasks.items()}
-    twice = sorted({name for name in tasks if list(tasks).count(name) > 1})
-    if twice:
-        raise ConfigurationError(
-            f"tasks names {twice[0]!r} twice; give names of their own: tasks={{first: {twice[0]}, second: {twice[0]}}}."
-        )
-    return {name: name for name in tasks}
-
-
-ImageRoot = tuple[str | Path | None]
-"""The ``image_root`` of records with images; ``None`` stands for texts alone."""
-
-
-def _read(
-    task: str, source: Any, root: Path, on_error: OnError, images: ImageRoot | None, turns: Turns
-) -> tuple[dict[Split, Records], dict[str, Any]]:
-    """The records of each split, and what else is said of the task."""
-    if isinstance(source, Mapping) and "hub" in source:
-        check_keys(f"Task {task!r}", source, (*_HUB, *_ABOUT))
-        check_keys(f"Task {task!r}, splits", source.get("splits") or {}, SPLITS)
-        return _from_hub(task, source, on_error, images is not None, turns), dict(source)
-    if isinstance(source, Mapping):
-        check_keys(f"Task {task!r}", source, (*SPLITS, *_ABOUT))
-        files = about = dict(source)
-        return _read_files(task, files, root, on_error, images, turns, about.get("keys")), about
-    return read_folder(root / str(source), task, on_error, images, turns)
-
-
-def read_folder(
-    folder: Path, task: str, on_error: OnError, images: ImageRoot | None = None, turns: Turns = "last"
-) -> tuple[dict[Split, Records], dict[str, Any]]:
-    """Read a task's folder.
-
-    Args:
-        folder: The folder.
-        task: Name of the task for messages.
-        on_error: What happens to bad records: ``"raise"``, or ``"skip"``.
-        images: Where images are if not beside the files, as ``(image_root,)``; ``None`` for texts alone.
-        turns: Which answers in messages are learned; see :class:`Instructions`.
-
-    Returns:
-        The records of each split, and what its ``task.json`` says.
-
-    Raises:
-        ConfigurationError: If there is no such folder, a file is missing or bad, or ``task.json`` has other keys than
-            ``metric``, ``style``, ``format``, ``sizes`` and ``keys``.
-    """
-    if not folder.is_dir():
-        root = folder.parent
-        there = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-        raise ConfigurationError(f"There is no folder {folder}; {root} has {', '.join(there) or 'none'}.")
-    files: dict[str, Any] = {split: path for split in SPLITS if (path := _file(folder, split)) is not None}
-    described = folder / "task.json"
-    try:
-        about = json.loads(described.read_text()) if described.is_file() else {}
-    except ValueError as error:
-        raise ConfigurationError(f"{described} is no JSON: {error}. Mend the file.") from error
-    if not isinstance(about, dict):
-        raise ConfigurationError(f"{described} holds a {type(about).__name__}; it must be an object.")
-    check_keys(str(described), about, _ABOUT)
-    return _read_files(task, files, folder, on_error, images, turns, about.get("keys")), about
-
-
-def _read_files(
-    task: str,
-    files: Mapping[str, Any],
-    root: Path,
-    on_error: OnError,
-    images: ImageRoot | None,
-    turns: Turns,
-    keys: Mapping[str, str] | None,
-) -> dict[Split, Records]:
-    missing = [split for split in ("train", "test") if split not in files]
-    if missing:
-        raise ConfigurationError(
-            f"Task {task!r} has no {missing[0]} split; give it {missing[0]}.json or {missing[0]}.jsonl, a list of "
-            "records."
-        )
-    splits: dict[Split, Records] = {}
-    for split in SPLITS:
-        if split in files:
-            paths = [files[split]] if isinstance(files[split], (str, Path)) else list(files[split])
-            parts = []
-            for path in (root / path for path in paths):
-                find = None if images is None else ImageFolder(path.parent, *images)
-                learned = turns if split == "train" else "last"
-                parts.append(read_records(path, on_error, find, turns=learned, keys=keys)[0])
-            splits[split] = Records(record for part in parts for record in part)
-            splits[split].n_objects = sum(part.n_objects for part in parts)
-            n_bad = splits[split].n_bad = sum(part.n_bad for part in parts)
-            if n_bad:
-                rank_zero_warn(f"{task}/{split}: {n_bad} bad records are left out.")
-    return splits
-
-
-def _file(folder: Path, split: str) -> Path | None:
-    return next((path.absolute() for end in ("json", "jsonl") if (path := folder / f"{split}.{end}").is_file()), None)
-
-
-def _from_hub(
-    task: str, source: Mapping[str, Any], on_error: OnError, with_images: bool, turns: Turns
-) -> dict[Split, Records]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ConfigurationError(
-            "Data sets of Hugging Face need the package datasets; run pip install 'clkit[language]'."
-        ) from error
-    keys = dict(source.get("keys") or {})
-    names = dict(source.get("splits") or {"train": "train", "test": "test"})
-    missing = [split for split in ("train", "test") if split not in names]
-    if missing:
-        raise ConfigurationError(f"Task {task!r} has no {missing[0]} split; name it in splits: {{{missing[0]}: NAME}}.")
-    splits: dict[Split, Records] = {}
-    for split in SPLITS:
-        if split not in names:
-            continue
-        found = splits[split] = Records()
-        try:
-            table = datasets.load_dataset(
-                source["hub"], source.get("name"), split=names[split], **dict(source.get("options") or {})
-            )
-            find = ImageColumns(table) if with_images else None
-            for number, row in enumerate(table if find is None else find.rows()):
-                item = {**row, **{own: row[theirs] for own, theirs in keys.items()}}
-                for column in () if find is None else find.columns - {"image", "images"}:
-                    item.pop(column)
-                try:
-                    found += records_of(item, find, turns if split == "train" else "last")
-                except ValueError as error:
-                    if on_error == "raise":
-                        raise ConfigurationError(
-                            f"Task {task!r}, {split}, row {number}: {error}. Leave bad records out with on_error=skip."
-                        ) from error
-                    found.n_bad += 1
-        except ConfigurationError:
-            raise
-        except Exception as error:
-            columns = ", ".join(map(str, keys.values())) or "prompt, answer"
-            raise ConfigurationError(
-                f"Task {task!r}: datasets cannot load split {names[split]!r} of {source['hub']!r} with columns "
-                f"{columns} ({type(error).__name__}: {error}). Check hub, name, splits and keys."
-            ) from error
-        found.n_objects = len(table)
-        if found.n_bad:
-            rank_zero_warn(f"{task}/{split}: {found.n_bad} bad records are left out.")
-    return splits

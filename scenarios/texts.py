@@ -11,8 +11,8 @@ from clkit.errors import ConfigurationError
 from clkit.language.dataset import Pad, TextDataset
 from clkit.language.models import load_tokenizer
 from clkit.language.records import OnError, Record
+from clkit.language.tasks import read_folder
 
-from .instructions import read_folder
 from .sources import divide_classes, order_classes
 
 if TYPE_CHECKING:

@@ -80,11 +80,12 @@ def colour(image) -> str:
 
 def seeing(module, prompts, tokenizer, *, images, **_):
     """Answers with the colour of the image, and no without one."""
-    return [colour(images[int(prompt["images"][0])]) if len(prompt["images"]) else "no" for prompt in prompts]
+    texts = [colour(images[int(prompt["images"][0])]) if len(prompt["images"]) else "no" for prompt in prompts]
+    return [generation.Answer(text, False) for text in texts]
 
 
 def test_scores_without_seeing_stand_beside_those_of_a_model_that_sees(monkeypatch, tmp_path):
-    monkeypatch.setattr(generation, "generate", seeing)
+    monkeypatch.setattr(generation, "answers_to", seeing)
     stream = colours(12)
     scores = AnswerScores(None, blind=5, dir=tmp_path)
     trainer = pl.Trainer(max_epochs=2, callbacks=[scores], enable_checkpointing=False, **QUIET)
@@ -95,8 +96,8 @@ def test_scores_without_seeing_stand_beside_those_of_a_model_that_sees(monkeypat
     # nine samples have images, of the colours 0 1 2 1 2 0 2 0 1; four further on, the first five are 2 0 2 0 1
     assert found["wrong_image"]["matrix"] == [[0.2, None], [0.2, 0.2]]
     header, *rows = (tmp_path / "answers.csv").read_text().splitlines()
-    assert header == "after,experience,metric,score,strict,wrong_image,grey_image,n"
-    assert rows[0] == "0,0,exact_match,1.0,1.0,0.2,0.0,12"
+    assert header == "after,experience,task,metric,score,strict,wrong_image,grey_image,cut,n"
+    assert rows[0] == "0,0,colours 0,exact_match,1.0,1.0,0.2,0.0,0.0,12"
 
 
 def test_training_is_the_same_with_and_without_the_blind_baseline(tmp_path):

@@ -281,7 +281,7 @@ def test_stream_with_more_classes_than_outputs_is_refused():
         fit(Classifier(nn.Linear(64, 5), n_classes=5), SplitDigits(5))
 
 
-LANGUAGE = ("causal_lm", "encoder", "vision_language")
+LANGUAGE = ("causal_lm", "encoder", "seq2seq_lm", "vision_language")
 IMAGE_MODELS = sorted(path for path in Path("conf/model").glob("[!_]*.yaml") if path.stem not in LANGUAGE)
 
 

@@ -110,7 +110,7 @@ def test_what_is_remembered_is_one_batch_whatever_the_lengths_of_texts(strategy)
 
 @pytest.mark.parametrize(
     ("callback", "words"),
-    [(lambda: s.InterpolatedLoRA(8), "use gamma=0"), (AnswerScores, "is an encoder-decoder")],
+    [(lambda: s.InterpolatedLoRA(8), "use gamma=0"), (AnswerScores, "is an encoder-decoder.*encoder_decoder=True")],
 )
 def test_what_needs_one_text_refuses_an_encoder_decoder_before_training(callback, words, tmp_path):
     data = StreamDataModule(small_instructions(2), batch_size=4, steps=1)

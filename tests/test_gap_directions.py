@@ -78,6 +78,15 @@ def test_two_seeds_decide_nothing_and_methods_that_are_not_there_have_no_row(tmp
     assert directions("split", {"ER": methods["ER"]}) is None
 
 
+def test_the_table_says_how_many_boundaries_avg_sg_leaves_out(tmp_path: Path) -> None:
+    er = method(tmp_path / "er", [0.5, 0.3, 0.4])
+    assert tool.COLUMNS["avg-SG"](er).startswith("44.4 ±")
+    text = (er.runs[0] / "history.csv").read_text()
+    (er.runs[0] / "history.csv").write_text(text.replace("2,0,step,0.9", "2,0,step,0.0"))
+    tool.metrics_of.cache_clear()
+    assert tool.COLUMNS["avg-SG"](er) == "38.9 (1 left out)"
+
+
 @pytest.mark.parametrize(
     ("mean", "half", "expected", "says"),
     [
@@ -119,13 +128,16 @@ def test_the_first_dip_of_a_worked_example() -> None:
 
 def test_claims_are_of_methods_that_the_streams_have() -> None:
     known = tool.streams(Path("file"))
-    _, split = known["split"]
     named = {name.partition("@")[0] for claim in CLAIMS for pair in claim.pairs for name in pair}
-    assert named <= split.keys()
-    assert known["features"][1] == split
+    assert named <= known["split"].keys()
+    assert known["features"].keys() == known["split"].keys()
+    assert "scenario.file=file" in known["features"]["ER"]
     projected = {"replay 1/k", "replay 1/k + A-GEM", "replay 1/k + GEM"}
-    assert all(projected <= known[name][1].keys() for name in ("split", "rotated", "features"))
-    assert "scenario.angles=[0,80,160]" in known["rotated"][0]
+    assert all(projected <= known[name].keys() for name in ("split", "rotated", "features"))
+    # a thousand samples at the end of three experiences or five
+    for name, share in (("split", 200), ("rotated", 333)):
+        assert f"strategy.projected_replay.samples_per_experience={share}" in known[name]["replay 1/k + GEM"]
+    assert "scenario.angles=[0,80,160]" in known["rotated"]["replay 1/k + GEM"]
 
 
 def test_features_are_the_means_of_the_last_map_of_timm_s_network(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_per_iteration_curves_answers_and_summary_of_a_run(stream, tmp_path):
         scores = [answer["score"] for answer in last if answer["experience"] == k]
         assert matrix[2][k] == pytest.approx(sum(scores) / 7)
     rows = (tmp_path / "answers.csv").read_text().splitlines()
-    assert rows[0] == "after,experience,metric,score,strict,n"
+    assert rows[0] == "after,experience,task,metric,score,strict,cut,n"
     assert len(rows) == 1 + 6
     references = {record.answer for record in stream[0].test.records}
     assert {answer["reference"] for answer in last if answer["experience"] == 0} <= references
@@ -151,7 +151,11 @@ def test_generation_in_batches_is_greedy_decoding_one_by_one(stream):
             parameter.mul_(4)
     tokenizer, dataset = small_tokenizer(), stream[0].test
     prompts = [dataset.prompt(i) for i in range(7)]
+    # what published models add to every generation
+    own = module.net.get_base_model().generation_config
+    own.repetition_penalty, own.num_beams, own.forced_eos_token_id = 1.8, 3, tokenizer.eos_token_id
     together = generate(module, prompts, tokenizer, max_new_tokens=5, batch_size=3)
+    assert module.net.get_base_model().generation_config is own
     for prompt, text in zip(prompts, together, strict=True):
         ids = prompt[None]
         with torch.no_grad():

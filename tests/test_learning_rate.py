@@ -195,7 +195,7 @@ def test_the_groups_replace_the_models_own_and_keep_its_rate() -> None:
     adamw = optimizer("optimizer=adamw")
     assert (adamw["_target_"], adamw["lr"], adamw["weight_decay"]) == ("torch.optim.AdamW", 1e-3, 0.01)
     assert "momentum" not in adamw
-    for model, rate in (("causal_lm", 2e-4), ("encoder", 1e-4)):
+    for model, rate in (("causal_lm", 2e-4), ("seq2seq_lm", 2e-4), ("encoder", 1e-4)):
         own = optimizer(f"model={model}")
         assert (own["_target_"], own["lr"], own["weight_decay"]) == ("torch.optim.AdamW", rate, 0.0)
         assert optimizer(f"model={model}", "optimizer=sgd") == {**sgd, "lr": rate}

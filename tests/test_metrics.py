@@ -131,6 +131,18 @@ def test_relative_depth_is_negative_where_a_score_only_rose_and_undefined_from_z
     assert math.isnan(gap([12, 14], [0.6, 0.5], before=0.0, boundary=10).relative)
 
 
+def test_boundaries_without_a_relative_depth_are_left_out_and_counted():
+    # 0 before the first boundary; before the second the first experience is at 0.2, the second at 0.8
+    rows = [(1, 0, "step", [0, NAN, NAN]), (2, 1, "step", [0.2, 0.8, NAN]), (3, 2, "step", [0.1, 0.2, 1])]
+    metrics = compute_metrics(from_rows(rows, 3))
+    assert (metrics["avg-SG"], metrics["n_without_SG"]) == pytest.approx((0.75, 1))
+    assert (metrics["avg-SG_first"], metrics["n_without_SG_first"]) == pytest.approx((0.5, 1))
+    assert compute_metrics(worked_example())["n_without_SG"] == 0
+    never = compute_metrics(from_rows([(1, 0, "step", [0, NAN]), (2, 1, "step", [0, 0.8])], 2))
+    assert math.isnan(never["avg-SG"])
+    assert never["n_without_SG"] == 1
+
+
 def test_relative_depth_is_of_each_seed_not_of_the_mean_curve():
     # two seeds fall to 20 at different steps: their mean curve only to 50
     seeds = [from_rows([(1, 0, "step", [1, NAN]), (2, 1, "step", [a, 1]), (3, 1, "step", [b, 1])], 2)
@@ -220,7 +232,7 @@ def test_experience_with_one_evaluation_counts_with_no_change():
 
 def test_empty_history_is_undefined_everywhere():
     metrics = compute_metrics(from_rows([], 2))
-    assert metrics.pop("n_missing") == metrics.pop("n_unrecovered") == 0
+    assert {metrics.pop(name) for name in list(metrics) if name.startswith("n_")} == {0}
     assert all(math.isnan(value) for value in metrics.values())
 
 

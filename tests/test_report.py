@@ -33,7 +33,7 @@ from clkit.report.figures import (
 )
 from clkit.report.runs import find_runs, group_runs
 from clkit.report.significance import against_best
-from clkit.report.tables import Table, results_table
+from clkit.report.tables import Table, results_table, runs_table
 
 NAN = math.nan
 T_TWO_DEGREES = 4.302652729911275  # 97.5% quantile of Student's t, from a table
@@ -122,6 +122,24 @@ def test_single_run_is_reported_in_its_own_folder(tmp_path):
     report = write_report([tmp_path])
     assert {file.parent for file in report.files} == {folder}
     assert report.groups[0].label == "one"
+
+
+def test_tables_with_a_relative_gap_say_how_many_boundaries_it_leaves_out(tmp_path):
+    root = sweep(tmp_path)
+    for seed, count in enumerate((1, 0, 2)):
+        file = root / f"er_{seed}" / "metrics.json"
+        content = json.loads(file.read_text())
+        content["metrics"] |= {"avg-SG": 0.5, "n_without_SG": count}
+        file.write_text(json.dumps(content))
+    groups = groups_in(root)
+    said = "avg-SG leaves out boundaries before which the accuracy was 0: 3 of er · split_toy"
+    assert results_table(groups, ["ACC", "avg-SG"]).caption.endswith(f"; {said}")
+    assert said in runs_table(groups).caption
+    write_report([root])
+    assert said in (root / "report.md").read_text()
+    # where it is not shown, or leaves nothing out, there is nothing to say
+    assert "leaves out" not in results_table(groups, ["ACC"]).caption
+    assert "leaves out" not in results_table(groups[1:], ["ACC", "avg-SG"]).caption
 
 
 def test_output_folder_can_be_chosen(tmp_path):

@@ -81,6 +81,9 @@ class Stream(Sequence[Experience]):
         collate_fn: Turns a list of samples into a batch; torch's default when ``None``.
         augment: Maps training inputs ``x`` ``[B, ...]`` of ``(x, y, ...)`` batches to others, at random, in every
             training step; strategies remember what has not been augmented, and what they replay is augmented anew.
+        general: Tasks that are never trained on, numbered 0, 1, 2, ... among themselves, whose ``train`` nobody reads:
+            what becomes of abilities that a model came with. Their scores are shown apart, and are part of no metric
+            of the stream (:class:`~clkit.language.generation.AnswerScores` asks them).
 
     Raises:
         ConfigurationError: If there is no experience, an index is out of order, or the kind is unknown; if a set is
@@ -96,8 +99,9 @@ class Stream(Sequence[Experience]):
         n_classes: int | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         augment: Augment | None = None,
+        general: Iterable[Experience] = (),
     ) -> None:
-        self._experiences = tuple(experiences)
+        self._experiences, self.general = tuple(experiences), tuple(general)
         self.augment = augment
         self.name, self.kind, self.n_classes, self.collate_fn = name, kind, n_classes, collate_fn
         check_choice("kind", kind, get_args(Kind))
@@ -118,6 +122,9 @@ class Stream(Sequence[Experience]):
             )
             if kind == "task-incremental" and experience.task is None:
                 raise ConfigurationError(f"{where} has no task, but kind={kind!r}; give Experience its task.")
+        for experience in self.general:
+            where = f"General task {experience.name!r} of stream {name!r}"
+            _check_set(experience.test, f"{where} has no test samples; remove it or give it data.", where)
         self._check_classes()
 
     def _check_classes(self) -> None:
@@ -226,7 +233,7 @@ class Stream(Sequence[Experience]):
         if [e.index for e in chosen] != list(range(len(chosen))):
             raise ConfigurationError(f"A slice of a stream starts at its first experience; got {index}.")
         known = {"name": self.name, "kind": self.kind, "n_classes": self.n_classes, "collate_fn": self.collate_fn}
-        return Stream(chosen, **known, augment=self.augment)  # type: ignore[arg-type]
+        return Stream(chosen, **known, augment=self.augment, general=self.general)  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, {len(self)} experiences, {self.kind}, {self.n_classes} classes)"
@@ -275,6 +282,9 @@ class Stream(Sequence[Experience]):
         digest = hashlib.sha256(repr((self.name, self.kind, self.n_classes, parts)).encode())
         seen: dict[int, tuple[Any, bytes]] = {}
         for experience in self._experiences:
+            _add_data(digest, experience, seen)
+        for experience in self.general:
+            digest.update(repr(_about(experience)).encode())
             _add_data(digest, experience, seen)
         return digest.hexdigest()[:16]
 
@@ -327,6 +337,7 @@ class Stream(Sequence[Experience]):
             n_classes=max(numbers, default=None),
             collate_fn=self.collate_fn,
             augment=self.augment,
+            general=self.general,
         )
 
 

@@ -31,6 +31,9 @@ Sample = dict[str, Tensor]
 class InstructionDataset(Dataset[Sample]):
     """Prompts with their answers as samples ``{"input_ids": [S], "labels": [S]}``, ``int64``.
 
+    For an encoder-decoder they are apart: ``input_ids`` ``[S]`` is the prompt and ``labels`` ``[T]`` the answer, from
+    which the model itself makes the inputs of its decoder.
+
     Labels are the tokens of the answer and of the end after it, and -100 before. See
     :class:`~clkit.language.encoding.Encoder` for what is the prompt and what the answer. With a processor, samples have
     ``images`` too: their images' numbers in the table, ``int64`` ``[K]``; the tokens are those that the processor puts
@@ -39,7 +42,7 @@ class InstructionDataset(Dataset[Sample]):
     Args:
         records: The records.
         tokenizer: A tokenizer of transformers; for texts with images a processor.
-        max_length: Most tokens of a sample.
+        max_length: Most tokens of a sample, prompt and answer together.
         too_long: ``"drop"`` samples that are longer, or ``"cut_prompt"``: cut the middle out of the longest messages
             before the answer. The template's marks, images, a system's message, and the beginning and the end of the
             prompt stay. The answer is never cut: samples that are too long without a prompt are dropped. A warning
@@ -50,6 +53,7 @@ class InstructionDataset(Dataset[Sample]):
         separator: Without a chat template, what is written between several messages.
         name: Name for messages.
         metric: How answers to these records are scored, see :mod:`clkit.language.answers`.
+        encoder_decoder: Whether the model is an encoder-decoder, such as T5.
         images: The stream's table of images, where several datasets share one.
 
     Attributes:
@@ -79,6 +83,7 @@ class InstructionDataset(Dataset[Sample]):
         separator: str | None = None,
         name: str = "dataset",
         metric: str = "exact_match",
+        encoder_decoder: bool = False,
         images: ImageTable | None = None,
     ) -> None:
         check_whole("max_length", max_length, 2)
@@ -86,10 +91,20 @@ class InstructionDataset(Dataset[Sample]):
             raise ConfigurationError(f"too_long={too_long!r} is unknown; use drop or cut_prompt.")
         if images is None and hasattr(tokenizer, "image_processor"):
             images = ImageTable(cast("ProcessorMixin", tokenizer))
+        if encoder_decoder and images is not None:
+            raise ConfigurationError(f"{name}: encoder_decoder=True is for texts alone; give a tokenizer.")
         own = tokenizer if images is None else images.tokenizer
+        self.encoder_decoder = encoder_decoder
         self.metric, self.tokenizer, self.images = metric, cast("PreTrainedTokenizerBase", own), images
-        written = {"prompt_template": prompt_template, "separator": separator}
-        encoder = Encoder(self.tokenizer, chat, template_options, images, **written)
+        encoder = Encoder(
+            self.tokenizer,
+            chat,
+            template_options,
+            images,
+            prompt_template=prompt_template,
+            separator=separator,
+            apart=encoder_decoder,
+        )
         kept: list[tuple[Record, Encoded]] = []
         self.n_bad = self.n_dropped = self.n_cut = 0
         for record, whole in zip(records, encoder(records), strict=True):
@@ -136,6 +151,9 @@ class InstructionDataset(Dataset[Sample]):
         start, end = self._labelled[index]
         labels = torch.full_like(tokens, IGNORED)
         labels[start:end] = tokens[start:end]
+        if self.encoder_decoder:
+            n = self.prompt_lengths[index]
+            return {"input_ids": tokens[:n], "labels": labels[n:]}
         return {"input_ids": tokens, "labels": labels, **self._images_of(index)}
 
     def _read(self, index: int, n: int) -> Tensor:
@@ -146,6 +164,12 @@ class InstructionDataset(Dataset[Sample]):
 
     def _images_of(self, index: int) -> Sample:
         return {} if self.images is None else {"images": torch.tensor(self._numbers[index], dtype=torch.int64)}
+
+    @property
+    def longest(self) -> int:
+        """Most tokens that need positions: of a sample, or of its prompt or answer where they are apart."""
+        apart = np.maximum(self.prompt_lengths, self.lengths - self.prompt_lengths)
+        return int((apart if self.encoder_decoder else self.lengths).max())
 
     def for_scores(self) -> InstructionDataset:
         """Return the same samples with labels for the content of each answer alone.

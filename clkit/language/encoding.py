@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from jinja2 import TemplateError
@@ -53,7 +53,8 @@ class Encoder:
 
     With a chat template the answer is what the template appends to the prompt, up to the end of the turn. What it
     writes before every answer (an empty ``<think>`` block, say) goes with the prompt; a warning says so. Without a
-    template a sample is BOS (if the tokenizer has it), the prompt, the answer, EOS.
+    template a sample is BOS (if the tokenizer has it), the prompt, the answer, EOS. For an encoder-decoder prompt and
+    answer then are two texts, with the marks that the tokenizer gives an input and a target, and EOS after the answer.
 
     Args:
         tokenizer: A tokenizer of transformers.
@@ -64,6 +65,7 @@ class Encoder:
         separator: Without a chat template, what is written between several messages, such as a line's end; they are
             refused when ``None``. Those of the assistant and the system stand as they are, all others in the
             ``prompt_template``.
+        apart: Whether the model is an encoder-decoder.
         images: The stream's images, with the processor that they go through; its chat template comes first. Where a
             template takes texts only, and without one, an image's token stands in the text, followed by the end of the
             line if images come first.
@@ -82,6 +84,7 @@ class Encoder:
         *,
         prompt_template: str | None = None,
         separator: str | None = None,
+        apart: bool = False,
     ) -> None:
         own = getattr(tokenizer, "chat_template", None)
         of_processor = None if images is None else getattr(images.processor, "chat_template", None)
@@ -89,7 +92,7 @@ class Encoder:
         self._write_chat = ChatTemplate(tokenizer, of_processor, template_options)
         has_template = bool(self._template)
         self.tokenizer, self.chat, self.images = tokenizer, has_template if chat is None else chat, images
-        self.template_options = dict(template_options or {})
+        self.template_options, self._apart = dict(template_options or {}), apart
         if self.chat and not has_template:
             raise ConfigurationError(
                 f"{type(tokenizer).__name__} has no chat template; use chat=false, or set tokenizer.chat_template."
@@ -202,6 +205,8 @@ class Encoder:
                 "Some records have several messages, which a chat template puts together; use a tokenizer with one, "
                 "chat=null, or say what stands between them, such as separator='\\n'."
             )
+        if self._apart:
+            return self._in_two(records)
         bos = self.tokenizer.bos_token_id
         begin = np.array([] if bos is None else [bos], dtype=np.int32)
         prompts, _ = self._tokens([self._prompt(record) for record in records])
@@ -215,6 +220,21 @@ class Encoder:
             )
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
+
+    def _in_two(self, records: Sequence[Record]) -> list[Encoded]:
+        prompts = self._whole([self._prompt(record) for record in records], "text")
+        answers = self._whole([record.answer for record in records], "text_target")
+        found = []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            ended = answer if len(answer) and answer[-1] == self._eos else np.append(answer, self._eos)
+            found.append(Encoded(prompt, ended, (0, len(ended) - 1), len(prompt)))
+        return found
+
+    def _whole(self, texts: list[str], kind: Literal["text", "text_target"]) -> list[Tokens]:
+        """Tokens of inputs or targets, with all that the tokenizer adds."""
+        options: Any = {kind: texts, "return_attention_mask": False, "verbose": False}
+        found: Any = self.tokenizer(**options)["input_ids"] if texts else []
+        return [np.array(tokens, dtype=np.int32) for tokens in found]
 
     def _prompt(self, record: Record) -> str:
         """The text before the answer without a chat template."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from clkit.errors import ConfigurationError, check_choice, check_whole
-from clkit.evaluation.token_scores import positions
+from clkit.evaluation.token_scores import is_encoder_decoder, positions
 from clkit.files import run_folder, write_atomically
 from clkit.language.features import TowerFeatures, Where
 from clkit.language.images import reader_of
@@ -129,6 +129,41 @@ def load_model(kind: Any, name: str, **options: Any) -> Any:
     return peft.PeftModel.from_pretrained(load(kind, base, **options), name, is_trainable=True)
 
 
+def describes_encoder_decoder(name: str) -> bool:
+    """Tell whether a name or path is that of an encoder-decoder; not where no configuration of a model is there."""
+    if Path(name).suffix == ".gguf":
+        return False
+    try:
+        return bool(transformers().AutoConfig.from_pretrained(adapter_base(name) or name).is_encoder_decoder)
+    except (OSError, ValueError):
+        return False
+
+
+def check_layout(model: nn.Module, data: Any) -> None:
+    """Check that prompts and answers are apart, or one text, as a model needs them.
+
+    Args:
+        model: A model of transformers, or a module that holds one.
+        data: A dataset; only those that say what they are, as :class:`~clkit.language.dataset.InstructionDataset`
+            does, are checked.
+
+    Raises:
+        ConfigurationError: If the model needs the other form.
+    """
+    apart, needed = getattr(data, "encoder_decoder", None), is_encoder_decoder(model)
+    if apart is None or apart == needed:
+        return
+    kind = "an encoder-decoder, whose answers are apart" if needed else "no encoder-decoder, and goes on with a prompt"
+    raise ConfigurationError(
+        f"{type(model).__name__} is {kind}, but the stream was made with encoder_decoder={apart}; use "
+        f"encoder_decoder={needed} (scenario.encoder_decoder={str(needed).lower()})."
+    )
+
+
+def _longest(part: Any) -> int:
+    return int(getattr(part, "longest", None) or max(part.lengths))
+
+
 class LanguageModule(pl.LightningModule):
     """A model of transformers with its own loss and an optimizer.
 
@@ -196,7 +231,13 @@ class LanguageModule(pl.LightningModule):
                 # from_pretrained ends in evaluation mode, without dropout, and Lightning keeps a module's mode
                 net = load_model(auto, net, dtype=number, **options).train()
             else:
-                net = auto.from_config(net, dtype=number, **options)
+                try:
+                    net = auto.from_config(net, dtype=number, **options)
+                except ValueError as error:
+                    raise ConfigurationError(
+                        f"{self.auto} has no model for a {type(net).__name__}; use another class of clkit's, such as "
+                        "CausalLM (model=causal_lm) or Seq2SeqLM (model=seq2seq_lm)."
+                    ) from error
         assert isinstance(net, nn.Module)
         self.net: Any = self.adapted(net, adapter)
         self.optimizer, self.scheduler = optimizer, scheduler
@@ -235,8 +276,10 @@ class LanguageModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         most = positions(self.net)
         stream = getattr(getattr(self.trainer, "datamodule", None), "stream", ())
-        parts = (part for experience in stream for part in (experience.train, experience.test))
-        longest = max((int(max(part.lengths)) for part in parts if hasattr(part, "lengths")), default=0)
+        parts = [part for experience in stream for part in (experience.train, experience.test)]
+        for part in parts:
+            check_layout(self.net, part)
+        longest = max((_longest(part) for part in parts if hasattr(part, "lengths")), default=0)
         if most is not None and longest > most:
             raise ConfigurationError(
                 f"The longest text has {longest} tokens, but {type(self.net).__name__} has positions for {most}; use "
@@ -279,6 +322,35 @@ class CausalLM(LanguageModule):
 
     auto = "AutoModelForCausalLM"
     packs = True
+
+
+class Seq2SeqLM(LanguageModule):
+    """Any ``AutoModelForSeq2SeqLM``, such as T5, as a Lightning module; see :class:`LanguageModule`.
+
+    For streams of instructions with ``encoder_decoder=True``, whose labels are the answers. The loss is the model's
+    own: the mean cross-entropy over their tokens.
+
+    Args:
+        net: As in :class:`LanguageModule`.
+        adapter: As in :class:`LanguageModule`, of ``task_type="SEQ_2_SEQ_LM"`` (``adapter=lora_seq2seq``).
+        **options: As in :class:`LanguageModule`.
+
+    Raises:
+        ConfigurationError: If the model is no encoder-decoder, or the adapter is for another kind of model.
+    """
+
+    auto = "AutoModelForSeq2SeqLM"
+
+    def adapted(self, net: nn.Module, adapter: PeftConfig | None) -> nn.Module:
+        if not is_encoder_decoder(net):
+            raise ConfigurationError(f"{type(net).__name__} is no encoder-decoder; use CausalLM (model=causal_lm).")
+        kind = getattr(adapter, "task_type", None)
+        if kind not in (None, "SEQ_2_SEQ_LM"):
+            raise ConfigurationError(
+                f"The adapter has task_type={str(getattr(kind, 'value', kind))!r}, but {type(net).__name__} is an "
+                "encoder-decoder; use task_type='SEQ_2_SEQ_LM' (adapter=lora_seq2seq)."
+            )
+        return super().adapted(net, adapter)
 
 
 class VisionLanguage(LanguageModule):

@@ -125,7 +125,8 @@ def compute_metrics(history: History, windows: Sequence[int] = (10, 100)) -> dic
     - ``gap_depth``, ``gap_area``, ``recovery_steps``: means of :func:`gap` over all pairs of a boundary and an old
       experience, ``recovery_steps`` over those that came back.
     - ``avg-SG``: mean over the boundaries of the ``relative`` depth of the experience right before (arXiv 2507.14056),
-      and ``avg-SG_first`` of the first experience, as its published code has it.
+      and ``avg-SG_first`` of the first experience, as its published code has it. Boundaries before which the accuracy
+      was 0 have none: ``n_without_SG`` and ``n_without_SG_first`` count them.
     - ``n_missing``: old experiences without any evaluation after their end; ``min-ACC`` leaves them out.
     - ``n_unrecovered``: pairs of a boundary and an old experience that did not come back before the next boundary.
 
@@ -245,6 +246,18 @@ def language_summary(matrix: ArrayLike) -> dict[str, float]:
     }
 
 
+def general_ability_delta(before: ArrayLike, after: ArrayLike) -> float:
+    r"""TRACE's general ability delta :math:`\frac1M \sum_i (R^G_{t,i} - R^G_{0,i})`; NaN where a score is missing.
+
+    Args:
+        before: :math:`R^G_0`, scores of the untrained model on :math:`M` tasks that are never trained on, ``[M]``.
+        after: :math:`R^G_t`, those after :math:`t` experiences, ``[M]``.
+
+    Reference: Wang et al., *TRACE*, arXiv 2310.06762.
+    """
+    return float(np.mean(np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)))
+
+
 def _first(matrix: ArrayLike, after: int | None) -> Array:
     """The first ``after`` rows and columns of a matrix of scores."""
     r = np.asarray(matrix, dtype=np.float64)
@@ -362,7 +375,10 @@ class Statistics:
             "avg-SG": _mean(np.diag(self.gaps["relative"], -1)),
             "avg-SG_first": _mean(self.gaps["relative"][:, 0]),
         }
+        without = ~np.isnan(self.gaps["depth"]) & np.isnan(self.gaps["relative"])
         counts = {
+            "n_without_SG": int(np.diag(without, -1).sum()),
+            "n_without_SG_first": int(without[:, 0].sum()),
             "n_missing": int(np.isnan(self.minimum[: max(k - 1, 0)]).sum()),
             "n_unrecovered": int((np.isnan(self.gaps["recovery"]) & ~np.isnan(self.gaps["depth"])).sum()),
         }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ READINGS = {"score": "content", "strict": "strict", "wrong_image": "wrong image"
 """What a score is, by its name in ``answers.json``."""
 
 _SHORT = ("OP", "BWT")
+_BEFORE = "(before training)"
 
 
 def answered(group: Group) -> list[Run]:
@@ -111,6 +113,56 @@ def time_table(group: Group) -> Table:
     header = ("after", "content", "strict", "form", *(READINGS[name] for name in names if name.endswith("image")))
     caption = f"{group.label}: mean score in percent of the tasks so far; form is content without strict"
     return Table(caption, header, tuple(rows))
+
+
+def matrix_table(group: Group) -> Table:
+    """One row for each task's end, one column for each task: the scores of the answers by content.
+
+    A first row has the scores before the training, where the runs have them.
+    """
+    runs = answered(group)
+    if not runs:
+        return Table("", (), ())
+    rows = _rows(runs, [run.answers for run in runs])
+    return Table(
+        f"{group.label}: generated answers to each task in percent, by content",
+        ("after", *runs[0].answers["experiences"]),
+        tuple((name, *(str(Estimate.of(column)) for column in cells.T)) for name, cells in rows),
+    )
+
+
+def general_table(group: Group) -> Table:
+    """One row for each task's end: the scores of the tasks that are never trained on, which nothing else counts.
+
+    The last column is their mean less that before the training (TRACE's general ability delta).
+    """
+    runs = [run for run in answered(group) if "general" in run.answers]
+    if not runs:
+        return Table("", (), ())
+    rows = []
+    start: Matrix | None = None
+    for name, cells in _rows(runs, [run.answers["general"] for run in runs]):
+        start = cells if name == _BEFORE else start
+        means = cells.mean(axis=1)
+        since = np.full_like(means, np.nan) if start is None or name == _BEFORE else means - start.mean(axis=1)
+        rows.append((name, *(str(Estimate.of(column)) for column in (*cells.T, means, since))))
+    return Table(
+        f"{group.label}: generated answers to general tasks in percent, by content; these are never trained on and "
+        "are in no other number; delta is the change of their mean since before the training",
+        ("after", *runs[0].answers["general"]["experiences"], "mean", "delta"),
+        tuple(rows),
+    )
+
+
+def _rows(runs: Sequence[Run], contents: Sequence[Mapping[str, Any]]) -> list[tuple[str, Matrix]]:
+    """The name of each row of some matrices of scores by content, and the row of every run, ``[runs, tasks]``."""
+    learned = runs[0].answers["experiences"]
+    found = [np.array(content["score"]["matrix"], np.float64) for content in contents]
+    rows = [(learned[t], np.stack([own[t] for own in found])) for t in range(min(map(len, found)))]
+    before = [content["score"].get("before") for content in contents]
+    if all(row is not None for row in before):
+        rows.insert(0, (_BEFORE, np.array(before, np.float64)))
+    return rows
 
 
 def mean_matrices(group: Group) -> dict[str, Matrix]:

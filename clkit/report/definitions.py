@@ -27,6 +27,8 @@ _DEFINITIONS = {
         "Share of its accuracy that the last experience loses after a boundary (arXiv 2507.14056).",
     ),
     "avg-SG_first": (False, "The same of the first experience at every boundary."),
+    "n_without_SG": (False, "Boundaries that avg-SG leaves out, since the accuracy before them was 0."),
+    "n_without_SG_first": (False, "Boundaries that avg-SG_first leaves out, for the same reason."),
     "n_missing": (False, "Old experiences without any evaluation after their end; min-ACC leaves them out."),
 }
 _WINDOWED = ("WF", "WP")

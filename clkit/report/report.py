@@ -75,33 +75,43 @@ class Report:
         if shared:
             yield Text(shared, style="bold")
         metrics = [name for name in tables.HEADLINES if name in tables.metric_names(groups)]
-        title = True
-        while metrics:
-            shown = self._fitting(console, groups, metrics, options.max_width)
-            table = tables.results_table(groups, shown).rich()
-            table.title, title = table.title if title else None, False
-            yield table
-            metrics = metrics[len(shown) :]
+        yield from _in_parts(console, tables.results_table(groups, metrics), len(metrics), options.max_width)
         if len(groups) == 1:
             yield tables.experiences_table(groups[0]).rich()
         own = answers.summary_table(groups, short=True)
         if own.rows:
             yield own.rich()
             if len(groups) == 1:
-                yield from (table.rich() for table in (answers.tasks_table(groups[0]), answers.time_table(groups[0])))
+                for table in _answer_tables(groups[0]):
+                    yield from _in_parts(console, table, len(table.header) - 1, options.max_width)
         yield from (Text(f"! {note}", style="yellow") for note in self.notes)
         pages = [file for file in self.files if file.suffix == ".html"]
         yield from (Text(f"{page}, and {len(self.files) - 1} other files beside it", style="dim") for page in pages)
 
-    @staticmethod
-    def _fitting(console: rich.console.Console, groups: Sequence[Group], metrics: list[str], width: int) -> list[str]:
-        """As many of the metrics as fit into a table, at least one."""
-        wide = console.options.update(max_width=1000)
-        for count in range(len(metrics), 1, -1):
-            table = tables.results_table(groups, metrics[:count]).rich()
-            if console.measure(table, options=wide).maximum <= width:
-                return metrics[:count]
-        return metrics[:1]
+
+def _in_parts(
+    console: rich.console.Console, table: tables.Table, n: int, width: int
+) -> Iterator[rich.console.RenderableType]:
+    """A table, in several under one title where its last ``n`` columns are too many for a width."""
+    if not table.rows:
+        return
+    wide, first = console.options.update(max_width=1000), True
+    last = list(range(len(table.header) - n, len(table.header)))
+    while last:
+        for count in range(len(last), 0, -1):
+            part = table.only([*range(len(table.header) - n), *last[:count]]).rich()
+            title, part.title = part.title, None
+            if count == 1 or console.measure(part, options=wide).maximum <= width:
+                break
+        part.title, first = title if first else None, False
+        yield part
+        last = last[count:]
+
+
+def _answer_tables(group: Group) -> tuple[tables.Table, ...]:
+    """The tables of a group's generated answers; those that it has none for are empty."""
+    each = (answers.matrix_table, answers.tasks_table, answers.time_table, answers.general_table)
+    return tuple(table(group) for table in each)
 
 
 def write_report(
@@ -152,7 +162,7 @@ def write_report(
         tables.definitions_table(groups),
     ]
     each = [answered, tables.runs_table(groups), *map(tables.experiences_table, groups)]
-    each += [table(group) for group in groups for table in (answers.tasks_table, answers.time_table)]
+    each += [table for group in groups for table in _answer_tables(group)]
     main = [tables.results_table(groups), *([tables.experiences_table(groups[0])] if len(groups) == 1 else [])]
     main += [answered] if answered.rows else []
     main += [answers.tasks_table(groups[0])] if answered.rows and len(groups) == 1 else []
@@ -325,7 +335,7 @@ def _rest(group: Group, width: float, *, themed: bool) -> str:
         parts.append(
             html.drawn(title, answers_figure(scores, names, title=title, width=width), _ANSWERS, themed=themed)
         )
-        parts += [table(group).html() for table in (answers.tasks_table, answers.time_table)]
+        parts += [table.html() for table in _answer_tables(group) if table.rows]
     if (run.directory / "connectivity.csv").is_file():
         title = f"{group.label}: mode connectivity"
         lines = read_lines(run.directory / "connectivity.csv")

@@ -6,10 +6,11 @@ import csv
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from io import StringIO
 
+import numpy as np
 import rich.box
 import rich.table
 
@@ -23,6 +24,8 @@ from clkit.report.significance import LEVEL, against_best
 
 _LABEL_WIDTH = 21
 HEADLINES = ("ACC", "min-ACC", "WC-ACC", "FORG", "WF10", "AAA")
+LEFT_OUT = {"avg-SG": "n_without_SG", "avg-SG_first": "n_without_SG_first"}
+"""Metrics that are not defined at every boundary, and those that count where."""
 _LATEX = {
     **{char: f"\\{char}" for char in "%&#_${}"},
     "\\": r"\textbackslash{}",
@@ -52,6 +55,11 @@ class Table:
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     numeric: bool = True
+
+    def only(self, columns: Sequence[int]) -> Table:
+        """Return the table with some of its columns alone."""
+        header, *rows = (tuple(row[column] for column in columns) for row in (self.header, *self.rows))
+        return replace(self, header=header, rows=tuple(rows))
 
     def rich(self) -> rich.table.Table:
         """Return the table for the terminal."""
@@ -166,7 +174,7 @@ def results_table(groups: Sequence[Group], metrics: Sequence[str] | None = None)
     header = (f"{title(metric)} †" if metric in biased else title(metric) for metric in metrics)
     note = f"; * worse than the best, paired t-test over seeds, Holm-corrected, p < {LEVEL}" if worse else ""
     return Table(
-        f"Results in percent ({over}{note}){_schedule_note(groups)}",
+        f"Results in percent ({over}{note}){_schedule_note(groups)}{_left_out_note(groups, metrics)}",
         ("run", *(["seeds"] if most > 1 else []), *header),
         rows,
     )
@@ -208,7 +216,8 @@ def runs_table(groups: Sequence[Group]) -> Table:
         for group in groups
         for run in group.runs
     )
-    return Table("Each run in percent", ("run", "seed", "complete", *map(title, metrics)), rows)
+    caption = f"Each run in percent{_left_out_note(groups, metrics)}"
+    return Table(caption, ("run", "seed", "complete", *map(title, metrics)), rows)
 
 
 def experiences_table(group: Group) -> Table:
@@ -291,6 +300,17 @@ def _cell(value: float) -> str:
 def _schedule_note(groups: Sequence[Group]) -> str:
     schedules = sorted({group.counted[0].summary.get("schedule", "every step") for group in groups} - {"every step"})
     return f"; † evaluated {' or '.join(schedules)}: compare only with the same schedule" if schedules else ""
+
+
+def _left_out_note(groups: Sequence[Group], metrics: Sequence[str]) -> str:
+    """Say how many boundaries a relative gap is not defined at."""
+    notes = []
+    for metric, name in LEFT_OUT.items():
+        counts = [(group, int(np.nansum([run.metric(name) for run in group.counted]))) for group in groups]
+        shown = ", ".join(f"{count} of {marked(group)}" for group, count in counts if count)
+        if metric in metrics and shown:
+            notes.append(f"; {metric} leaves out boundaries before which the accuracy was 0: {shown}")
+    return "".join(notes)
 
 
 def marked(group: Group) -> str:

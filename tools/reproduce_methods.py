@@ -247,6 +247,11 @@ def drift_table(group: Group) -> Table:
     return Table("ModuleDrift, finetuning: change across experiences over the mean", ("modules", "times"), tuple(rows))
 
 
+def group_in(folder: Path) -> Group:
+    """The runs of a method, without those views of them that have a folder below."""
+    return next(group for group in groups_of(folder) if group.counted[0].directory.parent == folder)
+
+
 def averaged_table(groups: Mapping[str, Group]) -> list[Table]:
     """Metrics of the average that ER goes on from, where the other table has those of the live weights."""
     name = "ER + average"
@@ -298,7 +303,7 @@ def main() -> None:
         for name, job in jobs.items():
             job.result()
             console.print(f"{name}: {args.seeds} seeds done", style="dim")
-    groups = {name: groups_of(folder)[0] for name, folder in folders.items()}
+    groups = {name: group_in(folder) for name, folder in folders.items()}
     tables = [protocol.result_table(args.protocol, groups), *protocol.controls(groups)]
     for table in tables:
         console.print(table.rich())

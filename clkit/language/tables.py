@@ -159,7 +159,7 @@ class TableRecords(Sequence[Record]):
     def __getitem__(self, index: int | slice) -> Record | TableRecords:
         if isinstance(index, slice):
             return self.only(range(len(self))[index])
-        row, own = self._places[range(len(self))[index]].tolist()
+        row, own = (int(number) for number in self._places[range(len(self))[index]])
         return records_of(self._rows.item(self._table[row]), None, self._rows.turns)[own]
 
     def only(self, positions: Sequence[int]) -> TableRecords:

@@ -79,7 +79,7 @@ class Reading:
     images: ImageRoot | None = None
     turns: Turns = "last"
     needed: Sequence[Split] = LEARNED
-    limits: Mapping[str, int | None] = field(default_factory=dict)
+    limits: Mapping[Split, int | None] = field(default_factory=dict)
 
     @property
     def read(self) -> tuple[Split, ...]:

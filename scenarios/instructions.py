@@ -14,9 +14,9 @@ from clkit.language.answers import METRICS
 from clkit.language.dataset import InstructionDataset, Pad, Side, TooLong
 from clkit.language.images import ImageTable
 from clkit.language.models import describes_encoder_decoder, load_processor, load_tokenizer
-from clkit.language.records import OnError, Record, Records, Turns
+from clkit.language.records import OnError, Record, Turns
 from clkit.language.styles import AnswerStyles, StyleReport
-from clkit.language.tasks import EVALUATED, LEARNED, SPLITS, Split, read_task, sources_of
+from clkit.language.tasks import EVALUATED, LEARNED, SPLITS, Reading, Split, Splits, read_task, sources_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -36,7 +36,13 @@ class Instructions(Stream):
       :func:`~clkit.language.records.records_of`); a ``task.json`` beside them may say more, see below;
     - a mapping with files ``train``, ``test`` and ``eval``: paths, or lists of them;
     - a mapping with ``hub``, a data set of Hugging Face (needs ``datasets``): its ``name``, the ``splits`` that stand
-      for train, test and eval; ``options`` are more arguments of ``datasets.load_dataset``.
+      for train, test and eval; ``options`` are more arguments of ``datasets.load_dataset``; or with ``disk``, a folder
+      of ``DatasetDict.save_to_disk``, and ``splits``;
+    - in Python, a ``DatasetDict``, or a mapping whose ``train``, ``test`` and ``eval`` are data sets of ``datasets``.
+
+    Data sets with an index stay on disk: texts are read when they are asked for, and tokens alone are held. An
+    ``IterableDataset`` (``options={"streaming": True}``) is read once, as many rows as ``limit`` says, and refused
+    without one, since it may have no end.
 
     A ``task.json``, or the mapping, may have the task's ``metric`` (see :mod:`clkit.language.answers`; ``exact_match``
     otherwise), its answers' ``style`` (see :class:`~clkit.language.styles.AnswerStyles`; ``short_answer`` otherwise)
@@ -150,7 +156,7 @@ class Instructions(Stream):
 
         def read(index: int, task: str, source: Any, needed: Sequence[Split]) -> Experience:
             found_in = None if processor is None else (image_root,)
-            splits, about = read_task(task, source, root, on_error, found_in, turns, needed)
+            splits, about = read_task(task, source, root, Reading(on_error, found_in, turns, needed, limits))
             _compare_sizes(task, splits, about.get("sizes") or {}, needed)
             metric = (metrics or {}).get(task, about.get("metric", "exact_match"))
             if metric not in METRICS:
@@ -159,7 +165,7 @@ class Instructions(Stream):
                 )
             data: dict[str, InstructionDataset] = {}
             for split, found in splits.items():
-                records: list[Record] = found[: limits.get(split)]
+                records: Sequence[Record] = found[: limits.get(split)]
                 if split == "train" and styles is not None:
                     native = about.get("style", "short_answer")
                     records, report = styles(records, task, native, about.get("format"))
@@ -193,14 +199,12 @@ class Instructions(Stream):
         )
 
 
-def _compare_sizes(
-    task: str, splits: Mapping[Split, Records], sizes: Mapping[Split, int], needed: Sequence[Split]
-) -> None:
+def _compare_sizes(task: str, splits: Splits, sizes: Mapping[Split, int], needed: Sequence[Split]) -> None:
     check_keys(f"Task {task!r}, sizes", sizes, SPLITS)
     for split, published in sizes.items():
         if split == "train" and split not in needed:
             continue
         n = splits[split].n_objects if split in splits else 0
         # published numbers are often rounded
-        if abs(n - published) > 0.02 * published:
+        if n is not None and abs(n - published) > 0.02 * published:
             rank_zero_warn(f"{task}/{split}: the published data has {published} records, these files have {n}.")

@@ -11,7 +11,7 @@ from clkit.errors import ConfigurationError
 from clkit.language.dataset import Pad, TextDataset
 from clkit.language.models import load_tokenizer
 from clkit.language.records import OnError, Record
-from clkit.language.tasks import read_folder
+from clkit.language.tasks import Reading, read_folder
 
 from .sources import divide_classes, order_classes
 
@@ -55,7 +55,7 @@ class SplitTexts(Stream):
         seed: int = 0,
     ) -> None:
         folder = Path(folder)
-        splits, _ = read_folder(folder, folder.name, on_error)
+        splits, _ = read_folder(folder, folder.name, Reading(on_error))
         names = sorted({record.answer for record in splits["train"]})
         number = {name: label for label, name in enumerate(names)}
         for split, records in splits.items():
@@ -73,7 +73,7 @@ class SplitTexts(Stream):
         sizes = divide_classes(title, len(order), n_experiences, classes_per_experience)
         loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
 
-        def dataset(split: str, records: list[Record], classes: list[int]) -> TextDataset:
+        def dataset(split: str, records: Sequence[Record], classes: list[int]) -> TextDataset:
             chosen = [record for record in records if number[record.answer] in classes]
             texts, labels = [record.prompt for record in chosen], [number[record.answer] for record in chosen]
             return TextDataset(texts, labels, loaded, max_length=max_length, name=f"{folder.name}/{split}")

@@ -260,9 +260,17 @@ def test_strategies_train_encoder_decoders_and_resume_to_the_same_bits(root, tmp
     assert all(p.isfinite().all() for p in whole.parameters())
 
 
-def test_a_memory_gives_prompts_and_answers_back_whole(root):
-    stream, strategy = make_stream(root, ("sums",)), s.ExperienceReplay(99)
-    fit(stream, [strategy], make_module(), steps=None, epochs=1)
+@pytest.mark.parametrize("device", [None, "disk"])
+def test_a_memory_gives_prompts_and_answers_back_whole(tmp_path, device):
+    # of all lengths, so that in some batches both are as wide
+    words = ["red", "green", "blue", "one", "two"]
+    texts = [(" ".join(words[:n]), " ".join(words[-m:])) for n in range(1, 6) for m in range(1, 6)]
+    for split in ("train", "test"):
+        path = tmp_path / "sums" / f"{split}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps([{"prompt": prompt, "answer": answer} for prompt, answer in texts]))
+    stream, strategy = make_stream(tmp_path, ("sums",), metrics={}), s.ExperienceReplay(99, device=device)
+    fit(stream, [strategy], make_module(), steps=None, epochs=1, batch_size=2)
     found = strategy.remembered()
     pairs = {
         (tuple(ids[mask.bool()].tolist()), tuple(labels[labels != -100].tolist()))

@@ -19,10 +19,13 @@ from clkit.errors import ConfigurationError, check_whole
 from clkit.language.encoding import Encoded, Encoder
 from clkit.language.images import ImageTable, kept_features, let_read
 from clkit.language.records import Record
+from clkit.language.tables import TableRecords
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+_AT_ONCE = 10_000
+"""Records whose texts are held while they are encoded."""
 TooLong = Literal["drop", "cut_prompt"]
 Side = Literal["right", "left"]
 Sample = dict[str, Tensor]
@@ -57,7 +60,7 @@ class InstructionDataset(Dataset[Sample]):
         images: The stream's table of images, where several datasets share one.
 
     Attributes:
-        records: The records that are left, in order.
+        records: The records that are left, in order; those of a data set with an index are read from it.
         images: The table of images; ``None`` without a processor.
         lengths: Tokens of each sample, ``int64`` ``[N]``.
         prompt_lengths: Tokens before each sample's answer, ``int64`` ``[N]``.
@@ -105,24 +108,29 @@ class InstructionDataset(Dataset[Sample]):
             separator=separator,
             apart=encoder_decoder,
         )
-        kept: list[tuple[Record, Encoded]] = []
+        kept: list[int] = []
+        encoded: list[Encoded] = []
         self.n_bad = self.n_dropped = self.n_cut = 0
-        for record, whole in zip(records, encoder(records), strict=True):
-            found: Encoded | None = whole
-            if whole.length > max_length:
-                found = encoder.shortened(record, whole, max_length) if too_long == "cut_prompt" else None
-                self.n_cut += found is not None
-                self.n_dropped += found is None
-            if found is not None:
-                kept.append((record, found))
+        for first in range(0, len(records), _AT_ONCE):
+            part = [records[i] for i in range(first, min(first + _AT_ONCE, len(records)))]
+            for i, (record, whole) in enumerate(zip(part, encoder(part), strict=True), first):
+                found: Encoded | None = whole
+                if whole.length > max_length:
+                    found = encoder.shortened(record, whole, max_length) if too_long == "cut_prompt" else None
+                    self.n_cut += found is not None
+                    self.n_dropped += found is None
+                if found is not None:
+                    kept.append(i)
+                    encoded.append(found)
         self._report(name, max_length)
         if not kept:
             raise ConfigurationError(
                 f"{name}: none of {len(records)} samples has {max_length} tokens or fewer; raise max_length, or use "
                 "too_long=cut_prompt."
             )
-        self.records = [record for record, _ in kept]
-        encoded = [found for _, found in kept]
+        self.records: Sequence[Record] = (
+            records.only(kept) if isinstance(records, TableRecords) else [records[i] for i in kept]
+        )
         self.prompt_lengths = np.array([found.prompt_length for found in encoded])
         self.lengths = np.array([found.length for found in encoded])
         self.ends = sorted({int(found.answer[-1]) for found in encoded})

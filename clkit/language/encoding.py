@@ -118,6 +118,7 @@ class Encoder:
         special = {number for number, token in added.items() if token.special}
         self._special = {*getattr(tokenizer, "all_special_ids", ()), *special, int(self._eos)}
         self._around: tuple[str, str] | None = None
+        self._has_warned = False
         self._takes_parts = self.chat and images is not None and self._probe_parts()
 
     def __call__(self, records: Sequence[Record]) -> list[Encoded]:
@@ -257,7 +258,8 @@ class Encoder:
             prompts.append(prompt + moved)
             rests.append(rest[len(moved) :])
             bounds.append(around and (len(before) - len(moved), len(rest) - len(moved) - len(after)))
-        if written:
+        if written and not self._has_warned:
+            self._has_warned = True
             rank_zero_warn(
                 f"The chat template writes {written!r} before an answer; it goes with the prompt, and is neither "
                 "learned nor scored."

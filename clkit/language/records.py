@@ -175,11 +175,11 @@ class Records(list[Record]):
     """The records of a file or a split.
 
     Attributes:
-        n_objects: Objects that they are from; one object may hold several.
+        n_objects: Objects that they are from; one object may hold several. ``None`` if nobody knows how many there are.
         n_bad: Bad objects that were left out.
     """
 
-    n_objects = 0
+    n_objects: int | None = 0
     n_bad = 0
 
 
@@ -225,7 +225,7 @@ def read_records(
                     f"{path}, line {line}: {error}. Mend it, or leave bad records out with on_error=skip."
                 ) from error
             records.n_bad += 1
-        records.n_objects += 1
+        records.n_objects = (records.n_objects or 0) + 1
     if not records:
         raise ConfigurationError(f"{path} has no usable record ({records.n_bad} bad); give at least one.")
     return records, records.n_bad

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from pytorch_lightning.utilities import rank_zero_warn
 
 from clkit.errors import ConfigurationError, check_keys
-from clkit.language.images import ImageColumns, ImageFolder
-from clkit.language.records import OnError, Records, Turns, read_records, records_of
+from clkit.language.images import ImageFolder
+from clkit.language.records import OnError, Records, Turns, read_records
+from clkit.language.tables import Rows, TableRecords
 
 Split = Literal["train", "eval", "test"]
 SPLITS: tuple[Split, ...] = ("train", "eval", "test")
@@ -21,6 +23,8 @@ EVALUATED: tuple[Split, ...] = ("test",)
 """Those that one must have which is never trained on."""
 _ABOUT = ("metric", "style", "format", "sizes", "keys")
 _HUB = ("hub", "name", "splits", "options")
+_DISK = ("disk", "splits")
+Splits = dict[Split, Records | TableRecords]
 
 
 def sources_of(tasks: Mapping[str, Any] | Sequence[str] | None, root: Path, setting: str = "tasks") -> dict[str, Any]:
@@ -59,60 +63,79 @@ ImageRoot = tuple[str | Path | None]
 """The ``image_root`` of records with images; ``None`` stands for texts alone."""
 
 
-def read_task(
-    task: str,
-    source: Any,
-    root: Path,
-    on_error: OnError,
-    images: ImageRoot | None = None,
-    turns: Turns = "last",
-    needed: Sequence[Split] = LEARNED,
-) -> tuple[dict[Split, Records], dict[str, Any]]:
+@dataclass(frozen=True)
+class Reading:
+    """How tasks are read.
+
+    Args:
+        on_error: What happens to bad records: ``"raise"``, or ``"skip"``.
+        images: Where images are if not beside the files, as ``(image_root,)``; ``None`` for texts alone.
+        turns: Which answers in messages are learned, the ``"last"`` one or ``"all"``.
+        needed: The splits that a task must have.
+        limits: Most records of each split.
+    """
+
+    on_error: OnError = "raise"
+    images: ImageRoot | None = None
+    turns: Turns = "last"
+    needed: Sequence[Split] = LEARNED
+    limits: Mapping[Split, int | None] = field(default_factory=dict)
+
+    @property
+    def read(self) -> tuple[Split, ...]:
+        """The splits that are read where they are there."""
+        return tuple(split for split in SPLITS if split in (*self.needed, "eval"))
+
+    def turns_of(self, split: Split) -> Turns:
+        """Which answers are learned; of held-out data the last one is asked for."""
+        return self.turns if split == "train" else "last"
+
+
+def read_task(task: str, source: Any, root: Path, how: Reading) -> tuple[Splits, dict[str, Any]]:
     """Read a task from one of :func:`sources_of`.
 
     Args:
         task: Its name.
-        source: The name of a folder, a mapping of files, or a mapping with ``hub``.
+        source: The name of a folder; a mapping of files or data sets; a mapping with ``hub`` or ``disk``; or a
+            ``DatasetDict``.
         root: Where folders and files are.
-        on_error: What happens to bad records: ``"raise"``, or ``"skip"``.
-        images: Where images are if not beside the files, as ``(image_root,)``; ``None`` for texts alone.
-        turns: Which answers in messages are learned, the ``"last"`` one or ``"all"``.
-        needed: The splits that it must have.
+        how: How it is read.
 
     Returns:
-        The records of each split, and what else is said of the task.
+        The first records of each split, as many as its limit or more, and what else is said of the task.
 
     Raises:
         ConfigurationError: If a file, folder or split is missing, a record is bad, or a key is unknown.
     """
-    if isinstance(source, Mapping) and "hub" in source:
-        check_keys(f"Task {task!r}", source, (*_HUB, *_ABOUT))
-        check_keys(f"Task {task!r}, splits", source.get("splits") or {}, SPLITS)
-        return _from_hub(task, source, on_error, images is not None, turns, needed), dict(source)
-    if isinstance(source, Mapping):
-        check_keys(f"Task {task!r}", source, (*SPLITS, *_ABOUT))
-        files = about = dict(source)
-        return _read_files(task, files, root, on_error, images, turns, about.get("keys"), needed), about
-    return read_folder(root / str(source), task, on_error, images, turns, needed)
+    where = f"Task {task!r}"
+    if hasattr(source, "column_names") and not isinstance(source, Mapping):
+        raise ConfigurationError(
+            f"{where} is one data set; give it {{train: ..., test: ...}}, a data set for each split."
+        )
+    if not isinstance(source, Mapping):
+        return read_folder(root / str(source), task, how)
+    about = dict(source)
+    for kind, known, load in (("hub", _HUB, _hub), ("disk", _DISK, _disk)):
+        if kind in source:
+            check_keys(where, source, (*known, *_ABOUT))
+            names = _names(task, source.get("splits"), how)
+            return _from_tables(task, load(task, source, names, root), about.get("keys"), how), about
+    if hasattr(source, "column_names"):
+        # a DatasetDict, with names of its own
+        own = {"eval": "validation"} if "validation" in source and "eval" not in source else {}
+        names = {split: own.get(split, split) for split in how.read if own.get(split, split) in source}
+        about, source = {}, {split: source[name] for split, name in names.items()}
+    check_keys(where, source, (*SPLITS, *_ABOUT))
+    return _read_files(task, source, root, about.get("keys"), how), about
 
 
-def read_folder(
-    folder: Path,
-    task: str,
-    on_error: OnError,
-    images: ImageRoot | None = None,
-    turns: Turns = "last",
-    needed: Sequence[Split] = LEARNED,
-) -> tuple[dict[Split, Records], dict[str, Any]]:
+def read_folder(folder: Path, task: str, how: Reading) -> tuple[Splits, dict[str, Any]]:
     """Read a task's folder.
 
     Args:
         folder: The folder.
         task: Name of the task for messages.
-        on_error: What happens to bad records: ``"raise"``, or ``"skip"``.
-        images: Where images are if not beside the files, as ``(image_root,)``; ``None`` for texts alone.
-        turns: Which answers in messages are learned, the ``"last"`` one or ``"all"``.
-        needed: The splits that it must have.
+        how: How it is read.
 
     Returns:
         The records of each split, and what its ``task.json`` says.
@@ -134,101 +157,116 @@ def read_folder(
     if not isinstance(about, dict):
         raise ConfigurationError(f"{described} holds a {type(about).__name__}; it must be an object.")
     check_keys(str(described), about, _ABOUT)
-    return _read_files(task, files, folder, on_error, images, turns, about.get("keys"), needed), about
-
-
-def _read_files(
-    task: str,
-    files: Mapping[str, Any],
-    root: Path,
-    on_error: OnError,
-    images: ImageRoot | None,
-    turns: Turns,
-    keys: Mapping[str, str] | None,
-    needed: Sequence[Split],
-) -> dict[Split, Records]:
-    missing = [split for split in needed if split not in files]
-    if missing:
-        raise ConfigurationError(
-            f"Task {task!r} has no {missing[0]} split; give it {missing[0]}.json or {missing[0]}.jsonl, a list of "
-            "records."
-        )
-    splits: dict[Split, Records] = {}
-    for split in _read_of(needed):
-        if split in files:
-            paths = [files[split]] if isinstance(files[split], (str, Path)) else list(files[split])
-            parts = []
-            for path in (root / path for path in paths):
-                find = None if images is None else ImageFolder(path.parent, *images)
-                learned = turns if split == "train" else "last"
-                parts.append(read_records(path, on_error, find, turns=learned, keys=keys)[0])
-            splits[split] = Records(record for part in parts for record in part)
-            splits[split].n_objects = sum(part.n_objects for part in parts)
-            n_bad = splits[split].n_bad = sum(part.n_bad for part in parts)
-            if n_bad:
-                rank_zero_warn(f"{task}/{split}: {n_bad} bad records are left out.")
-    return splits
-
-
-def _read_of(needed: Sequence[Split]) -> tuple[Split, ...]:
-    """The splits that are read where they are there."""
-    return tuple(split for split in SPLITS if split in (*needed, "eval"))
+    return _read_files(task, files, folder, about.get("keys"), how), about
 
 
 def _file(folder: Path, split: str) -> Path | None:
     return next((path.absolute() for end in ("json", "jsonl") if (path := folder / f"{split}.{end}").is_file()), None)
 
 
-def _from_hub(
-    task: str,
-    source: Mapping[str, Any],
-    on_error: OnError,
-    with_images: bool,
-    turns: Turns,
-    needed: Sequence[Split],
-) -> dict[Split, Records]:
+def _read_files(
+    task: str, files: Mapping[str, Any], root: Path, keys: Mapping[str, str] | None, how: Reading
+) -> Splits:
+    missing = [split for split in how.needed if split not in files]
+    if missing:
+        raise ConfigurationError(
+            f"Task {task!r} has no {missing[0]} split; give it {missing[0]}.json or {missing[0]}.jsonl, a list of "
+            "records."
+        )
+    splits: Splits = {}
+    for split in how.read:
+        if split not in files:
+            continue
+        given = files[split]
+        if hasattr(given, "column_names"):
+            splits |= _from_tables(task, {split: given}, keys, how)
+            continue
+        parts = []
+        for path in (root / path for path in ([given] if isinstance(given, (str, Path)) else list(given))):
+            find = None if how.images is None else ImageFolder(path.parent, *how.images)
+            parts.append(read_records(path, how.on_error, find, turns=how.turns_of(split), keys=keys)[0])
+        found = splits[split] = Records(record for part in parts for record in part)
+        found.n_objects = sum(part.n_objects or 0 for part in parts)
+        found.n_bad = sum(part.n_bad for part in parts)
+        _tell_of_bad(task, split, found)
+    return splits
+
+
+def _tell_of_bad(task: str, split: Split, found: Records | TableRecords) -> None:
+    if found.n_bad:
+        rank_zero_warn(f"{task}/{split}: {found.n_bad} bad records are left out.")
+
+
+def _from_tables(task: str, tables: Mapping[Split, Any], keys: Mapping[str, str] | None, how: Reading) -> Splits:
+    """The records of data sets of Hugging Face."""
+    splits: Splits = {}
+    for split, table in tables.items():
+        rows = Rows(
+            f"Task {task!r}, {split}",
+            dict(keys or {}),
+            how.turns_of(split),
+            how.on_error,
+            how.limits.get(split),
+            how.images is not None,
+        )
+        try:
+            splits[split] = rows.read(table)
+        except ConfigurationError:
+            raise
+        except Exception as error:
+            columns = ", ".join(map(str, rows.keys.values())) or "prompt, answer"
+            raise ConfigurationError(
+                f"{rows.where}: its rows cannot be read with columns {columns} ({type(error).__name__}: {error}). "
+                f"It has {', '.join(table.column_names or ()) or 'unknown ones'}; name them with keys."
+            ) from error
+        _tell_of_bad(task, split, splits[split])
+    return splits
+
+
+def _datasets() -> Any:
     try:
         import datasets
     except ImportError as error:
         raise ConfigurationError(
             "Data sets of Hugging Face need the package datasets; run pip install 'clkit[language]'."
         ) from error
-    keys = dict(source.get("keys") or {})
-    names = dict(source.get("splits") or {split: split for split in needed})
-    missing = [split for split in needed if split not in names]
+    return datasets
+
+
+def _names(task: str, given: Mapping[Split, str] | None, how: Reading) -> dict[Split, str]:
+    """What stands for each split that is read."""
+    check_keys(f"Task {task!r}, splits", given or {}, SPLITS)
+    names: dict[Split, str] = dict(given or {split: split for split in how.needed})
+    missing = [split for split in how.needed if split not in names]
     if missing:
         raise ConfigurationError(f"Task {task!r} has no {missing[0]} split; name it in splits: {{{missing[0]}: NAME}}.")
-    splits: dict[Split, Records] = {}
-    for split in _read_of(needed):
-        if split not in names:
-            continue
-        found = splits[split] = Records()
+    return {split: names[split] for split in how.read if split in names}
+
+
+def _hub(task: str, source: Mapping[str, Any], names: Mapping[Split, str], root: Path) -> dict[Split, Any]:
+    datasets, options = _datasets(), dict(source.get("options") or {})
+    tables: dict[Split, Any] = {}
+    for split, name in names.items():
         try:
-            table = datasets.load_dataset(
-                source["hub"], source.get("name"), split=names[split], **dict(source.get("options") or {})
-            )
-            find = ImageColumns(table) if with_images else None
-            for number, row in enumerate(table if find is None else find.rows()):
-                item = {**row, **{own: row[theirs] for own, theirs in keys.items()}}
-                for column in () if find is None else find.columns - {"image", "images"}:
-                    item.pop(column)
-                try:
-                    found += records_of(item, find, turns if split == "train" else "last")
-                except ValueError as error:
-                    if on_error == "raise":
-                        raise ConfigurationError(
-                            f"Task {task!r}, {split}, row {number}: {error}. Leave bad records out with on_error=skip."
-                        ) from error
-                    found.n_bad += 1
-        except ConfigurationError:
-            raise
+            tables[split] = datasets.load_dataset(source["hub"], source.get("name"), split=name, **options)
         except Exception as error:
-            columns = ", ".join(map(str, keys.values())) or "prompt, answer"
             raise ConfigurationError(
-                f"Task {task!r}: datasets cannot load split {names[split]!r} of {source['hub']!r} with columns "
-                f"{columns} ({type(error).__name__}: {error}). Check hub, name, splits and keys."
+                f"Task {task!r}: datasets cannot load split {name!r} of {source['hub']!r} ({type(error).__name__}: "
+                f"{error}). Check hub, name, splits and options."
             ) from error
-        found.n_objects = len(table)
-        if found.n_bad:
-            rank_zero_warn(f"{task}/{split}: {found.n_bad} bad records are left out.")
-    return splits
+    return tables
+
+
+def _disk(task: str, source: Mapping[str, Any], names: Mapping[Split, str], root: Path) -> dict[Split, Any]:
+    folder = root / str(source["disk"])
+    try:
+        found = _datasets().load_from_disk(str(folder))
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"Task {task!r}: {folder} cannot be loaded ({error}); name a folder that DatasetDict.save_to_disk has made."
+        ) from error
+    missing = [name for name in names.values() if not isinstance(found, Mapping) or name not in found]
+    if missing:
+        there = ", ".join(found) if isinstance(found, Mapping) else "no splits"
+        raise ConfigurationError(f"Task {task!r}: {folder} has {there}, but not {missing[0]!r}; name it in splits.")
+    return {split: found[name] for split, name in names.items()}

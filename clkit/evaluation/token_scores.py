@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from clkit.data.batch import IGNORED, is_text
 from clkit.errors import ConfigurationError
+from clkit.evaluation.scores import OfMean
 
 
 def language_model(module: nn.Module) -> Any:
@@ -80,6 +81,20 @@ def answer_probability(module: LightningModule, batch: Any) -> Tensor:
     and figures of the per-iteration evaluation are made for.
     """
     return (-answer_loss(module, batch)).exp()
+
+
+def _inverse(losses: Tensor) -> Tensor:
+    return (-losses).exp()
+
+
+inverse_perplexity = OfMean(answer_loss, _inverse, "inverse_perplexity")
+"""The inverse of the perplexity: :math:`e^{-L}` of the mean :math:`L` of :func:`answer_loss` over samples, in (0, 1].
+
+It is the geometric mean probability of a token of raw text, and has the range and direction that metrics, tables and
+figures are made for. The loss is :math:`-\\ln s` and the perplexity :math:`1 / s` of a score :math:`s` in the history;
+``clkit report`` writes both down. Every sample weighs the same, which is a mean over tokens where all have equally
+many, as chunks of text do.
+"""
 
 
 def _answer_logits(module: LightningModule, batch: Any) -> tuple[Tensor, Tensor]:

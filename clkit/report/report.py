@@ -16,7 +16,7 @@ from clkit.files import write_atomically
 from clkit.metrics.connectivity_file import read_lines
 from clkit.metrics.drift_file import Drift
 from clkit.metrics.history import History
-from clkit.report import answers, html, tables
+from clkit.report import answers, html, perplexity, tables
 from clkit.report.figures import (
     TWO_COLUMNS,
     accuracy_matrix_figure,
@@ -25,6 +25,7 @@ from clkit.report.figures import (
     connectivity_figure,
     drift_figure,
     overlay_figure,
+    perplexity_figure,
     save,
     scatter_figure,
     stability_gap_figure,
@@ -47,6 +48,7 @@ _ANSWERS = (
     "Content: what the answer says. Strict: its form counts too. What strict loses and content keeps is forgotten in "
     "form. Wrong and grey image: asked without the picture."
 )
+_PERPLEXITY = "Loss of held-out text of each domain; a dot is what it was before the domain was learned."
 _MATRIX = "Row: what was just learned. Column: what it is evaluated on, complete test sets."
 
 
@@ -84,6 +86,9 @@ class Report:
             metrics = metrics[len(shown) :]
         if len(groups) == 1:
             yield tables.experiences_table(groups[0]).rich()
+            domains = perplexity.domains_table(groups[0])
+            if domains.rows:
+                yield domains.rich()
         own = answers.summary_table(groups, short=True)
         if own.rows:
             yield own.rich()
@@ -116,9 +121,10 @@ def write_report(
     Writes ``report.md``, ``report.tex`` (needs booktabs), ``report.csv`` (a row for each setting), ``runs.csv`` (a row
     for each run, tidy), ``report.html`` (one self-contained page) and figures as PNG and SVG: ``stability_gap``, and
     ``zoom`` (the boundaries of one setting) and ``drift`` (where ``ModuleDrift`` measured), or ``overlay``,
-    ``worst_case`` and ``time`` (several settings). Runs that differ in their seed alone are averaged; unfinished runs
-    are reported as such. The page also shows what ``clkit connect`` found, and the scores of generated answers
-    (``AnswerScores``).
+    ``worst_case`` and ``time`` (several settings). Runs on raw text have ``perplexity.csv`` (a row for each domain in
+    each evaluation) and the figure ``perplexity`` (one setting). Runs that differ in their seed alone are averaged;
+    unfinished runs are reported as such. The page also shows what ``clkit connect`` found, and the scores of generated
+    answers (``AnswerScores``).
 
     Args:
         directories: Run folders, or folders of runs.
@@ -152,7 +158,7 @@ def write_report(
         tables.definitions_table(groups),
     ]
     each = [answered, tables.runs_table(groups), *map(tables.experiences_table, groups)]
-    each += [table(group) for group in groups for table in (answers.tasks_table, answers.time_table)]
+    each += [table(g) for g in groups for table in (perplexity.domains_table, answers.tasks_table, answers.time_table)]
     main = [tables.results_table(groups), *([tables.experiences_table(groups[0])] if len(groups) == 1 else [])]
     main += [answered] if answered.rows else []
     main += [answers.tasks_table(groups[0])] if answered.rows and len(groups) == 1 else []
@@ -179,6 +185,8 @@ def write_report(
         "runs.csv": tables.runs_csv(groups),
         "report.html": page,
     }
+    if any(map(perplexity.is_perplexity, runs)):
+        texts["perplexity.csv"] = perplexity.perplexity_csv(runs)
     for name, text in texts.items():
         write_atomically(folder / name, text)
     return Report(tuple(groups), tuple(notes), (*(folder / name for name in texts), *drawn))
@@ -262,7 +270,9 @@ def _figures(groups: Sequence[Group], width: float) -> dict[str, Figure]:
     score, shown = groups[0].runs[0].summary["score"], groups[:_MAX_PANELS]
     if len(groups) == 1:
         drift = _drift(groups[0], width)
+        losses = _perplexity(groups[0], width)
         own = {"stability_gap": _gap(groups[0], width), "zoom": _zoom(groups[0], width)}
+        own |= {} if losses is None else {"perplexity": losses}
         return own if drift is None else {**own, "drift": drift}
     histories = {tables.marked(group): _sound(group) for group in shown}
     names = {tables.marked(group): group.runs[0].experiences for group in shown}
@@ -313,6 +323,9 @@ def _rest(group: Group, width: float, *, themed: bool) -> str:
             f"<div>{tables.experiences_table(group).html()}</div>",
         )
     ]
+    if (losses := _perplexity(group, width)) is not None:
+        parts.append(html.drawn(f"{group.label}: perplexity", losses, _PERPLEXITY, themed=themed))
+        parts.append(perplexity.domains_table(group).html())
     if (drift := _drift(group, width)) is not None:
         parts.append(html.drawn(f"{group.label}: module drift", drift, themed=themed))
     if found := answers.mean_matrices(group):
@@ -349,6 +362,13 @@ def _drift(group: Group, width: float) -> Figure | None:
     if not found:
         return None
     return drift_figure(Drift.mean(found), title=f"{group.label} · module drift, {len(found)} run(s)", width=width)
+
+
+def _perplexity(group: Group, width: float) -> Figure | None:
+    if not perplexity.is_perplexity(group.counted[0]):
+        return None
+    names, title = group.counted[0].experiences, f"{group.label} · loss and perplexity"
+    return perplexity_figure(_sound(group), names, title=title, width=width)
 
 
 def _zoom(group: Group, width: float) -> Figure:

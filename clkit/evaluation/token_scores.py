@@ -74,6 +74,27 @@ def answer_loss(module: LightningModule, batch: Any) -> Tensor:
     return losses.sum(dim=1) / (targets != IGNORED).sum(dim=1)
 
 
+def extraction_strength(module: LightningModule, batch: Any) -> Tensor:
+    r"""Return :math:`1 - k / L` of each sample's :math:`L` labelled tokens, in [0, 1], ``float32`` ``[B]``.
+
+    :math:`k` is the smallest number of them that must be given for the model to choose all the rest, each from those
+    before it. As :func:`token_accuracy`, which see.
+    """
+    logits, targets = _answer_logits(module, batch)
+    return strength((logits.argmax(dim=-1) == targets), targets != IGNORED)
+
+
+def strength(hits: Tensor, counted: Tensor) -> Tensor:
+    """Return the share of each row's counted tokens that lie behind its last miss, ``float32`` ``[B]``.
+
+    Args:
+        hits: Which tokens are right, ``bool`` ``[B, T]``.
+        counted: Which of them count, ``bool`` ``[B, T]``.
+    """
+    right = (hits | ~counted).flip(1).cumprod(dim=1).flip(1)
+    return (right * counted).sum(dim=1).float() / counted.sum(dim=1)
+
+
 def answer_probability(module: LightningModule, batch: Any) -> Tensor:
     """Return the geometric mean probability of each sample's answer tokens, in (0, 1], ``float32`` ``[B]``.
 

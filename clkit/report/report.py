@@ -16,7 +16,7 @@ from clkit.files import write_atomically
 from clkit.metrics.connectivity_file import read_lines
 from clkit.metrics.drift_file import Drift
 from clkit.metrics.history import History
-from clkit.report import answers, html, perplexity, tables
+from clkit.report import answers, html, perplexity, retention, tables
 from clkit.report.figures import (
     TWO_COLUMNS,
     accuracy_matrix_figure,
@@ -26,6 +26,7 @@ from clkit.report.figures import (
     drift_figure,
     overlay_figure,
     perplexity_figure,
+    retention_figure,
     save,
     scatter_figure,
     stability_gap_figure,
@@ -49,6 +50,10 @@ _ANSWERS = (
     "form. Wrong and grey image: asked without the picture."
 )
 _PERPLEXITY = "Loss of held-out text of each domain; a dot is what it was before the domain was learned."
+_RETENTION = (
+    "What is left of texts that were read a few times, over the steps of training on others since. Dotted: before they "
+    "were read. Recognition is of pairs, so chance is one half."
+)
 _MATRIX = "Row: what was just learned. Column: what it is evaluated on, complete test sets."
 
 
@@ -86,12 +91,11 @@ class Report:
             metrics = metrics[len(shown) :]
         if len(groups) == 1:
             yield tables.experiences_table(groups[0]).rich()
-            domains = perplexity.domains_table(groups[0])
-            if domains.rows:
-                yield domains.rich()
-        own = answers.summary_table(groups, short=True)
-        if own.rows:
-            yield own.rich()
+            own = (perplexity.domains_table(groups[0]), retention.retention_table(groups[0]))
+            yield from (table.rich() for table in own if table.rows)
+        answered = answers.summary_table(groups, short=True)
+        if answered.rows:
+            yield answered.rich()
             if len(groups) == 1:
                 yield from (table.rich() for table in (answers.tasks_table(groups[0]), answers.time_table(groups[0])))
         yield from (Text(f"! {note}", style="yellow") for note in self.notes)
@@ -122,9 +126,9 @@ def write_report(
     for each run, tidy), ``report.html`` (one self-contained page) and figures as PNG and SVG: ``stability_gap``, and
     ``zoom`` (the boundaries of one setting) and ``drift`` (where ``ModuleDrift`` measured), or ``overlay``,
     ``worst_case`` and ``time`` (several settings). Runs on raw text have ``perplexity.csv`` (a row for each domain in
-    each evaluation) and the figure ``perplexity`` (one setting). Runs that differ in their seed alone are averaged;
-    unfinished runs are reported as such. The page also shows what ``clkit connect`` found, and the scores of generated
-    answers (``AnswerScores``).
+    each evaluation) and the figure ``perplexity`` (one setting), those with a ``RetentionProbe`` the figure
+    ``retention``. Runs that differ in their seed alone are averaged; unfinished runs are reported as such. The page
+    also shows what ``clkit connect`` found, and the scores of generated answers (``AnswerScores``).
 
     Args:
         directories: Run folders, or folders of runs.
@@ -158,7 +162,8 @@ def write_report(
         tables.definitions_table(groups),
     ]
     each = [answered, tables.runs_table(groups), *map(tables.experiences_table, groups)]
-    each += [table(g) for g in groups for table in (perplexity.domains_table, answers.tasks_table, answers.time_table)]
+    of_group = (perplexity.domains_table, retention.retention_table, answers.tasks_table, answers.time_table)
+    each += [table(group) for group in groups for table in of_group]
     main = [tables.results_table(groups), *([tables.experiences_table(groups[0])] if len(groups) == 1 else [])]
     main += [answered] if answered.rows else []
     main += [answers.tasks_table(groups[0])] if answered.rows and len(groups) == 1 else []
@@ -270,10 +275,9 @@ def _figures(groups: Sequence[Group], width: float) -> dict[str, Figure]:
     score, shown = groups[0].runs[0].summary["score"], groups[:_MAX_PANELS]
     if len(groups) == 1:
         drift = _drift(groups[0], width)
-        losses = _perplexity(groups[0], width)
         own = {"stability_gap": _gap(groups[0], width), "zoom": _zoom(groups[0], width)}
-        own |= {} if losses is None else {"perplexity": losses}
-        return own if drift is None else {**own, "drift": drift}
+        more = {"perplexity": _perplexity(groups[0], width), "retention": _retention(groups[0], width), "drift": drift}
+        return own | {name: figure for name, figure in more.items() if figure is not None}
     histories = {tables.marked(group): _sound(group) for group in shown}
     names = {tables.marked(group): group.runs[0].experiences for group in shown}
     found = {
@@ -326,6 +330,9 @@ def _rest(group: Group, width: float, *, themed: bool) -> str:
     if (losses := _perplexity(group, width)) is not None:
         parts.append(html.drawn(f"{group.label}: perplexity", losses, _PERPLEXITY, themed=themed))
         parts.append(perplexity.domains_table(group).html())
+    if (left := _retention(group, width)) is not None:
+        parts.append(html.drawn(f"{group.label}: retention", left, _RETENTION, themed=themed))
+        parts.append(retention.retention_table(group).html())
     if (drift := _drift(group, width)) is not None:
         parts.append(html.drawn(f"{group.label}: module drift", drift, themed=themed))
     if found := answers.mean_matrices(group):
@@ -369,6 +376,11 @@ def _perplexity(group: Group, width: float) -> Figure | None:
         return None
     names, title = group.counted[0].experiences, f"{group.label} · loss and perplexity"
     return perplexity_figure(_sound(group), names, title=title, width=width)
+
+
+def _retention(group: Group, width: float) -> Figure | None:
+    found = retention.probed(group)
+    return retention_figure(found, title=f"{group.label} · planted texts", width=width) if found else None
 
 
 def _zoom(group: Group, width: float) -> Figure:

@@ -69,19 +69,22 @@ def answer_loss(module: LightningModule, batch: Any) -> Tensor:
 
     As :func:`token_accuracy`, which see.
     """
-    logits, targets = _answer_logits(module, batch)
+    return _mean_loss(*_answer_logits(module, batch))
+
+
+def _mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
     losses = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
     return losses.sum(dim=1) / (targets != IGNORED).sum(dim=1)
 
 
-def extraction_strength(module: LightningModule, batch: Any) -> Tensor:
-    r"""Return :math:`1 - k / L` of each sample's :math:`L` labelled tokens, in [0, 1], ``float32`` ``[B]``.
+def loss_and_strength(module: LightningModule, batch: Any) -> tuple[Tensor, Tensor]:
+    r"""Return :func:`answer_loss` and the extraction strength of each sample, ``float32`` ``[B]`` each, by one forward.
 
-    :math:`k` is the smallest number of them that must be given for the model to choose all the rest, each from those
-    before it. As :func:`token_accuracy`, which see.
+    The strength is :math:`1 - k / L` of a sample's :math:`L` labelled tokens, in [0, 1]: :math:`k` is the smallest
+    number of them that must be given for the model to choose all the rest, each from those before it.
     """
     logits, targets = _answer_logits(module, batch)
-    return strength((logits.argmax(dim=-1) == targets), targets != IGNORED)
+    return _mean_loss(logits, targets), strength(logits.argmax(dim=-1) == targets, targets != IGNORED)
 
 
 def strength(hits: Tensor, counted: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from clkit.data.hooks import Hooks
 from clkit.data.loader import StreamLoader
 from clkit.errors import ConfigurationError, check_whole
 from clkit.evaluation.schedule import Every, LogSpaced, Schedule
-from clkit.evaluation.token_scores import answer_loss, extraction_strength, language_model
+from clkit.evaluation.token_scores import language_model, loss_and_strength
 from clkit.files import result_folder, write_atomically
 from clkit.language.dataset import Pad, Sample
 from clkit.language.models import load_tokenizer, transformers
@@ -47,7 +47,7 @@ class RetentionProbe(Hooks):
       :math:`(\ell^0_s - \ell_s) - (\ell^0_f - \ell_f)`, how much more the loss of planted texts fell than their foils';
       ``loss_planted`` and ``loss_foil``;
     - ``strength``: extraction strength of the planted texts, see
-      :func:`~clkit.evaluation.token_scores.extraction_strength`;
+      :func:`~clkit.evaluation.token_scores.loss_and_strength`;
     - ``recall_50``, ...: after a cue of so many percent of a planted text's tokens, the share of the rest that a greedy
       continuation has in the right places; ``exact_50``, ...: the share of texts that it has whole.
 
@@ -173,14 +173,7 @@ class RetentionProbe(Hooks):
         data = stream_data(trainer)
         self._last_step = data.step
         if data.step == self.at and not self.rows:
-            with untouched(trainer, pl_module):
-                planted, foils = (self._values(trainer, pl_module, part, answer_loss) for part in self._pairs)
-            self._before = [*planted.tolist(), *foils.tolist()]
             self._measure(trainer, pl_module, exposures=0, since=0, recall=True)
-
-    @property
-    def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
-        return self._planted, self._foils
 
     def transform_batch(self, trainer: Trainer, module: LightningModule, batch: Any) -> Any:
         position = stream_data(trainer).step - self.at
@@ -210,11 +203,11 @@ class RetentionProbe(Hooks):
 
     def _measure(self, trainer: Trainer, module: LightningModule, *, exposures: int, since: int, recall: bool) -> None:
         with untouched(trainer, module):
-            planted, foils, words = (
-                self._values(trainer, module, part, answer_loss) for part in (*self._pairs, self._words)
-            )
-            strength = self._values(trainer, module, self._planted, extraction_strength)
+            parts = (self._planted, self._foils, self._words)
+            (planted, strength), (foils, _), (words, _) = (self._scored(trainer, module, part) for part in parts)
             recalled = {cue: self._recalled(module, cue) for cue in self.cues} if recall else {}
+        if not exposures:
+            self._before = [*planted.tolist(), *foils.tolist()]
         before = torch.tensor(self._before, dtype=torch.float64)
         base, base_foils = before[: len(planted)], before[len(planted) :]
         scores = {
@@ -237,13 +230,13 @@ class RetentionProbe(Hooks):
             shown = {f"retention/{name}": value for name, value in scores.items() if not math.isnan(value)}
             logger.log_metrics(shown, step=data.step)
 
-    def _values(self, trainer: Trainer, module: LightningModule, texts: list[Tensor], score: Any) -> Tensor:
-        """A score of each text, ``float64`` ``[N]`` on the CPU."""
-        parts = [
-            score(module, to_device(trainer, Pad()([_sample(text) for text in part])))
-            for part in _split(texts, self.eval_batch_size)
-        ]
-        return torch.cat(parts).double().cpu()
+    def _scored(self, trainer: Trainer, module: LightningModule, texts: list[Tensor]) -> Tensor:
+        """Loss and extraction strength of each text, ``float64`` ``[2, N]`` on the CPU."""
+        parts = []
+        for part in _split(texts, self.eval_batch_size):
+            batch = to_device(trainer, Pad()([_sample(text) for text in part]))
+            parts.append(torch.stack(loss_and_strength(module, batch)))
+        return torch.cat(parts, dim=1).double().cpu()
 
     def _recalled(self, module: LightningModule, cue: float) -> tuple[float, float]:
         """Mean share of a text's tokens after the cue that are recalled, and share of texts recalled whole."""

@@ -1,4 +1,4 @@
-"""Streams to learn on: standard image scenarios, features, texts and Avalanche's benchmarks."""
+"""Streams to learn on: images, features, instructions, texts, and Avalanche's benchmarks."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .rotated import Rotated as Rotated
     from .split import Split as Split
     from .split import SplitDigits as SplitDigits
+    from .text_domains import TextDomains as TextDomains
     from .texts import SplitTexts as SplitTexts
 
 _PUBLIC = {
@@ -27,6 +28,7 @@ _PUBLIC = {
     "SplitDigits": ".split",
     "SplitFeatures": ".features",
     "SplitTexts": ".texts",
+    "TextDomains": ".text_domains",
 }
 __all__ = sorted(_PUBLIC)
 __getattr__, __dir__ = lazy_exports(__name__, _PUBLIC)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .per_task import PerTask as PerTask
     from .projected_replay import ProjectedReplay as ProjectedReplay
     from .reglora import RegLoRA as RegLoRA
+    from .replay_share import ReplayShare as ReplayShare
     from .si import SynapticIntelligence as SynapticIntelligence
     from .soft_targets import SoftTargets as SoftTargets
     from .weight_average import WeightAverage as WeightAverage
@@ -72,6 +73,7 @@ _PUBLIC = {
     "PerTask": ".per_task",
     "ProjectedReplay": ".projected_replay",
     "RegLoRA": ".reglora",
+    "ReplayShare": ".replay_share",
     "SoftTargets": ".soft_targets",
     "SynapticIntelligence": ".si",
     "WeightAverage": ".weight_average",

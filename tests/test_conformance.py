@@ -20,6 +20,7 @@ STRATEGIES = {
     "cumulative": (strategies.Cumulative, 0),
     "er": (lambda: strategies.ExperienceReplay(16), 16 * SAMPLE),
     "er_balanced": (lambda: strategies.ExperienceReplay(16, buffer="class_balanced", alpha=0.5), 16 * SAMPLE),
+    "replay_share": (lambda: strategies.ReplayShare(0.3), 0),
     "agem": (lambda: strategies.AGEM(8, batch_size=8), 3 * 8 * SAMPLE),
     "ewc": (lambda: strategies.EWC(10.0), 2 * WEIGHTS + 4),
     "ewc_online": (lambda: strategies.EWC(10.0, mode="online", decay=0.9, fisher="batch"), 2 * WEIGHTS + 4),

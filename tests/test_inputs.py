@@ -45,6 +45,7 @@ from clkit.strategies import (
     NearestMean,
     PerTask,
     ProjectedReplay,
+    ReplayShare,
     SoftTargets,
     SynapticIntelligence,
     WeightAverage,
@@ -64,6 +65,7 @@ CONSUMERS: dict[str, Callable[[], Any]] = {
     "own score": lambda: StabilityGap(plot=False, score=anything),
     "lazy": lambda: StabilityGap(plot=False, lazy=True),
     "er": lambda: ExperienceReplay(6),
+    "replay share": lambda: ReplayShare(0.5),
     "er balanced": lambda: ExperienceReplay(6, buffer="class_balanced", alpha=0.5),
     "agem": lambda: AGEM(3),
     "gem": lambda: GEM(3),
@@ -311,6 +313,7 @@ TRAINS = {
 REFUSED = {("task", "lwf bce"), ("segmentation", "features")}
 
 ANY_LOSS = {"naive", "own score", "er", "agem", "gem", "ewc", "ewc batch", "si", "ema", "joint", "cumulative"}
+ANY_LOSS |= {"replay share"}
 ANY_OUTPUT = ANY_LOSS | {"mas", "features", "der", "der++", "kfpf", "per task"}
 ALSO_TRAINS = {
     **dict.fromkeys(["regression", "several labels", "segmentation"], ANY_OUTPUT),

@@ -44,6 +44,7 @@ SMALL = {
     "moelora": ["experts=2"],
     "nmc": ["capacity=24"],
     "projected_replay": ["samples_per_experience=8"],
+    "replay_share": ["share=0.3"],
     "reglora": ["strength=1.0", "percent=20"],
 }
 PAGE = Path(__file__).parents[1] / "docs" / "composition.md"

@@ -48,6 +48,7 @@ _OVERRIDES = {
     "moelora": [_LORA],
     "olora": [_LORA],
     "reglora": [_LORA],
+    "replay_share": ["strategy.replay_share.share=0.25"],
     "si": [*_ROTATED, "strategy.si.strength=1"],
 }
 BEHIND_A_MEMORY = ("fpf", "freeze_old_rows", "head_init", "head_warmup", "lpr", "nmc", "soft_targets", "weight_average")

@@ -127,6 +127,7 @@ VECTORS: dict[str, Build] = {
     "er, memory on the CPU": lambda: s.ExperienceReplay(16, device="cpu"),
     "er, fpf": lambda: [s.ExperienceReplay(16), s.FPF(steps=3)],
     "kfpf": lambda: s.KFPF(2, capacity=16, steps=3, distillation=0.5),
+    "replay_share": lambda: s.ReplayShare(0.3),
     "der": lambda: s.DER(16, beta=0.5),
     "cls_er": lambda: s.CLSER(16),
     "gdumb": lambda: s.GDumb(24),

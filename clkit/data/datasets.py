@@ -188,7 +188,7 @@ def contents_of(dataset: Dataset[Any] | None) -> list[Any]:
         return [torch.as_tensor(dataset.indices), *contents_of(dataset.dataset)]
     if isinstance(dataset, ConcatDataset):
         return [content for part in dataset.datasets for content in contents_of(part)]
-    return [getattr(dataset, name) for name in ("records", "targets") if hasattr(dataset, name)]
+    return [getattr(dataset, name) for name in ("records", "targets", "content_key") if hasattr(dataset, name)]
 
 
 def labels_of(batch: Any) -> Tensor:

@@ -276,7 +276,7 @@ class Stream(Sequence[Experience]):
         It covers the structure, all tensors and texts of every split that are held in memory
         (:class:`~clkit.data.datasets.InMemoryDataset`, ``TensorDataset``, and datasets with ``records``, such as
         :class:`~clkit.language.dataset.InstructionDataset`), two training samples of each experience, and of other
-        datasets the ``targets``, where they have some.
+        datasets the ``targets``, or the ``content_key`` that says what they hold, where they have some.
         """
         parts = [_about(e) for e in self._experiences]
         digest = hashlib.sha256(repr((self.name, self.kind, self.n_classes, parts)).encode())

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from clkit.distributed import holds_shards, sum_over_processes
 from clkit.evaluation.evaluator import Result
+from clkit.evaluation.scores import Scorer
 from clkit.files import set_aside
 from clkit.metrics.history import HistoryWriter, Phase
 
@@ -39,6 +40,7 @@ class Recorder:
         path: The history's file; only the first process writes it.
         counts: Samples of each experience in an evaluation, ``[K]``.
         full_counts: Samples of each in the one at an experience's end, ``[K]``.
+        scorer: What was summed.
         curve: Name of the loggers' curves.
         state: What :meth:`state_dict` returned, to go on from there; an older history is kept aside when ``None``.
 
@@ -53,10 +55,11 @@ class Recorder:
         path: Path,
         counts: Tensor,
         full_counts: Tensor,
+        scorer: Scorer,
         curve: str,
         state: Mapping[str, Any] | None = None,
     ) -> None:
-        self.trainer, self.path, self.curve = trainer, path, curve
+        self.trainer, self.path, self.scorer, self.curve = trainer, path, scorer, curve
         self._counts, self._full_counts = counts, full_counts
         self.latest: list[float] = []
         self.n_undefined = 0 if state is None else state["n_undefined"]
@@ -92,7 +95,7 @@ class Recorder:
         if not holds_shards(self.trainer):
             sums = sum_over_processes(self.trainer, sums)
         counts = torch.stack([self._full_counts if row.phase == "end" else self._counts for row in rows])
-        means, undefined = (sums[:, 0] / counts).tolist(), int(sums[:, 1].sum())
+        means, undefined = self.scorer.recorded(sums[:, 0], sums[:, 1], counts).tolist(), int(sums[:, 1].sum())
         self._count_undefined(undefined)
         for row, values in zip(rows, means, strict=True):
             scores = [value if k in row.experiences else math.nan for k, value in enumerate(values)]

@@ -22,20 +22,40 @@ Score = Callable[[LightningModule, Any], Tensor]
 Mask = Literal["none", "seen", "experience"]
 
 
+@dataclass(frozen=True)
+class OfMean:
+    """A score that is a function of a mean over samples, as perplexity is of the mean loss.
+
+    Args:
+        values: Returns what the mean is taken of, one value a sample, ``[B]``.
+        of_mean: Maps means ``[...]`` to what is recorded, from 0 (worst) to 1.
+        name: Name of the score.
+    """
+
+    values: Score
+    of_mean: Callable[[Tensor], Tensor]
+    name: str
+
+    def __call__(self, module: LightningModule, batch: Any) -> Tensor:
+        """Return what the mean is taken of, ``[B]``."""
+        return self.values(module, batch)
+
+
 def named(score: str | Score) -> Score:
     """Return a score function by its name.
 
-    They are ``accuracy``, and ``token_accuracy`` and ``answer_probability`` of language models.
+    They are ``accuracy``, and ``token_accuracy``, ``answer_probability`` and ``inverse_perplexity`` of language models.
 
     Raises:
         ConfigurationError: If the name is unknown.
     """
-    from clkit.evaluation.token_scores import answer_probability, token_accuracy
+    from clkit.evaluation.token_scores import answer_probability, inverse_perplexity, token_accuracy
 
     known: dict[str, Score] = {
         "accuracy": accuracy,
         "token_accuracy": token_accuracy,
         "answer_probability": answer_probability,
+        "inverse_perplexity": inverse_perplexity,
     }
     if not isinstance(score, str):
         return score
@@ -168,7 +188,23 @@ class Scorer:
         """Return the ``allowed`` of :func:`accuracy`; see :meth:`__call__`."""
         return None if self.classes is None else self.classes[experience if self.mask == "seen" else owner]
 
+    def recorded(self, sums: Tensor, undefined: Tensor, counts: Tensor | float) -> Tensor:
+        """Return the score of each experience from the sums over its samples.
+
+        Args:
+            sums: Sums of what the score returned, ``[..., K]``.
+            undefined: Numbers of samples for which that was NaN, ``[..., K]``. They count as 0; a score of means
+                (:class:`OfMean`) is 0 then.
+            counts: Numbers of samples, ``[..., K]`` or one for all.
+        """
+        means = sums / counts
+        if isinstance(self.score, OfMean):
+            return self.score.of_mean(means).masked_fill(undefined > 0, 0.0)
+        return means
+
     @property
     def name(self) -> str:
         """Name of the score function."""
+        if isinstance(self.score, OfMean):
+            return self.score.name
         return getattr(self.score, "__name__", type(self.score).__name__)

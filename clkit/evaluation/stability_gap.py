@@ -57,9 +57,9 @@ class StabilityGap(FreshStart):
             :class:`~clkit.evaluation.schedule.Schedule`.
         subset: Held-out samples of each experience that are evaluated each time; all when ``None`` or more than there
             are.
-        score: ``"accuracy"``; ``"token_accuracy"`` or ``"answer_probability"`` for language models
-            (:mod:`clkit.evaluation.token_scores`); or a function of the module and a batch that returns one value a
-            sample, shape ``[B]``.
+        score: ``"accuracy"``; ``"token_accuracy"``, ``"answer_probability"`` or ``"inverse_perplexity"`` for language
+            models (:mod:`clkit.evaluation.token_scores`); or a function of the module and a batch that returns one
+            value a sample, shape ``[B]``.
         mask: Which logits compete: all (``"none"``), those of the classes seen so far (``"seen"``), or those of the
             classes of the sample's own experience (``"experience"``).
         split: ``"test"`` or ``"val"``.
@@ -250,7 +250,7 @@ class StabilityGap(FreshStart):
         self._scorer = Scorer.of(self.score, self.mask, stream, device)
         curve = self._scorer.name + (f"-{self.name}" if self.name else "")
         counts = self._held_out.subsets.counts, self._held_out.full_counts
-        self._recorder = Recorder(trainer, self.dir / "history.csv", *counts, curve, resumed)
+        self._recorder = Recorder(trainer, self.dir / "history.csv", *counts, self._scorer, curve, resumed)
         self._is_monitored = any(name.startswith(f"{curve}/") for name in _monitored(trainer))
         self._evaluator = self._choice.build(trainer, pl_module, self._held_out.subsets, self._scorer)
         if trainer.global_step == 0:
@@ -360,7 +360,7 @@ class StabilityGap(FreshStart):
         about = {"name": stream.name, "kind": stream.kind, "experiences": self._names}
         return summary(
             history,
-            stream={**about, **_left_out(stream)},
+            stream={**about, **_about_texts(stream)},
             complete=len(stream) - 1 in history.select("end").experience,
             score=self._scorer.name,
             schedule=f"{self.schedule}, approximately" if self._choice.lazy else str(self.schedule),
@@ -464,11 +464,16 @@ def _monitored(trainer: Trainer) -> set[str]:
     return {monitor for one in looking if isinstance(monitor := getattr(one, "monitor", None), str)}
 
 
-def _left_out(stream: Stream) -> dict[str, dict[str, int]]:
-    """How many texts were bad, dropped or cut, in each experience where any was: of training, then of held-out data."""
-    counts = {
+def _about_texts(stream: Stream) -> dict[str, dict[str, float]]:
+    """What is known of the texts of each experience.
+
+    How many were bad, dropped or cut, where any was, of training, then of held-out data; and of raw text its bytes for
+    each token.
+    """
+    counts: dict[str, dict[str, float]] = {
         f"{name}{suffix}": {e.name: int(number) for e in stream if (number := getattr(getattr(e, split), attribute, 0))}
         for split, suffix in (("train", ""), ("val", "_val"), ("test", "_test"))
         for name, attribute in (("bad", "n_bad"), ("dropped", "n_dropped"), ("cut", "n_cut"))
     }
-    return {name: found for name, found in counts.items() if found}
+    sizes = {e.name: float(size) for e in stream if (size := getattr(e.test, "bytes_per_token", None)) is not None}
+    return {name: found for name, found in {**counts, "bytes_per_token": sizes}.items() if found}

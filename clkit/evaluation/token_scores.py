@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from clkit.data.batch import IGNORED, is_text
 from clkit.errors import ConfigurationError
+from clkit.evaluation.scores import OfMean
 
 
 def language_model(module: nn.Module) -> Any:
@@ -68,9 +69,33 @@ def answer_loss(module: LightningModule, batch: Any) -> Tensor:
 
     As :func:`token_accuracy`, which see.
     """
-    logits, targets = _answer_logits(module, batch)
+    return _mean_loss(*_answer_logits(module, batch))
+
+
+def _mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
     losses = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
     return losses.sum(dim=1) / (targets != IGNORED).sum(dim=1)
+
+
+def loss_and_strength(module: LightningModule, batch: Any) -> tuple[Tensor, Tensor]:
+    r"""Return :func:`answer_loss` and the extraction strength of each sample, ``float32`` ``[B]`` each, by one forward.
+
+    The strength is :math:`1 - k / L` of a sample's :math:`L` labelled tokens, in [0, 1]: :math:`k` is the smallest
+    number of them that must be given for the model to choose all the rest, each from those before it.
+    """
+    logits, targets = _answer_logits(module, batch)
+    return _mean_loss(logits, targets), strength(logits.argmax(dim=-1) == targets, targets != IGNORED)
+
+
+def strength(hits: Tensor, counted: Tensor) -> Tensor:
+    """Return the share of each row's counted tokens that lie behind its last miss, ``float32`` ``[B]``.
+
+    Args:
+        hits: Which tokens are right, ``bool`` ``[B, T]``.
+        counted: Which of them count, ``bool`` ``[B, T]``.
+    """
+    right = (hits | ~counted).flip(1).cumprod(dim=1).flip(1)
+    return (right * counted).sum(dim=1).float() / counted.sum(dim=1)
 
 
 def answer_probability(module: LightningModule, batch: Any) -> Tensor:
@@ -80,6 +105,20 @@ def answer_probability(module: LightningModule, batch: Any) -> Tensor:
     and figures of the per-iteration evaluation are made for.
     """
     return (-answer_loss(module, batch)).exp()
+
+
+def _inverse(losses: Tensor) -> Tensor:
+    return (-losses).exp()
+
+
+inverse_perplexity = OfMean(answer_loss, _inverse, "inverse_perplexity")
+"""The inverse of the perplexity: :math:`e^{-L}` of the mean :math:`L` of :func:`answer_loss` over samples, in (0, 1].
+
+It is the geometric mean probability of a token of raw text, and has the range and direction that metrics, tables and
+figures are made for. The loss is :math:`-\\ln s` and the perplexity :math:`1 / s` of a score :math:`s` in the history;
+``clkit report`` writes both down. Every sample weighs the same, which is a mean over tokens where all have equally
+many, as chunks of text do.
+"""
 
 
 def _answer_logits(module: LightningModule, batch: Any) -> tuple[Tensor, Tensor]:

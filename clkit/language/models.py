@@ -283,7 +283,7 @@ class LanguageModule(pl.LightningModule):
         if most is not None and longest > most:
             raise ConfigurationError(
                 f"The longest text has {longest} tokens, but {type(self.net).__name__} has positions for {most}; use "
-                f"max_length={most} (scenario.max_length)."
+                f"max_length={most} (scenario.max_length; of raw text length={most}, scenario.length)."
             )
 
     def configure_model(self) -> None:

@@ -50,6 +50,7 @@ class Strategy(Hooks):
         changes_frozen: Whether it changes weights that are not trained, as merging an adapter does.
         weighs_loss: Whether its loss term gives the module's own loss another weight; one strategy alone can.
         replaces_data: Whether it replaces what the experiences train on; one strategy alone can.
+        reads_past: Whether it trains on the data of earlier experiences as the stream has them.
         is_new_group: Whether the current experience trains weights of which no earlier one has trained any; see
             :class:`~clkit.method.routing.Router`.
         works_sharded: Whether it works where each process holds a part of the weights only (FSDP).
@@ -62,6 +63,7 @@ class Strategy(Hooks):
     changes_frozen = False
     weighs_loss = False
     replaces_data = False
+    reads_past = False
     is_new_group = False
     works_sharded = False
 
@@ -79,7 +81,7 @@ class Strategy(Hooks):
                 "runs its own backward; set automatic_optimization = True or add the term in your training_step."
             )
         gone = [experience.name for experience in stream_data(trainer).stream if experience.known_as]
-        if self.replaces_data and gone:
+        if (self.replaces_data or self.reads_past) and gone:
             raise ConfigurationError(
                 f"{type(self).__name__} trains on the data of earlier experiences, but those of {', '.join(gone)} are "
                 "no longer there; put them back, or use a strategy that remembers samples, such as ExperienceReplay."

@@ -46,9 +46,9 @@ class Estimate:
         """Percent with one decimal, ``–`` if undefined."""
         return self.text()
 
-    def text(self, scale: float = 100.0) -> str:
-        """Return ``scale`` times the number with one decimal, ``–`` if undefined."""
+    def text(self, scale: float = 100.0, digits: int = 1) -> str:
+        """Return ``scale`` times the number with one decimal, or more ``digits``; ``–`` if undefined."""
         if np.isnan(self.mean):
             return "–"
-        interval = "" if np.isnan(self.half) else f" ± {scale * self.half:.1f}"
-        return f"{scale * self.mean:.1f}{interval}".replace("-", "−")
+        interval = "" if np.isnan(self.half) else f" ± {scale * self.half:.{digits}f}"
+        return f"{scale * self.mean:.{digits}f}{interval}".replace("-", "−")

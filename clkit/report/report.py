@@ -16,7 +16,7 @@ from clkit.files import write_atomically
 from clkit.metrics.connectivity_file import read_lines
 from clkit.metrics.drift_file import Drift
 from clkit.metrics.history import History
-from clkit.report import answers, html, tables
+from clkit.report import answers, html, perplexity, retention, tables
 from clkit.report.figures import (
     TWO_COLUMNS,
     accuracy_matrix_figure,
@@ -25,6 +25,8 @@ from clkit.report.figures import (
     connectivity_figure,
     drift_figure,
     overlay_figure,
+    perplexity_figure,
+    retention_figure,
     save,
     scatter_figure,
     stability_gap_figure,
@@ -46,6 +48,11 @@ _OVERLAY = "The mean over the experiences seen so far. Bands are 95% intervals o
 _ANSWERS = (
     "Content: what the answer says. Strict: its form counts too. What strict loses and content keeps is forgotten in "
     "form. Wrong and grey image: asked without the picture."
+)
+_PERPLEXITY = "Loss of held-out text of each domain; a dot is what it was before the domain was learned."
+_RETENTION = (
+    "What is left of texts that were read a few times, over the steps of training on others since. Dotted: before they "
+    "were read. Recognition is of pairs, so chance is one half."
 )
 _MATRIX = "Row: what was just learned. Column: what it is evaluated on, complete test sets."
 
@@ -78,9 +85,11 @@ class Report:
         yield from _in_parts(console, tables.results_table(groups, metrics), len(metrics), options.max_width)
         if len(groups) == 1:
             yield tables.experiences_table(groups[0]).rich()
-        own = answers.summary_table(groups, short=True)
-        if own.rows:
-            yield own.rich()
+            own = (perplexity.domains_table(groups[0]), retention.retention_table(groups[0]))
+            yield from (table.rich() for table in own if table.rows)
+        answered = answers.summary_table(groups, short=True)
+        if answered.rows:
+            yield answered.rich()
             if len(groups) == 1:
                 for table in _answer_tables(groups[0]):
                     yield from _in_parts(console, table, len(table.header) - 1, options.max_width)
@@ -126,9 +135,10 @@ def write_report(
     Writes ``report.md``, ``report.tex`` (needs booktabs), ``report.csv`` (a row for each setting), ``runs.csv`` (a row
     for each run, tidy), ``report.html`` (one self-contained page) and figures as PNG and SVG: ``stability_gap``, and
     ``zoom`` (the boundaries of one setting) and ``drift`` (where ``ModuleDrift`` measured), or ``overlay``,
-    ``worst_case`` and ``time`` (several settings). Runs that differ in their seed alone are averaged; unfinished runs
-    are reported as such. The page also shows what ``clkit connect`` found, and the scores of generated answers
-    (``AnswerScores``).
+    ``worst_case`` and ``time`` (several settings). Runs on raw text have ``perplexity.csv`` (a row for each domain in
+    each evaluation) and the figure ``perplexity`` (one setting), those with a ``RetentionProbe`` the figure
+    ``retention``. Runs that differ in their seed alone are averaged; unfinished runs are reported as such. The page
+    also shows what ``clkit connect`` found, and the scores of generated answers (``AnswerScores``).
 
     Args:
         directories: Run folders, or folders of runs.
@@ -162,6 +172,8 @@ def write_report(
         tables.definitions_table(groups),
     ]
     each = [answered, tables.runs_table(groups), *map(tables.experiences_table, groups)]
+    of_group = (perplexity.domains_table, retention.retention_table)
+    each += [table(group) for group in groups for table in of_group]
     each += [table for group in groups for table in _answer_tables(group)]
     main = [tables.results_table(groups), *([tables.experiences_table(groups[0])] if len(groups) == 1 else [])]
     main += [answered] if answered.rows else []
@@ -189,6 +201,8 @@ def write_report(
         "runs.csv": tables.runs_csv(groups),
         "report.html": page,
     }
+    if any(map(perplexity.is_perplexity, runs)):
+        texts["perplexity.csv"] = perplexity.perplexity_csv(runs)
     for name, text in texts.items():
         write_atomically(folder / name, text)
     return Report(tuple(groups), tuple(notes), (*(folder / name for name in texts), *drawn))
@@ -273,7 +287,8 @@ def _figures(groups: Sequence[Group], width: float) -> dict[str, Figure]:
     if len(groups) == 1:
         drift = _drift(groups[0], width)
         own = {"stability_gap": _gap(groups[0], width), "zoom": _zoom(groups[0], width)}
-        return own if drift is None else {**own, "drift": drift}
+        more = {"perplexity": _perplexity(groups[0], width), "retention": _retention(groups[0], width), "drift": drift}
+        return own | {name: figure for name, figure in more.items() if figure is not None}
     histories = {tables.marked(group): _sound(group) for group in shown}
     names = {tables.marked(group): group.runs[0].experiences for group in shown}
     found = {
@@ -323,6 +338,12 @@ def _rest(group: Group, width: float, *, themed: bool) -> str:
             f"<div>{tables.experiences_table(group).html()}</div>",
         )
     ]
+    if (losses := _perplexity(group, width)) is not None:
+        parts.append(html.drawn(f"{group.label}: perplexity", losses, _PERPLEXITY, themed=themed))
+        parts.append(perplexity.domains_table(group).html())
+    if (left := _retention(group, width)) is not None:
+        parts.append(html.drawn(f"{group.label}: retention", left, _RETENTION, themed=themed))
+        parts.append(retention.retention_table(group).html())
     if (drift := _drift(group, width)) is not None:
         parts.append(html.drawn(f"{group.label}: module drift", drift, themed=themed))
     if found := answers.mean_matrices(group):
@@ -359,6 +380,18 @@ def _drift(group: Group, width: float) -> Figure | None:
     if not found:
         return None
     return drift_figure(Drift.mean(found), title=f"{group.label} · module drift, {len(found)} run(s)", width=width)
+
+
+def _perplexity(group: Group, width: float) -> Figure | None:
+    if not perplexity.is_perplexity(group.counted[0]):
+        return None
+    names, title = group.counted[0].experiences, f"{group.label} · loss and perplexity"
+    return perplexity_figure(_sound(group), names, title=title, width=width)
+
+
+def _retention(group: Group, width: float) -> Figure | None:
+    found = retention.probed(group)
+    return retention_figure(found, title=f"{group.label} · planted texts", width=width) if found else None
 
 
 def _zoom(group: Group, width: float) -> Figure:

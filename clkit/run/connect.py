@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -78,17 +79,17 @@ def connect(paths: Sequence[Path], *, points: int = 11, output: Path | None = No
                 "checkpoints of runs with the same network."
             ) from error
         last = max(seen, seen_later)
-        lines.append(
-            line(
-                module,
-                start,
-                end,
-                {name: batches[name] for name in experiences[: last + 1]},
-                points=points,
-                score={n: partial(scorer, experience=last, owner=k) for k, n in enumerate(experiences)},
-                names=(experiences[seen], experiences[seen_later]) if len(paths) == 1 else (first.stem, second.stem),
-            )
+        found = line(
+            module,
+            start,
+            end,
+            {name: batches[name] for name in experiences[: last + 1]},
+            points=points,
+            score={n: partial(scorer, experience=last, owner=k) for k, n in enumerate(experiences)},
+            names=(experiences[seen], experiences[seen_later]) if len(paths) == 1 else (first.stem, second.stem),
         )
+        means = torch.from_numpy(found.score)
+        lines.append(replace(found, score=scorer.recorded(means, means.isnan(), 1.0).numpy()))
     return lines, _write(output or folder, lines, scorer.name)
 
 

@@ -184,10 +184,11 @@ class _Evaluator(Reader):
         scorer = Scorer.of(gap.score, gap.mask, stream, pl_module.device)
         name, view = chosen_view(trainer, self.view or gap.view)
         with view(pl_module):
-            total, undefined = full_sums(trainer, pl_module, split, gap.batch_size, scorer, seen).tolist()
+            total, undefined = full_sums(trainer, pl_module, split, gap.batch_size, scorer, seen)
         sizes = [len(cast(Sequence[Any], part)) for part in sets]
+        scores = scorer.recorded(total[: len(sizes)], undefined[: len(sizes)], total.new_tensor(sizes)).tolist()
         self.found = Evaluation(
-            tuple(Score(k, stream[k].name, n, total[k] / n, int(undefined[k])) for k, n in enumerate(sizes)),
+            tuple(Score(k, stream[k].name, n, scores[k], int(undefined[k])) for k, n in enumerate(sizes)),
             {"of": scorer.name, "split": split, "view": name, "at": self.last},
         )
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from clkit.report.figures.connectivity import connectivity_figure as connectivity_figure
     from clkit.report.figures.drift import drift_figure as drift_figure
     from clkit.report.figures.overlay import overlay_figure as overlay_figure
+    from clkit.report.figures.perplexity import perplexity_figure as perplexity_figure
+    from clkit.report.figures.retention import retention_figure as retention_figure
     from clkit.report.figures.scatter import scatter_figure as scatter_figure
     from clkit.report.figures.stability_gap import comparison_figure as comparison_figure
     from clkit.report.figures.stability_gap import stability_gap_figure as stability_gap_figure
@@ -34,6 +36,8 @@ _PUBLIC = {
     "drift_figure": "clkit.report.figures.drift",
     "envelope": "clkit.report.figures.canvas",
     "overlay_figure": "clkit.report.figures.overlay",
+    "perplexity_figure": "clkit.report.figures.perplexity",
+    "retention_figure": "clkit.report.figures.retention",
     "save": "clkit.report.figures.canvas",
     "scatter_figure": "clkit.report.figures.scatter",
     "stability_gap_figure": "clkit.report.figures.stability_gap",

@@ -98,6 +98,14 @@ def test_models_that_mix_the_texts_of_a_row_are_refused():
         tuned(**batch())
 
 
+def test_batches_with_a_mask_of_their_own_are_left_as_they_are():
+    model, inputs = built("llama"), batch()
+    inputs["attention_mask"] = torch.zeros(3, 1, 9, 9).masked_fill(~torch.ones(9, 9, dtype=torch.bool).tril(), -1e9)
+    expected = model(**inputs).loss
+    with packed(model, 20):
+        assert torch.equal(model(**inputs).loss, expected)
+
+
 def test_modules_without_rows_of_several_texts_refuse_packing():
     with pytest.raises(ConfigurationError, match="TextClassifier cannot put several"):
         TextClassifier(transformers.BertConfig(**COMMON, intermediate_size=24), n_classes=2, packing=64)

@@ -31,7 +31,8 @@ def packed(model: Any, tokens: int | None) -> Iterator[None]:
     and ``eager`` by a mask, whose cost grows with the length of the rows. The model's first call tries that out: what
     one sample's logits are must not depend on the other's tokens.
 
-    Inside :func:`~clkit.method.hidden_states.capture` nothing is packed: hidden states are those of the batch.
+    Inside :func:`~clkit.method.hidden_states.capture` nothing is packed: hidden states are those of the batch. Batches
+    without a mask, or with one of another form, are left as they are.
 
     Args:
         model: A model of transformers, or of peft around one.
@@ -48,7 +49,8 @@ def packed(model: Any, tokens: int | None) -> Iterator[None]:
         raise _refusal(inner, "takes one text a row")
 
     def pack(inner: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        if kwargs.get("labels") is None or kwargs.get("attention_mask") is None or is_captured():
+        mask = kwargs.get("attention_mask")
+        if kwargs.get("labels") is None or mask is None or mask.dim() != 2 or is_captured():
             return None
         if args or kwargs.get("input_ids") is None or kwargs.get("past_key_values") is not None:
             raise _refusal(inner, "is called with more than tokens, as prompt and prefix tuning do")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -73,8 +74,9 @@ def answer_loss(module: LightningModule, batch: Any) -> Tensor:
 
 
 def _mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    losses = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
-    return losses.sum(dim=1) / (targets != IGNORED).sum(dim=1)
+    # one sample at a time: the probabilities of long texts take as much memory as their logits
+    pairs = zip(logits, targets, strict=True)
+    return torch.stack([F.cross_entropy(row.float(), target, ignore_index=IGNORED) for row, target in pairs])
 
 
 def loss_and_strength(module: LightningModule, batch: Any) -> tuple[Tensor, Tensor]:

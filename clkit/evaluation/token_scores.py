@@ -12,13 +12,14 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clkit.data.batch import IGNORED, is_text
 from clkit.errors import ConfigurationError
-from clkit.evaluation.scores import OfMean
+from clkit.evaluation.of_mean import OfMean
 
 
 def language_model(module: nn.Module) -> Any:
@@ -73,8 +74,9 @@ def answer_loss(module: LightningModule, batch: Any) -> Tensor:
 
 
 def _mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    losses = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
-    return losses.sum(dim=1) / (targets != IGNORED).sum(dim=1)
+    # one sample at a time: the probabilities of long texts take as much memory as their logits
+    pairs = zip(logits, targets, strict=True)
+    return torch.stack([F.cross_entropy(row.float(), target, ignore_index=IGNORED) for row, target in pairs])
 
 
 def loss_and_strength(module: LightningModule, batch: Any) -> tuple[Tensor, Tensor]:

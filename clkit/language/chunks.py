@@ -80,7 +80,7 @@ class TextChunks(Dataset[Sample]):
                 "it more text, or use a smaller length (scenario.length)."
             )
         self.bytes_per_token = store.n_bytes / store.n_tokens
-        self.lengths = np.broadcast_to(np.int64(length), (self._n,))
+        self.lengths = np.full(self._n, length)
         order = hashlib.sha256(chosen.tobytes()).hexdigest()
         self.content_key = f"{store.key} {order} {self._n} chunks of {length}, boundaries={boundaries}"
 

@@ -51,8 +51,9 @@ class RetentionProbe(Hooks):
     - ``recall_50``, ...: after a cue of so many percent of a planted text's tokens, the share of the rest that a greedy
       continuation has in the right places; ``exact_50``, ...: the share of texts that it has whole.
 
-    Writes ``retention.csv`` (a row for each measurement), and at the end ``retention.json`` (what is left of each
-    score, see :meth:`~clkit.metrics.retention_file.Retention.summary`, and which texts were planted); the report draws
+    Writes ``retention.csv`` (a row for each measurement) whenever recall is measured, and at the end
+    ``retention.json`` (what is left of each score, see
+    :meth:`~clkit.metrics.retention_file.Retention.summary`, and which texts were planted); the report draws
     them. The training is what it would be on those batches, bit for bit. Planted texts do not come into strategies'
     memories, which hold what the stream gave. Put it after the strategies.
 
@@ -226,6 +227,8 @@ class RetentionProbe(Hooks):
         data = stream_data(trainer)
         about = {"step": data.step, "experience": data.experience.index, "exposures": exposures, "since": since}
         self.rows.append({**about, **scores})
+        if recall:
+            self._write(trainer)
         for logger in trainer.loggers:
             shown = {f"retention/{name}": value for name, value in scores.items() if not math.isnan(value)}
             logger.log_metrics(shown, step=data.step)
@@ -265,10 +268,14 @@ class RetentionProbe(Hooks):
         """All measurements so far."""
         return Retention.of(self.rows)
 
+    def _write(self, trainer: Trainer) -> None:
+        if trainer.is_global_zero and self.rows:
+            write_atomically(self._dir / "retention.csv", self.table.text())
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write(trainer)
         if not trainer.is_global_zero or not self.rows:
             return
-        write_atomically(self._dir / "retention.csv", self.table.text())
         summary = {
             name: {key: None if math.isnan(value) else value for key, value in found.items()}
             for name, found in self.table.summary().items()

@@ -10,7 +10,8 @@ import numpy as np
 
 from clkit.metrics.functional import Statistics
 from clkit.report.estimate import Estimate
-from clkit.report.figures.perplexity import Array, losses
+from clkit.report.figures.perplexity import Array
+from clkit.report.figures.perplexity import losses as losses
 from clkit.report.runs import Group, Run
 from clkit.report.tables import Table
 

@@ -11,6 +11,9 @@ steps, batches, memory and evaluations. The learning rate of each is that of ``R
 seed 100; what is shown are seeds 0 to 4. All runs are trained in this process, one after another, into ``--folder`` as
 ``clkit train`` would: started again, the command goes on with what is missing. ``--no-training`` shows what is there.
 
+``--fresh METHOD`` compares a composition with ER at last, on seeds 10 to 19 of ``split``, of ``shuffled`` (other
+classes together for each seed) and of ``features``, at the rates chosen on ``split``.
+
 TFLOP are counted in the run of the first rate on seed 100: all products that the training computes, evaluation aside;
 the seconds of the training, without evaluation, have the rest. Compositions hold the upper layers only (LPR);
 ``no gap`` is ``experiment=no_gap``. A second table, ``directions``, holds what publications say of the methods against
@@ -49,6 +52,8 @@ from clkit.scenarios.sources import load
 
 RATES = (0.01, 0.03, 0.1)
 HELD_OUT = 100
+FRESH = range(10, 20)
+SHOWN = ("ACC", "min-ACC", "WC-ACC", "avg-SG", "gap_depth")
 CAPACITY = 1000
 _PLAIN = "model.optimizer.momentum=0"
 # all but the first layer, whose 784 inputs cost more than the rest of a step
@@ -101,7 +106,10 @@ IMAGES = {"side": 96, "n_train": 500, "n_test": 100}
 """Of which features are made: pixels on a side, and images of each class."""
 
 
-def streams(features: Path) -> dict[str, dict[str, list[str]]]:
+Streams = dict[str, dict[str, list[str]]]
+
+
+def streams(features: Path) -> Streams:
     """Overrides of each stream's methods.
 
     Args:
@@ -118,6 +126,7 @@ def streams(features: Path) -> dict[str, dict[str, list[str]]]:
         "rotated": {name: [*rotated, *overrides(chosen, n_experiences=3)] for name, chosen in shared.items()},
         "features": {name: [*frozen, *overrides(chosen)] for name, chosen in methods.items()},
         "joint": {name: overrides(chosen) for name, chosen in joint.items()},
+        "shuffled": {name: ["scenario.class_order=shuffled", *overrides(chosen)] for name, chosen in methods.items()},
     }
 
 
@@ -167,16 +176,17 @@ class Method:
     Args:
         folder: Where they are.
         chosen: Overrides of all.
+        rate: Their learning rate, where it was chosen on another stream.
     """
 
-    def __init__(self, folder: Path, chosen: Sequence[str]) -> None:
-        self.folder, self.chosen = folder, list(chosen)
+    def __init__(self, folder: Path, chosen: Sequence[str], rate: float | None = None) -> None:
+        self.folder, self.chosen, self._rate = folder, list(chosen), rate
 
     def _run(self, rate: float, seed: int) -> Path:
         return self.folder / f"lr={rate},seed={seed}"
 
     def train(self, seeds: Iterable[int], data_root: str) -> None:
-        for rate in RATES:
+        for rate in RATES if self._rate is None else ():
             counted = ["callbacks=flops"] if rate == RATES[0] else []
             if "callbacks=live" in self.chosen:
                 counted = ["callbacks=[live,flops]"] if counted else []
@@ -194,8 +204,8 @@ class Method:
 
     @property
     def rate(self) -> float:
-        """The rate with the best final accuracy on the held-out seed."""
-        return max(RATES, key=lambda rate: metrics_of(self._run(rate, HELD_OUT))["ACC"])
+        """The rate with the best final accuracy on the held-out seed, if none was given."""
+        return self._rate or max(RATES, key=lambda rate: metrics_of(self._run(rate, HELD_OUT))["ACC"])
 
     @property
     def runs(self) -> list[Path]:
@@ -273,6 +283,36 @@ def verdict(methods: dict[str, Method]) -> str:
     )
 
 
+def fresh_table(stream: str, folder: Path, known: Streams, composition: str, data_root: str | None) -> Table:
+    """ER and a composition on seeds that no choice was made on, at the rates chosen on ``split``.
+
+    Args:
+        stream: The stream.
+        folder: Of all runs.
+        known: Overrides and methods of each stream.
+        composition: Name of the composition.
+        data_root: Where the data are, to train what is missing; only what is there is shown when ``None``.
+    """
+    methods = {}
+    for name in ("ER", composition):
+        rate = Method(folder / "split" / file_name(name), known["split"][name]).rate
+        methods[name] = Method(folder / "fresh" / stream / file_name(name), known[stream][name], rate)
+        if data_root is not None:
+            methods[name].train(FRESH, data_root)
+    er, other = methods.values()
+    rows = [(name, *(str(method.estimate(metric)) for metric in SHOWN)) for name, method in methods.items()]
+    differences = []
+    for metric in SHOWN:
+        before, after = er.by_seed(metric), other.by_seed(metric)
+        differences.append(str(Estimate.of(after[seed] - before[seed] for seed in before)))
+    rows.append(("difference", *differences))
+    return Table(f"{stream}, seeds {FRESH[0]} to {FRESH[-1]}, percent", ("method", *SHOWN), tuple(rows))
+
+
+def file_name(method: str) -> str:
+    return method.replace(" ", "_").replace(",", "")
+
+
 def main() -> None:
     """Train what is missing, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -282,6 +322,7 @@ def main() -> None:
     parser.add_argument("--data-root", default="data")
     parser.add_argument("--unpack-debian", action="store_true")
     parser.add_argument("--lite0", help="weights of EfficientNet-Lite0, if not those of the package")
+    parser.add_argument("--fresh", metavar="METHOD", help="a composition to compare with ER on seeds 10 to 19 at last")
     parser.add_argument("--no-training", action="store_true", help="only show what is there")
     parser.add_argument("--folder", type=Path, default=Path("runs/gap_remedies"))
     args = parser.parse_args()
@@ -302,7 +343,7 @@ def main() -> None:
     said: list[str] = []
     for stream in chosen_streams:
         methods = {
-            name: Method(args.folder / stream / name.replace(" ", "_").replace(",", ""), chosen)
+            name: Method(args.folder / stream / file_name(name), chosen)
             for name, chosen in known[stream].items()
             if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
         }
@@ -326,6 +367,10 @@ def main() -> None:
         if claims is not None:
             console.print(claims.rich())
             said.append(claims.markdown())
+    for stream in ("split", "shuffled", "features") if args.fresh else ():
+        table = fresh_table(stream, args.folder, known, args.fresh, None if args.no_training else args.data_root)
+        console.print(table.rich())
+        said.append(table.markdown())
     args.folder.mkdir(parents=True, exist_ok=True)
     (args.folder / "tables.md").write_text("\n".join(said))
     console.print(f"{args.folder}/tables.md")

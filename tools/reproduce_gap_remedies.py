@@ -59,7 +59,10 @@ _PLAIN = "model.optimizer.momentum=0"
 # all but the first layer, whose 784 inputs cost more than the rest of a step
 _UPPER = "strategy.lpr.layers=[net.3,net.5]"
 # as often and as much as 1.2 times ER's operations allow
-_CHEAP = ["strategy.lpr.every=50", "strategy.lpr.samples=250", "strategy.head_init.samples=500"]
+_FEW = "strategy.head_init.samples=500"
+_CHEAP = ["strategy.lpr.every=50", "strategy.lpr.samples=250", _FEW]
+# the loss of new samples weighs 1/k in the k-th experience, that of replayed ones the rest
+_SHARES = ["projected_replay", "strategy.projected_replay.projection=none"]
 ALONE = {
     "finetuning": ["naive"],
     "finetuning, no momentum": ["naive", _PLAIN],
@@ -87,9 +90,13 @@ ON_ER = {
     "ER + soft targets": ["er", "soft_targets"],
     "ER + frozen rows": ["er", "freeze_old_rows"],
     "ER + SGM": ["er", "head_init", "soft_targets", "freeze_old_rows"],
-    "replay 1/k": ["projected_replay", "strategy.projected_replay.projection=none"],
+    "replay 1/k": _SHARES,
     "replay 1/k + A-GEM": ["projected_replay"],
     "replay 1/k + GEM": ["projected_replay", "strategy.projected_replay.projection=gem"],
+    "replay 1/k + average": [*_SHARES, "weight_average"],
+    "replay 1/k + head init": [*_SHARES, "head_init", _FEW],
+    "replay 1/k + head init + average": [*_SHARES, "head_init", "weight_average", _FEW],
+    "replay 1/k + head init + LPR + average": [*_SHARES, "head_init", "lpr", "weight_average", _UPPER, *_CHEAP],
     "ER + LPR + average": ["er", "lpr", "weight_average", _UPPER],
     "ER + average + nearest mean": ["er", "weight_average", "nmc"],
     "ER + LPR + average + nearest mean": ["er", "lpr", "weight_average", "nmc", _UPPER],

@@ -15,9 +15,9 @@ seed 100; what is shown are seeds 0 to 4. All runs are trained in this process, 
 classes together for each seed) and of ``features``, at the rates chosen on ``split``.
 
 TFLOP are counted in the run of the first rate on seed 100: all products that the training computes, evaluation aside;
-the seconds of the training, without evaluation, have the rest. Compositions hold the upper layers only (LPR);
-``no gap`` is ``experiment=no_gap``. A second table, ``directions``, holds what publications say of the methods against
-the differences of the same seeds (``gap_directions.py``).
+the seconds of the training, without evaluation, have the rest. Compositions hold the upper layers only (LPR).
+``replay 1/k + head init + average`` is ``experiment=no_gap``. A second table, ``directions``, holds what publications
+say of the methods against the differences of the same seeds (``gap_directions.py``).
 """
 
 from __future__ import annotations
@@ -96,16 +96,16 @@ ON_ER = {
     "replay 1/k + average": [*_SHARES, "weight_average"],
     "replay 1/k + head init": [*_SHARES, "head_init", _FEW],
     "replay 1/k + head init + average": [*_SHARES, "head_init", "weight_average", _FEW],
-    "replay 1/k + head init + LPR + average": [*_SHARES, "head_init", "lpr", "weight_average", _UPPER, *_CHEAP],
+    "replay 1/k + head init + rare LPR + average": [*_SHARES, "head_init", "lpr", "weight_average", _UPPER, *_CHEAP],
     "ER + LPR + average": ["er", "lpr", "weight_average", _UPPER],
     "ER + average + nearest mean": ["er", "weight_average", "nmc"],
     "ER + LPR + average + nearest mean": ["er", "lpr", "weight_average", "nmc", _UPPER],
     "ER + head init + average": ["er", "head_init", "weight_average"],
     "ER + head init + average + nearest mean": ["er", "head_init", "weight_average", "nmc"],
-    "no gap": ["er", "head_init", "lpr", "weight_average", _UPPER, *_CHEAP],
+    "ER + head init + rare LPR + average": ["er", "head_init", "lpr", "weight_average", _UPPER, *_CHEAP],
     "ER + head init + LPR + average": ["er", "head_init", "lpr", "weight_average", _UPPER],
 }
-NEW_CLASSES = ("head init", "head warm-up", "soft targets", "frozen rows", "SGM", "no gap")
+NEW_CLASSES = ("head init", "head warm-up", "soft targets", "frozen rows", "SGM")
 """What is about new classes, of which a rotated stream has none."""
 
 

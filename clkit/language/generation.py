@@ -127,7 +127,10 @@ def answers_to(
 def _own_settings_aside(model: Any) -> Iterator[None]:
     """Leave out what a model's generation config adds to any other: beams, penalties, a forced end."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    own = inner.generation_config
+    own = getattr(inner, "generation_config", None)
+    if own is None:
+        yield
+        return
     inner.generation_config = transformers().GenerationConfig()
     try:
         yield

@@ -143,22 +143,14 @@ def test_mixed_precision_is_that_of_the_lightning_run(tmp_path):
     assert same(train(make_trainer(tmp_path, STRATEGIES["er"](), bf16=True)), lightning)
 
 
-@pytest.mark.parametrize(
-    ("strategies", "steps"),
-    [
-        (lambda: [ExperienceReplay(8), EMABalance("fisher")], (STEPS - 1, STEPS)),
-        (STRATEGIES["reglora"], (STEPS + 1,)),
-        (STRATEGIES["ilora"], (2 * STEPS,)),
-    ],
-    ids=["er and ema_balance", "reglora", "ilora"],
-)
-def test_a_resumed_run_ends_in_the_same_bits(strategies, steps, tmp_path):
+@pytest.mark.parametrize(("name", "steps"), [("ilora", (STEPS - 1, STEPS)), ("reglora", (STEPS + 1,))])
+def test_a_resumed_run_ends_in_the_same_bits(name, steps, tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 1}
-    whole = train(make_trainer(tmp_path / "out", [*strategies(), gap(tmp_path / "gap")], **saving))
+    whole = train(make_trainer(tmp_path / "out", [*STRATEGIES[name](), gap(tmp_path / "gap")], **saving))
     for step in steps:
         folder = tmp_path / f"from_{step}"
         shutil.copytree(tmp_path / "gap", folder)
-        resumed = make_trainer(tmp_path / "again", [*strategies(), gap(folder)])
+        resumed = make_trainer(tmp_path / "again", [*STRATEGIES[name](), gap(folder)])
         assert same(train(resumed, str(tmp_path / "out" / f"checkpoint-{step}")), whole)
         assert history(folder) == history(tmp_path / "gap")
 

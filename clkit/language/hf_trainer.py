@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 from pytorch_lightning import Callback
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.loops.progress import _BatchProgress
+from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.trainer import call
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_warn
@@ -81,7 +82,7 @@ class StreamTraining(TrainerCallback):
         """
         callbacks: list[Any] = trainer.callback_handler.callbacks
         if self._hf is not None or any(isinstance(callback, StreamTraining) for callback in callbacks):
-            raise ConfigurationError("A trainer has one StreamTraining, and that no other trainer; make new ones.")
+            raise ConfigurationError("A trainer has one StreamTraining, and each is for one trainer; make new ones.")
         self._hf, self._own_train = trainer, trainer.train
         # after what decides when to log, and before the reporters, which close at the end
         callbacks.insert(1, self)
@@ -126,6 +127,8 @@ class StreamTraining(TrainerCallback):
                 max_epochs=self.data.total_epochs,
                 accumulate_grad_batches=args.gradient_accumulation_steps,
                 callbacks=list(self.callbacks),
+                # one process, whatever a cluster says
+                plugins=LightningEnvironment(),
                 default_root_dir=args.output_dir,
                 logger=_Reports(hf),
                 enable_checkpointing=False,

@@ -51,6 +51,7 @@ class GDumb(Strategy):
     renews_weights = True
     needs_start = True
     replaces_data = True
+    renews_schedules = True
 
     def __init__(self, capacity: int = 200, *, epochs: int | None = 50, seed: int = 0) -> None:
         check_whole("capacity", capacity, 1)

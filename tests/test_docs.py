@@ -129,6 +129,13 @@ def test_the_page_for_language_models_runs(model_and_tasks):
     assert (tmp_path / "run" / "adapters" / "experience_1" / "live" / "adapter_config.json").exists()
 
 
+def test_the_page_for_hugging_faces_trainer_runs(model_and_tasks):
+    names = run_blocks("docs/users/hugging_face.md", NAME=str(model_and_tasks / "model"))
+    assert is_finished(model_and_tasks / "hugging_face")
+    assert (model_and_tasks / "hugging_face" / "checkpoint-20" / "clkit.ckpt").exists()
+    assert names["trainer"].state.global_step == 40
+
+
 def commands() -> list[str]:
     blocks = [block for text in TEXTS.values() for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL)]
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()

@@ -197,11 +197,11 @@ class StreamDataModule(pl.LightningDataModule):
         return [end - start for start, end in pairwise([0, *ends])]
 
     def _epoch_steps(self, epoch: int) -> int:
-        batches = self._limited(self._epoch_batches(epoch))
+        batches = self._limited(self.epoch_batches(epoch))
         return -(-batches // self._accumulated(epoch))
 
-    def _epoch_batches(self, epoch: int) -> int:
-        """Batches of a Lightning epoch, before the trainer's limit."""
+    def epoch_batches(self, epoch: int) -> int:
+        """Return the number of batches of a Lightning epoch, before the trainer's limit."""
         steps = self._plan.steps_in(epoch)
         if steps is not None:
             return steps * self._accumulated(epoch)
@@ -356,7 +356,7 @@ class StreamDataModule(pl.LightningDataModule):
         trainer = cast(Any, self.trainer)
         interval = trainer.val_check_interval
         for k, span in enumerate(self._plan.spans):
-            whole = self._epoch_batches(span[-1])
+            whole = self.epoch_batches(span[-1])
             batches = self._limited(whole)
             if whole == 0:
                 raise ConfigurationError(
@@ -470,14 +470,14 @@ class StreamDataModule(pl.LightningDataModule):
         if self.steps is None:
             order = torch.from_numpy(seeds.permutation(n))
         else:
-            order = draw_passes(seeds, n, sum(map(self._epoch_batches, span)) * size)
+            order = draw_passes(seeds, n, sum(map(self.epoch_batches, span)) * size)
         if self.group_by_length:
             order = group_by_length(seeds, order, lengths_of(dataset)[order], size)
         seed = int(seeds.integers(2**31))
         if self.steps is not None:
             # the order is that of the whole experience, however many epochs it is cut into
-            first = sum(map(self._epoch_batches, span[:epoch]))
-            order = order[first * size :][: self._epoch_batches(span[epoch]) * size]
+            first = sum(map(self.epoch_batches, span[:epoch]))
+            order = order[first * size :][: self.epoch_batches(span[epoch]) * size]
             seed += first
         return self._loader(dataset, order, seed=seed, drop_last=self._drops_last(k))
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,3 +144,31 @@ def test_modules_of_clkit_train_so():
     loss = module.loss(inputs)
     assert seen == [(1, 11, module.net.config.vocab_size)]
     torch.testing.assert_close(loss, module(**inputs).loss)
+
+
+FUSED = """
+from test_labelled import batch, built, loss_and_gradients
+import torch
+from clkit.language.labelled import labelled_only
+
+for name, width in (("llama", 1), ("tied", 1), ("cohere", 11)):
+    model, inputs, seen = built(name), batch(), []
+    expected, gradients = loss_and_gradients(model)(model(**inputs).loss)
+    model.get_output_embeddings().register_forward_hook(lambda head, args, out: seen.append(out.shape[1]))
+    with labelled_only(model):
+        loss, found = loss_and_gradients(model)(model(**inputs).loss)
+    assert seen[-1] == width, (name, seen)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    for mine, other in zip(found, gradients, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+"""
+
+
+@pytest.mark.slow
+def test_a_fused_kernel_gives_the_same_loss_and_gradients():
+    # on the CPU, by Triton's interpreter; where the logits are changed at the end it is not used
+    pytest.importorskip("liger_kernel")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", FUSED]
+    done = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -8,6 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -340,6 +341,19 @@ def lora(bench: Bench, facts: Facts) -> str:
     assert facts["moved"] > 0, "nothing was trained"
     assert facts["difference"] < 1e-2, f"weights differ by {facts['difference']:.3g}"
     return f"{facts['difference']:.2g}"
+
+
+@check(8)
+def labelled(bench: Bench, facts: Facts) -> str:
+    """A language model's loss of labelled tokens alone, by liger-kernel where it is installed, is the model's own."""
+    stream = small_instructions(1, 8)
+    batch = {
+        key: part.to(bench.device) for key, part in stream.collate_fn([stream[0].train[i] for i in range(4)]).items()
+    }
+    module = small_language_module().to(bench.device)
+    facts["difference"] = abs(float(module.loss(batch).detach() - module.net(**batch).loss.detach()))
+    assert facts["difference"] < 1e-4, f"losses differ by {facts['difference']:.3g}"
+    return "liger-kernel" if find_spec("liger_kernel") and bench.device.type == "cuda" else "without liger-kernel"
 
 
 @check(6, cuda=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,6 +36,9 @@ def labelled_only(model: Any, *, rows: int = 1024) -> Iterator[None]:
     Others (encoder-decoders, classifiers, mixtures of experts that add a loss of their own) are left as they are, and
     so are calls without labels. Where a model changes its logits after the output layer, such as Gemma's soft caps,
     all labelled tokens are one piece.
+
+    On a GPU where liger-kernel is installed (``pip install 'clkit[fused]'``), its kernel computes the loss of all
+    without logits, if the output layer is a plain ``Linear`` at the model's end.
 
     Args:
         model: A model of transformers, or of peft around one.
@@ -74,6 +79,7 @@ class _Call:
         self.targets: Tensor | None = None
         self.hidden: Tensor | None = None
         self.seen: Tensor | None = None
+        self.fused: Any = None
 
     def take_labels(self, inner: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         labels = kwargs.get("labels")
@@ -90,6 +96,10 @@ class _Call:
         (hidden,) = args
         counted = (self.targets != IGNORED).flatten().nonzero()[:, 0]
         self.hidden, self.targets = hidden.flatten(0, 1)[counted], self.targets.flatten()[counted]
+        self.fused = _fused_loss(hidden.device) if type(head) is nn.Linear else None
+        if self.fused is not None and len(counted) > 1 and self._linear(hidden.device):
+            return self.hidden[None, :1]
+        self.fused = None
         if len(counted) > self.rows and self._linear(hidden.device):
             return self.hidden[None, : self.rows]
         return self.hidden[None]
@@ -105,6 +115,10 @@ class _Call:
             # the layer's weights were used without a call of it
             size = output.logits.shape[-1]
             output.loss = inner.loss_function(output.logits, None, size, shift_labels=targets)
+            return output
+        if self.fused is not None:
+            loss = self.fused(self.head.weight, self.hidden, targets, self.head.bias)
+            output.loss, output.logits = loss / len(targets), None
             return output
         n = output.logits.shape[1]
         loss = _sum_of_losses(output.logits, targets[:n])
@@ -127,6 +141,21 @@ class _Call:
             _linear_to_the_end[self.inner] = output.logits is self.seen
             self.targets, self.hidden = targets, hidden
         return _linear_to_the_end[self.inner]
+
+
+def _fused_loss(device: torch.device) -> Any:
+    """The kernel that computes a sum of losses without logits, if there is one for the device."""
+    # Triton's interpreter runs kernels on the CPU, for tests
+    return _liger() if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1" else None
+
+
+@functools.cache
+def _liger() -> Any:
+    try:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    except ImportError:
+        return None
+    return LigerFusedLinearCrossEntropyLoss(reduction="sum")
 
 
 def _sum_of_losses(logits: Tensor, targets: Tensor) -> Tensor:

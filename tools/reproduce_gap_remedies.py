@@ -32,6 +32,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import gap_figures
 import lite0
 import torch
 from bench_train import unpack_debian
@@ -330,6 +331,7 @@ def main() -> None:
     parser.add_argument("--unpack-debian", action="store_true")
     parser.add_argument("--lite0", help="weights of EfficientNet-Lite0, if not those of the package")
     parser.add_argument("--fresh", metavar="METHOD", help="a composition to compare with ER on seeds 10 to 19 at last")
+    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="where to draw those of the stream split")
     parser.add_argument("--no-training", action="store_true", help="only show what is there")
     parser.add_argument("--folder", type=Path, default=Path("runs/gap_remedies"))
     args = parser.parse_args()
@@ -370,6 +372,8 @@ def main() -> None:
         if "ER" in there:
             said.append(verdict(there) + "\n")
             console.print(said[-1])
+        if args.figures is not None and stream == "split":
+            gap_figures.write(there, args.figures)
         claims = directions(stream, there)
         if claims is not None:
             console.print(claims.rich())

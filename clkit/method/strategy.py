@@ -52,6 +52,7 @@ class Strategy(Hooks):
         replaces_data: Whether it replaces what the experiences train on; one strategy alone can.
         is_new_group: Whether the current experience trains weights of which no earlier one has trained any; see
             :class:`~clkit.method.routing.Router`.
+        extra_updates: Optimizer steps that it has taken beside the stream's, in the whole run.
         works_sharded: Whether it works where each process holds a part of the weights only (FSDP).
     """
 
@@ -63,6 +64,7 @@ class Strategy(Hooks):
     weighs_loss = False
     replaces_data = False
     is_new_group = False
+    extra_updates: int = 0
     works_sharded = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

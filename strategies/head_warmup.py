@@ -30,7 +30,7 @@ class HeadWarmup(Strategy):
     and where there are no new classes, nothing happens.
 
     With ``batch_norm="frozen"`` the features stay as they are, and are computed once, in evaluation mode. With
-    ``"moving"``, the published code's other choice, BatchNorm layers in training mode normalise each batch by its own
+    ``"moving"``, the published code's default, BatchNorm layers in training mode normalise each batch by its own
     statistics, and their running ones follow: old classes' scores change during the warm-up, and each step costs a
     forward of its batch. Without such layers both are the same.
 

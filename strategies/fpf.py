@@ -102,6 +102,7 @@ class _Finetuning(Strategy):
                     nn.utils.clip_grad_norm_(params, self.clip)
                 optimizer.param_groups[0]["lr"] = base * (1 - step / self.steps)
                 optimizer.step()
+            self.extra_updates += self.steps
             gained = sum_over_processes(trainer, start - self._loss(module, memory, size, replayed))
         after = [tensor for part in chosen for tensor in part.tensors.values()]
         if not (gained >= 0 and all(torch.stack([tensor.isfinite().all() for tensor in after]))):
@@ -147,10 +148,10 @@ class _Finetuning(Strategy):
         return task_loss(module, batch, own_backward=True)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"phases": self.phases}
+        return {"phases": self.phases, "extra_updates": self.extra_updates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.phases = state_dict["phases"]
+        self.phases, self.extra_updates = state_dict["phases"], state_dict["extra_updates"]
 
 
 class FPF(_Finetuning):

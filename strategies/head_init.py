@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from clkit.data.batch import gather_batch
 from clkit.data.datamodule import stream_data
 from clkit.data.stream import Experience
+from clkit.distributed import sum_over_processes
 from clkit.errors import ConfigurationError, check_choice, check_whole
-from clkit.method.head import check_head, class_means, class_sums, features, head_of, labels, names_of, new_classes
-from clkit.method.setup_checks import check_whole_head
+from clkit.method.head import (
+    check_head,
+    check_rows,
+    class_means,
+    class_sums,
+    features,
+    head_of,
+    labels,
+    names_of,
+    new_classes,
+)
+from clkit.method.setup_checks import check_rows_in_time
 from clkit.method.strategy import Strategy, memory_before, random_samples
 
 Method = Literal["mean", "least_squares"]
@@ -32,16 +46,19 @@ class HeadInit(Strategy):
     Old rows stay as they are, bit for bit; the optimizer's state of the new ones is set to 0. In the first experience,
     and where there are no new classes, nothing happens.
 
+    A task-free stream has no experiences that a method could know of: there a class's row is set from its samples in
+    the first batch that holds some, before that step. The rows of the classes of the very first batch stay.
+
     Args:
         method: ``"mean"`` or ``"least_squares"``.
         match_norm: Scale the new rows to the mean norm of the old ones, and give them their mean bias.
         ridge: :math:`\lambda`, above 0. Published: 0.05.
-        samples: Training samples of the experience that are read; all when ``None``.
+        samples: Training samples of the experience that are read; all when ``None``. Of no effect in task-free streams.
         seed: Seed of the choice of samples.
 
     Raises:
-        ConfigurationError: If a value is out of range, the logits are not those of a linear layer, or the head
-            has fewer of them than the stream has classes.
+        ConfigurationError: If a value is out of range, the logits are not those of a linear layer, or the head has no
+            row for a class when it comes.
 
     Reference: class means: Harun and Kanan, *Overcoming the Stability Gap in Continual Learning*, arXiv 2306.01904;
     least squares: Harun and Kanan, *A Good Start Matters: Enhancing Continual Learning with Data-Driven Weight
@@ -66,18 +83,52 @@ class HeadInit(Strategy):
             check_whole("samples", samples, 1)
         self.method, self.match_norm, self.ridge = method, match_norm, ridge
         self.samples, self.seed = samples, seed
+        self.known = torch.zeros(0, dtype=torch.bool)
+        self._at_sight = self._looks = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._at_sight = self.reads_batch = stream_data(trainer).stream.kind == "task-free"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_head(trainer, pl_module, "HeadInit")
-        check_whole_head(trainer, pl_module, "HeadInit")
+        check_rows_in_time(trainer, pl_module, "HeadInit")
+        self.known = self.known.to(pl_module.device)
+        self._looks = self._at_sight
 
     @torch.no_grad()
     def on_experience_start(self, trainer: Trainer, module: LightningModule, experience: Experience) -> None:
+        head = head_of(module)
+        check_rows(head, experience.classes, "HeadInit")
         new = new_classes(trainer, experience)
-        if experience.index == 0 or not new:
+        if self._at_sight or experience.index == 0 or not new:
             return
-        head, n = head_of(module), self.samples or len(experience.train)  # type: ignore[arg-type]
-        batch = random_samples(trainer, experience, n, self.seed)
+        batch = random_samples(trainer, experience, self.samples or len(experience.train), self.seed)  # type: ignore[arg-type]
+        earlier = stream_data(trainer).stream.classes_seen(experience.index - 1)
+        self._set(trainer, module, batch, _mask(head, new), _mask(head, earlier))
+
+    @torch.no_grad()
+    def transform_batch(self, trainer: Trainer, module: LightningModule, batch: Any) -> Any:
+        if not self._looks:
+            return batch
+        head = head_of(module)
+        self.known = F.pad(self.known, (0, head.out_features - len(self.known)))
+        counts = torch.bincount(labels(module, batch), minlength=head.out_features)
+        new = (sum_over_processes(trainer, counts) > 0) & ~self.known
+        if new.any():
+            if self.known.any():
+                self._set(trainer, module, gather_batch(trainer, batch), new, self.known)
+                # under autocast the step shall cast the rows anew, and with a gradient
+                torch.clear_autocast_cache()
+            self.known = self.known | new
+        classes = {label for experience in stream_data(trainer).stream for label in experience.classes}
+        # once all have come there is no need to look, which waits for the device
+        self._looks = len(self.known) <= max(classes) or not bool(self.known[list(classes)].all())
+        return batch
+
+    def _set(self, trainer: Trainer, module: LightningModule, batch: Any, new: Tensor, old: Tensor) -> None:
+        """Set the rows of new classes of which a batch has samples; both are ``bool`` ``[C]``."""
+        head = head_of(module)
         found, y = features(module, batch), labels(module, batch)
         if self.method == "mean":
             rows, _ = class_means(found, y, head.out_features)
@@ -88,10 +139,7 @@ class HeadInit(Strategy):
                 found = torch.cat([found, features(module, remembered)])
                 y = torch.cat([y, labels(module, remembered)])
             rows = least_squares(found, y, head.out_features, self.ridge)
-        there = torch.isin(torch.arange(head.out_features), torch.tensor(new)) & (
-            torch.bincount(y.cpu(), minlength=head.out_features) > 0
-        )
-        old = sorted(stream_data(trainer).stream.classes_seen(experience.index - 1))
+        there = new & (torch.bincount(y, minlength=head.out_features) > 0)
         values = {"weight": matched(rows, head.weight[old].norm(dim=1).mean()) if self.match_norm else rows}
         if self.match_norm and head.bias is not None:
             values["bias"] = head.bias[old].mean().expand_as(head.bias)
@@ -99,6 +147,12 @@ class HeadInit(Strategy):
             parameter = getattr(head, own)
             parameter[there] = values[own][there].to(parameter)
             _forget_rows(trainer, parameter, there)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"known": self.known}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.known = state_dict["known"]
 
 
 def least_squares(values: Tensor, y: Tensor, n_classes: int, ridge: float) -> Tensor:
@@ -132,3 +186,10 @@ def _forget_rows(trainer: Trainer, parameter: Tensor, rows: Tensor) -> None:
         for value in state.values():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 value[rows] = 0
+
+
+def _mask(head: nn.Linear, classes: Iterable[int]) -> Tensor:
+    """Return which of the head's rows are those of some classes, ``bool`` ``[C]``."""
+    mask = torch.zeros(head.out_features, dtype=torch.bool, device=head.weight.device)
+    mask[list(classes)] = True
+    return mask

@@ -49,7 +49,8 @@ class NGM(Strategy):
     Raises:
         ConfigurationError: If a value is out of range, a pattern matches no weight, or there are no logits.
 
-    Reference: NGM-SGD, arXiv 2507.14056.
+    Reference: Rodriguez-Garcia et al., *Noradrenergic-inspired gain modulation attenuates the stability gap in joint
+    training*, arXiv 2507.14056 (NGM-SGD).
     """
 
     def __init__(

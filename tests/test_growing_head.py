@@ -86,6 +86,10 @@ PADS = {
     "ema": lambda: strategies.EMABalance("fisher"),
     "cls_er": lambda: strategies.CLSER(16),
     "ilora": lambda: strategies.InterpolatedLoRA(16),
+    "head_init": lambda: strategies.HeadInit(samples=None),
+    "head_warmup": lambda: strategies.HeadWarmup(3),
+    "soft_targets": strategies.SoftTargets,
+    "frozen": strategies.FreezeOldRows,
     "ewc_body": lambda: strategies.EWC(1.0, fisher="batch", only=["net.1.*"]),
 }
 REFUSES = {
@@ -112,6 +116,38 @@ def test_strategies_follow_the_head_also_into_a_stream_that_has_grown(name, tmp_
 def test_others_refuse_with_the_reason(name):
     with pytest.raises(ConfigurationError, match="needs a logit for each of the stream's 6 classes from the start"):
         fit(ALL, [REFUSES[name]()])
+
+
+def test_rows_that_grow_are_set_from_data_as_those_that_were_there():
+    class Rows(pl.Callback):
+        def __init__(self):
+            self.heads = []
+
+        def on_experience_start(self, trainer, module, experience):
+            self.heads.append(module.net[-1].weight.detach().clone())
+
+        def on_experience_end(self, trainer, module, experience):
+            if experience.index == 0:
+                train = ALL[1].train
+                with torch.no_grad():
+                    phi = nn.functional.normalize(nn.Sequential(*list(module.net)[:-1])(train.x), dim=1)
+                self.means = torch.stack([phi[train.y == label].mean(dim=0) for label in (2, 3)])
+
+    rows = Rows()
+    fit(ALL, [strategies.HeadInit(match_norm=False), rows])
+    assert [len(head) for head in rows.heads] == [2, 4, 6]
+    torch.testing.assert_close(rows.heads[1][2:], rows.means)
+
+
+@pytest.mark.parametrize("strategy", [strategies.HeadInit, strategies.HeadWarmup])
+def test_a_head_that_does_not_grow_in_time_is_refused_when_the_class_comes(strategy):
+    class Small(Classifier):
+        def _grow(self, n, trainer=None):
+            super()._grow(min(n, 2), trainer)
+
+    module = Small(MLP, n_classes=6, input_shape=(6,), growing=True)
+    with pytest.raises(ConfigurationError, match=r"row of class 3, but the head has 2 when that class comes"):
+        fit(ALL, [strategy()], module=module)
 
 
 def test_what_cannot_grow_is_refused(tmp_path):

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import json
+
 import pytest
 import pytorch_lightning as pl
 import torch
-from plain import QUIET, make_module, make_stream, weights
+from plain import QUIET, UserModule, make_module, make_stream, weights
 from torch import nn
 
-from clkit import ConfigurationError, StreamDataModule
+from clkit import ConfigurationError, Experience, InMemoryDataset, StabilityGap, Stream, StreamDataModule
+from clkit.data.loader import choose_rows
 from clkit.method.head import class_means
+from clkit.method.strategy import Strategy
+from clkit.rng import private_rng
 from clkit.strategies import ExperienceReplay, FreezeOldRows, HeadInit, HeadWarmup, SoftTargets
 from clkit.strategies.head_init import least_squares, matched
 from clkit.strategies.head_warmup import step
 from clkit.strategies.soft_targets import mean_rows, soft_targets
+from clkit.testing import check_strategy, small_stream
 
 PHI = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [0.0, 1.0]])
 Y = torch.tensor([0, 0, 1, 1])
@@ -143,6 +150,171 @@ def test_a_warm_up_trains_the_new_rows_alone(over):
     assert torch.equal(fit(ExperienceReplay(16), HeadWarmup(0))[1].end, plain.end)
 
 
+class Normalised(UserModule):
+    """With BatchNorm before the head."""
+
+    def __init__(self):
+        super().__init__()
+        self.net.insert(2, nn.BatchNorm1d(16))
+
+
+def statistics(module):
+    norm = module.net[2]
+    return torch.cat([norm.running_mean, norm.running_var, norm.num_batches_tracked[None]])
+
+
+@pytest.mark.parametrize("replay", [True, False])
+def test_batch_norm_moves_in_a_warm_up_as_asked(replay):
+    class Looks(pl.Callback):
+        def on_experience_end(self, trainer, module, experience):
+            found.append((statistics(module), None))
+
+        def on_experience_start(self, trainer, module, experience):
+            assert all(child.training for child in module.modules())
+            found.append((statistics(module), module.net[-1].weight.detach().clone()))
+
+    heads = {}
+    for batch_norm in ("frozen", "moving"):
+        found = []
+        torch.manual_seed(0)
+        warmup = HeadWarmup(7, batch_norm=batch_norm, batch_size=10)
+        fit(*([ExperienceReplay(16)] if replay else []), warmup, Looks(), module=Normalised())
+        (before, _), (after, heads[batch_norm]) = found[1:3]
+        moved = (before != after)[:-1]
+        assert moved.all() if batch_norm == "moving" else not moved.any()
+        assert after[-1] - before[-1] == (7 if batch_norm == "moving" else 0)
+        # two of three experiences have a warm-up
+        assert warmup.extra_updates == 14
+    assert torch.equal(heads["frozen"][:2], heads["moving"][:2])
+    assert not torch.equal(heads["frozen"][2:4], heads["moving"][2:4])
+
+
+def test_a_moving_warm_up_equals_a_plain_loop():
+    warmup, found = HeadWarmup(3, over="new", batch_norm="moving", batch_size=8, lr=0.5), {}
+
+    class Before(pl.Callback):
+        def on_experience_end(self, trainer, module, experience):
+            if experience.index == 0:
+                found["module"] = copy.deepcopy(module.net)
+
+    class After(pl.Callback):
+        def on_experience_start(self, trainer, module, experience):
+            if experience.index == 1:
+                found["ours"] = {name: part.clone() for name, part in module.net.state_dict().items()}
+
+    torch.manual_seed(0)
+    fit(warmup, Before(), After(), module=Normalised())
+    net, train = found["module"], make_stream()[1].train
+    rng = private_rng(0, 60, 1)
+    drawn = choose_rows(len(train), 1000, 0, 3, 1)
+    net.train()
+    for _ in range(3):
+        x, y = train.batch(drawn[torch.from_numpy(rng.integers(len(drawn), size=8))])
+        logits = net(x)[:, 2:4]
+        gradients = torch.autograd.grad(nn.functional.cross_entropy(logits, y - 2), [*net[-1].parameters()])
+        with torch.no_grad():
+            for parameter, gradient in zip(net[-1].parameters(), gradients, strict=True):
+                parameter -= 0.5 * gradient
+    for name, part in net.state_dict().items():
+        torch.testing.assert_close(found["ours"][name], part, rtol=1e-5, atol=1e-6)
+
+
+def test_extra_updates_are_in_metrics_json_and_survive_a_resume(tmp_path):
+    gap = StabilityGap(dir=tmp_path, plot=False)
+    fit(HeadWarmup(4), gap)
+    assert json.loads((tmp_path / "metrics.json").read_text())["extra_updates"] == {"HeadWarmup": 8}
+    again = HeadWarmup(4)
+    again.load_state_dict({"extra_updates": 8})
+    assert again.extra_updates == 8
+    plain = StabilityGap(dir=tmp_path / "plain", plot=False)
+    fit(plain)
+    assert plain.metrics.extra_updates == {}
+
+
+def task_free(order):
+    """All samples in this order of labels, in two experiences that have the same classes but for the last."""
+    generator = torch.Generator().manual_seed(3)
+    y = torch.tensor(order)
+    x = torch.randn(len(y), 6, generator=generator) + 2 * nn.functional.one_hot(y, 6)
+    half = len(y) // 2
+    parts = [InMemoryDataset(x[rows], y[rows]) for rows in (slice(half), slice(half, None))]
+    experiences = [
+        Experience(k, f"e{k}", part, part, classes=tuple(sorted(set(part.y.tolist())))) for k, part in enumerate(parts)
+    ]
+    return Stream(experiences, name="free", kind="task-free", n_classes=4)
+
+
+class Sight(Strategy):
+    """After HeadInit: the head in each step before its forward, beside the one that HeadInit found."""
+
+    def __init__(self, before):
+        self.before, self.rows = before, []
+
+    def transform_batch(self, trainer, module, batch):
+        x, y = batch
+        with torch.no_grad():
+            phi = nn.functional.normalize(module.net[:-1](x), dim=1)
+        self.rows.append((self.before[-1], module.net[-1].weight.detach().clone(), phi, y.clone()))
+        return batch
+
+
+class Before(Strategy):
+    def __init__(self, seen):
+        self.seen = seen
+
+    def transform_batch(self, trainer, module, batch):
+        self.seen.append(module.net[-1].weight.detach().clone())
+        return batch
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_in_a_task_free_stream_a_row_is_set_from_the_first_batch_that_holds_its_class(precision):
+    seen = []
+    sight = Sight(seen)
+    # class 3 comes in the second experience, 2 somewhere in the first
+    stream = task_free([0, 1] * 15 + [2] * 2 + [0, 1] * 12 + [2, 3] * 4)
+    module = make_module(n_classes=4)
+    start = weights(module.net[:-1]).clone()
+    steps = []
+
+    class Steps(pl.Callback):
+        def on_train_batch_end(self, trainer, module, *args):
+            steps.append(weights(module.net[:-1]).clone())
+
+    data = StreamDataModule(stream, batch_size=4, epochs=1, seed=1)
+    callbacks = [Before(seen), HeadInit(), sight, Steps()]
+    pl.Trainer(max_epochs=2, callbacks=callbacks, precision=precision, **QUIET).fit(module, datamodule=data)
+    known: set[int] = set()
+    set_later = []
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if precision == "32-true" else {"rtol": 0.02, "atol": 0.02}
+    for before, after, phi, y in sight.rows:
+        new = sorted(set(y.tolist()) - known)
+        expected = before.clone()
+        if known:
+            norm = before[sorted(known)].norm(dim=1).mean()
+            for label in new:
+                mean = phi[y == label].mean(dim=0)
+                expected[label] = mean / mean.norm() * norm
+                set_later.append(label)
+        torch.testing.assert_close(after, expected, **tolerance)
+        kept = [label for label in range(4) if label not in new]
+        assert torch.equal(after[kept], before[kept])
+        known |= set(new)
+    assert {2, 3} <= set(set_later)
+    # the body learns in every step, those with new rows too
+    assert all(not torch.equal(a, b) for a, b in zip([start, *steps], steps, strict=False))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", ["resume", "growth", "processes"])
+def test_first_sight_in_a_task_free_stream_keeps_the_promises_of_a_strategy(check):
+    def stream():
+        known = small_stream()
+        return Stream(list(known), name="free", kind="task-free", n_classes=known.n_classes)
+
+    check_strategy(lambda: [ExperienceReplay(16), HeadInit("least_squares")], stream=stream, only=[check])
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.05])
 def test_old_rows_are_bitwise_frozen_whatever_the_optimizer_does(decay):
     module = make_module()
@@ -222,7 +394,8 @@ def test_two_that_weigh_the_modules_own_loss_are_refused():
 def test_bad_values():
     for build in (
         lambda: HeadInit("zeros"), lambda: HeadInit(ridge=0.0), lambda: HeadInit(samples=0), lambda: HeadWarmup(-1),
-        lambda: HeadWarmup(lr=0.0), lambda: HeadWarmup(over="old"),
+        lambda: HeadWarmup(lr=0.0), lambda: HeadWarmup(over="old"), lambda: HeadWarmup(batch_norm="train"),
+        lambda: HeadWarmup(batch_norm="moving", batch_size=1),
     ):  # fmt: skip
         with pytest.raises(ConfigurationError):
             build()

@@ -14,10 +14,11 @@ seed 100; what is shown are seeds 0 to 4. All runs are trained in this process, 
 ``--fresh METHOD`` compares a composition with ER at last, on seeds 10 to 19 of ``split``, of ``shuffled`` (other
 classes together for each seed) and of ``features``, at the rates chosen on ``split``.
 
-TFLOP are counted in the run of the first rate on seed 100: all products that the training computes, evaluation aside;
-the seconds of the training, without evaluation, have the rest. Compositions hold the upper layers only (LPR).
-``replay 1/k + head init + average`` is ``experiment=no_gap``. A second table, ``directions``, holds what publications
-say of the methods against the differences of the same seeds (``gap_directions.py``).
+``extra`` are optimizer steps of a run beside the stream's. TFLOP are counted in the run of the first rate on seed 100:
+all products that the training computes, evaluation aside; the seconds of the training, without evaluation, have the
+rest. Compositions hold the upper layers only (LPR). ``replay 1/k + head init + average`` is ``experiment=no_gap``. A
+second table, ``directions``, holds what publications say of the methods against the differences of the same seeds
+(``gap_directions.py``).
 """
 
 from __future__ import annotations
@@ -238,6 +239,12 @@ class Method:
         return json.loads((self._run(RATES[0], HELD_OUT) / "flops.json").read_text())["total"] / 1e12
 
     @property
+    def extra_updates(self) -> str:
+        """Optimizer steps of a run beside the stream's; a dash for runs of a version that did not count them."""
+        counts = [json.loads((path / "metrics.json").read_text()).get("extra_updates") for path in self.runs]
+        return "–" if None in counts else str(max(sum(count.values()) for count in counts))
+
+    @property
     def seconds(self) -> Estimate:
         times = (json.loads((path / "timing.json").read_text())["training_seconds"] for path in self.runs)
         return Estimate.of(times)
@@ -251,6 +258,7 @@ COLUMNS: dict[str, Callable[[Method], str]] = {
     "depth": lambda method: str(method.estimate("gap_depth")),
     "first dip": lambda method: str(method.estimate("first_dip")),
     "recovery": lambda method: method.estimate("recovery_steps").text(1.0),
+    "extra": lambda method: method.extra_updates,
     "TFLOP": lambda method: f"{method.tflop:.2f}",
     "seconds": lambda method: f"{method.seconds.mean:.1f}",
     "lr": lambda method: f"{method.rate:g}",

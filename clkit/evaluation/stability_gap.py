@@ -29,7 +29,7 @@ from clkit.evaluation.schedule import Every, Schedule
 from clkit.evaluation.scores import Mask, Score, Scorer, named
 from clkit.evaluation.stopwatch import Stopwatch
 from clkit.files import result_folder, write_atomically
-from clkit.method.strategy import chosen_view
+from clkit.method.strategy import Strategy, chosen_view
 from clkit.metrics.history import History
 from clkit.metrics.summary import Summary, summary
 
@@ -339,7 +339,7 @@ class StabilityGap(FreshStart):
             return
         assert self.dir is not None
         history = self.history
-        self.metrics = self._summary(history, stream_data(trainer).stream)
+        self.metrics = self._summary(trainer, history)
         write_atomically(self.dir / "timing.json", json.dumps(self._clock.seconds(), indent=2) + "\n")
         if self._draws:
             self._draw(history)
@@ -355,8 +355,9 @@ class StabilityGap(FreshStart):
             for what, figure in self._figures(history).items():
                 log_figure(shown_by, f"{what}{name}", figure, step)
 
-    def _summary(self, history: History, stream: Stream) -> Summary:
+    def _summary(self, trainer: Trainer, history: History) -> Summary:
         assert self._recorder is not None
+        stream, strategies = stream_data(trainer).stream, callbacks_of(trainer, Strategy)
         about = {"name": stream.name, "kind": stream.kind, "experiences": self._names}
         return summary(
             history,
@@ -371,6 +372,7 @@ class StabilityGap(FreshStart):
             windows=self.windows,
             n_undefined=self._recorder.n_undefined,
             diverged=self._divergence.since,
+            extra_updates={type(s).__name__: s.extra_updates for s in strategies if s.extra_updates},
         )
 
     def _draw(self, history: History) -> None:

@@ -9,6 +9,7 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 @contextmanager
@@ -19,6 +20,24 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
     try:
         with kept_buffers(module):
             yield
+    finally:
+        for child, training in modes:
+            child.training = training
+
+
+@contextmanager
+def moving_statistics(module: nn.Module) -> Iterator[None]:
+    """Put every submodule in evaluation mode but BatchNorm in training mode, whose statistics move inside.
+
+    At the end each has its own mode, and the buffers are those that the forwards left.
+    """
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        for child, training in modes:
+            if isinstance(child, _BatchNorm):
+                child.training = training
+        yield
     finally:
         for child, training in modes:
             child.training = training

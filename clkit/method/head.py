@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -79,16 +80,35 @@ def check_head(trainer: Trainer, module: LightningModule, name: str) -> None:
         )
 
 
-def features(module: LightningModule, batch: Any) -> Tensor:
-    """Return the head's inputs for a batch, float32 ``[B, d]``: evaluation mode, no gradient, no random number used.
+def check_rows(head: nn.Linear, classes: Iterable[int], name: str) -> None:
+    """Make sure that the head has a row for each of some classes, as one that grows has once they come.
+
+    Raises:
+        ConfigurationError: If it has not.
+    """
+    most = max(classes, default=-1)
+    if most >= head.out_features:
+        raise ConfigurationError(
+            f"{name} sets the head's row of class {most}, but the head has {head.out_features} when that class comes; "
+            "build the network with all its outputs, or let it grow as Classifier(growing=True) does."
+        )
+
+
+def features(
+    module: LightningModule,
+    batch: Any,
+    mode: Callable[[nn.Module], AbstractContextManager[None]] = evaluation_mode,
+) -> Tensor:
+    """Return the head's inputs for a batch, float32 ``[B, d]``: no gradient, no random number used.
 
     Args:
         module: A module with a trainer.
         batch: ``(x, y)`` or ``(x, y, task)``, as a memory holds it.
+        mode: Puts the module into the mode of the forward, and back.
     """
     head, stream = head_of(module), stream_data(module.trainer).stream
     found = []
-    with torch.no_grad(), isolate_rng(), evaluation_mode(module), record_layers([head]) as calls:
+    with torch.no_grad(), isolate_rng(), mode(module), record_layers([head]) as calls:
         for rows in _chunks(size_of(batch)):
             part = move_data_to_device(take(batch, rows), module.device)
             with module.trainer.precision_plugin.forward_context():

@@ -158,6 +158,18 @@ def check_whole_head(trainer: Trainer, module: LightningModule, name: str) -> No
         raise _too_small(logits, n_classes, module, name, "use another strategy")
 
 
+def check_rows_in_time(trainer: Trainer, module: LightningModule, name: str) -> None:
+    """Refuse a head that has fewer logits than the stream has classes, unless the module can let it grow in time.
+
+    That is in ``on_experience_enter``, before all hooks of an experience's start.
+
+    Raises:
+        ConfigurationError: If it has fewer, and the module has no such method.
+    """
+    if not hasattr(module, "on_experience_enter"):
+        check_whole_head(trainer, module, name)
+
+
 def check_logits(trainer: Trainer, module: LightningModule, name: str, instead: str, *, all_classes: bool) -> None:
     """Make sure that ``forward`` returns logits ``[B, C]`` of at least two classes.
 

@@ -53,6 +53,7 @@ class Strategy(Hooks):
         reads_past: Whether it trains on the data of earlier experiences as the stream has them.
         is_new_group: Whether the current experience trains weights of which no earlier one has trained any; see
             :class:`~clkit.method.routing.Router`.
+        extra_updates: Optimizer steps that it has taken beside the stream's, in the whole run.
         works_sharded: Whether it works where each process holds a part of the weights only (FSDP).
     """
 
@@ -65,6 +66,7 @@ class Strategy(Hooks):
     replaces_data = False
     reads_past = False
     is_new_group = False
+    extra_updates: int = 0
     works_sharded = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -72,6 +72,7 @@ def summary(
     n_undefined: int = 0,
     diverged: int | None = None,
     approximation: Mapping[str, float] | None = None,
+    extra_updates: Mapping[str, int] | None = None,
 ) -> Summary:
     """Build the content of ``metrics.json``: a function of the history, the settings and the installed versions.
 
@@ -89,6 +90,7 @@ def summary(
         n_undefined: Evaluated samples whose score was NaN.
         diverged: The optimizer step from which on the loss was not finite; ``None`` if it stayed so.
         approximation: What is known of the error of approximate evaluations.
+        extra_updates: Optimizer steps beside the stream's, by the name of the strategy that took them.
 
     Returns:
         Data for :func:`json.dump`; ``None`` where a metric is undefined.
@@ -111,6 +113,7 @@ def summary(
         "accuracy_matrix": statistics.matrix(),
         "gaps": statistics.gaps,
         "approximation": dict(approximation or {}),
+        "extra_updates": dict(extra_updates or {}),
         "versions": versions(),
     }
     return Summary({key: to_json(value) for key, value in content.items()})

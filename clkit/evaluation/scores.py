@@ -16,29 +16,11 @@ from clkit.data.columns import describe, size_of
 from clkit.data.datasets import is_class
 from clkit.data.stream import Stream
 from clkit.errors import ConfigurationError
+from clkit.evaluation.of_mean import OfMean
 from clkit.method.forward import call
 
 Score = Callable[[LightningModule, Any], Tensor]
 Mask = Literal["none", "seen", "experience"]
-
-
-@dataclass(frozen=True)
-class OfMean:
-    """A score that is a function of a mean over samples, as perplexity is of the mean loss.
-
-    Args:
-        values: Returns what the mean is taken of, one value a sample, ``[B]``.
-        of_mean: Maps means ``[...]`` to what is recorded, from 0 (worst) to 1.
-        name: Name of the score.
-    """
-
-    values: Score
-    of_mean: Callable[[Tensor], Tensor]
-    name: str
-
-    def __call__(self, module: LightningModule, batch: Any) -> Tensor:
-        """Return what the mean is taken of, ``[B]``."""
-        return self.values(module, batch)
 
 
 def named(score: str | Score) -> Score:

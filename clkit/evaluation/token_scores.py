@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from clkit.data.batch import IGNORED, is_text
 from clkit.errors import ConfigurationError
-from clkit.evaluation.scores import OfMean
+from clkit.evaluation.of_mean import OfMean
 
 
 def language_model(module: nn.Module) -> Any:

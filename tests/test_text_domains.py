@@ -34,6 +34,7 @@ from clkit.report import write_report
 from clkit.report.figures import curves, perplexity_figure
 from clkit.report.perplexity import domains_table
 from clkit.scenarios import TextDomains
+from clkit.strategies import ExperienceReplay, ReplayShare
 from clkit.testing import small_tokenizer
 
 WORDS = [
@@ -444,6 +445,26 @@ def test_loss_and_perplexity_of_every_domain_at_every_step(boundaries, tmp_path)
     assert gap.metrics["score"] == "inverse_perplexity"
     assert pytest.approx(np.exp(-expected[-1]).mean(), rel=1e-5) == gap.metrics.ACC
     assert expected[4, 0] < expected[0, 0]
+
+
+@pytest.mark.parametrize("boundaries", [False, True])
+def test_replay_by_share_trains_on_as_many_tokens_as_before_and_a_memory_on_more(boundaries, tmp_path):
+    root, seen = domains(tmp_path), {}
+    for strategy in (ReplayShare(0.5), ExperienceReplay(8, weigh="tokens")):
+        name = type(strategy).__name__
+        stream = TextDomains(["red", "blue"], tokenizer=small_tokenizer(), root=root, length=8, boundaries=boundaries)
+        module = make_module(lr=0.1, adapter=None)
+        sizes = seen[name] = []
+
+        def note(net, args, kwargs, sizes=sizes):
+            sizes.append(kwargs["input_ids"].numel())
+
+        module.net.register_forward_pre_hook(note, with_kwargs=True)
+        data = StreamDataModule(stream, batch_size=4, steps=3)
+        pl.Trainer(max_epochs=data.total_epochs, callbacks=[strategy], **QUIET).fit(module, datamodule=data)
+        assert all(part.isfinite().all() for part in module.parameters())
+    assert seen["ReplayShare"] == [32] * 6
+    assert seen["ExperienceReplay"] == [32] + [64] * 5
 
 
 def test_a_loss_that_is_not_finite_is_the_worst_score(tmp_path):

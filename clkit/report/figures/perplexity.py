@@ -48,7 +48,7 @@ def perplexity_figure(
             if len(histories) > 2:
                 axes.fill_between(steps, mean - half, mean + half, color=color, alpha=0.12, linewidth=0)
             steps, mean, _ = _series([history.select("init", "before") for history in histories], k)
-            axes.plot(steps, mean, "o", markersize=4, color=color, mec="white", mew=0.8)
+            axes.plot(steps, mean, "o", markersize=4, color=color, mec="white", mew=0.8, clip_on=False)
         for end in histories[0].boundaries()[:-1]:
             axes.axvline(end, color=RULE, linewidth=0.8, zorder=1)
         axes.set(xlabel="optimizer steps", ylabel="loss (nats a token)")

@@ -3,6 +3,8 @@ import math
 import re
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from html import unescape
 from html.parser import HTMLParser
 from io import StringIO
@@ -15,6 +17,7 @@ from matplotlib.collections import PolyCollection
 from rich.console import Console
 
 from clkit import ConfigurationError
+from clkit.files import alone_in
 from clkit.metrics.drift_file import Drift
 from clkit.metrics.history import History, HistoryWriter
 from clkit.report import write_report
@@ -140,6 +143,29 @@ def test_tables_with_a_relative_gap_say_how_many_boundaries_it_leaves_out(tmp_pa
     # where it is not shown, or leaves nothing out, there is nothing to say
     assert "leaves out" not in results_table(groups, ["ACC"]).caption
     assert "leaves out" not in results_table(groups[1:], ["ACC", "avg-SG"]).caption
+
+
+def test_files_of_one_folder_are_written_by_one_at_a_time(tmp_path, monkeypatch):
+    inside, seen = [], []
+
+    def write(number):
+        with alone_in(tmp_path):
+            inside.append(number)
+            time.sleep(0.05)
+            seen.append(len(inside))
+            inside.remove(number)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(write, range(3)))
+    assert seen == [1, 1, 1]
+
+    # a file system without locks is written to all the same
+    def refuse(*args, **kwargs):
+        raise NotImplementedError
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    with alone_in(tmp_path):
+        pass
 
 
 def test_output_folder_can_be_chosen(tmp_path):

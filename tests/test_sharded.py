@@ -12,7 +12,7 @@ from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
 from clkit import ConfigurationError, ModuleDrift, SaveAdapters, StabilityGap, StreamCheckpoint, StreamDataModule
 from clkit import strategies as s
 
-WORKS = {s.Naive, s.Cumulative, s.Joint, s.ExperienceReplay}
+WORKS = {s.Naive, s.Cumulative, s.Joint, s.ExperienceReplay, s.ReplayShare}
 STRATEGIES = [getattr(s, name) for name in s.__all__]
 
 

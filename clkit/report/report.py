@@ -12,7 +12,7 @@ import rich.console
 from matplotlib.figure import Figure
 from rich.text import Text
 
-from clkit.files import write_atomically
+from clkit.files import alone_in, write_atomically
 from clkit.metrics.connectivity_file import read_lines
 from clkit.metrics.drift_file import Drift
 from clkit.metrics.history import History
@@ -188,8 +188,9 @@ def write_report(
             _sections(named, notes, figures, width, themed=style is None),
         )
         drawn = [folder / f"{name}.{kind}" for name in figures for kind in ("png", "svg")]
-        for path in drawn:
-            save(figures[path.stem], path)
+        with alone_in(folder):
+            for path in drawn:
+                save(figures[path.stem], path)
     texts = {
         "report.md": "\n".join(
             [f"# {title}\n", *(f"- {note}\n" for note in notes), "![Stability gap](stability_gap.png)\n"]
@@ -203,8 +204,9 @@ def write_report(
     }
     if any(map(perplexity.is_perplexity, runs)):
         texts["perplexity.csv"] = perplexity.perplexity_csv(runs)
-    for name, text in texts.items():
-        write_atomically(folder / name, text)
+    with alone_in(folder):
+        for name, text in texts.items():
+            write_atomically(folder / name, text)
     return Report(tuple(groups), tuple(notes), (*(folder / name for name in texts), *drawn))
 
 

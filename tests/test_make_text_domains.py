@@ -113,11 +113,11 @@ def test_home_pretraining_runs_dry_with_a_rate_that_is_warmed_up_again(home):
 
 
 def test_home_retention_runs_dry(home):
-    _, found = dry("home_retention", home, "data.steps=[24,6]")
+    _, found = dry("home_retention", home, "data.steps=[12,6]")
     assert found["complete"]
     table = Retention.read(home / "run" / "retention.csv")
     assert table.about["since"].tolist() == [0, 0, 0, 0, *range(1, 7)]
-    assert table.about["step"].tolist() == [0, 8, 16, *range(24, 31)]
+    assert table.about["step"].tolist() == [0, 4, 8, *range(12, 19)]
     assert table.about["experience"].tolist() == [0] * 4 + [1] * 6
 
 

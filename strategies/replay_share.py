@@ -56,9 +56,7 @@ class ReplayShare(Strategy):
         data, n = stream_data(trainer), size_of(batch)
         if self.share == 0 or data.experience.index == 0:
             return batch
-        past: ConcatDataset[Any] = ConcatDataset(
-            [experience.train for experience in data.stream[: data.experience.index]]
-        )
+        past: ConcatDataset[Any] = ConcatDataset([data.stream[k].train for k in range(data.experience.index)])
         rows, seed = self._drawn(len(past), n * trainer.world_size)
         # the last samples of the global batch are the old ones, whatever number of processes share it
         first = n * trainer.world_size - len(rows)

@@ -114,13 +114,25 @@ def answers_to(
         inputs = {key: part.to(device) for key, part in batch.items()}
         if "images" in inputs:
             inputs = reader_of(model).inputs(model, inputs)
-        with _own_settings_aside(model):
-            written = model.generate(**inputs, generation_config=config)[:, start_at:]
+        written = write_on(model, inputs, config)[:, start_at:]
         texts = tokenizer.batch_decode(written, skip_special_tokens=True)
         cut = ~torch.isin(written, stops).any(dim=1)
         for i, text, is_cut in zip(chosen, texts, cut.tolist(), strict=True):
             answers[i] = Answer(text.strip(), is_cut)
     return answers
+
+
+def write_on(model: Any, inputs: dict[str, Any], config: Any) -> Tensor:
+    """Return the tokens that a model generates by a generation config and nothing else, the inputs' before them.
+
+    Args:
+        model: A language model of transformers or peft.
+        inputs: Arguments of its ``generate``.
+        config: The config. transformers would add what the model's own says and this one does not.
+    """
+    with _own_settings_aside(model):
+        written: Tensor = model.generate(**inputs, generation_config=config)
+    return written
 
 
 @contextmanager

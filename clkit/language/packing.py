@@ -27,8 +27,8 @@ def packed(model: Any, tokens: int | None) -> Iterator[None]:
 
     Positions begin at 0 in each sample, and each attends to itself alone, so that the loss and its gradients are those
     of the padded batch, up to rounding. The model's output has the rows. It is for causal models of transformers that
-    take ``position_ids`` and keep samples of a row apart by them: with ``flash_attention_2`` at no cost, with ``sdpa``
-    and ``eager`` by a mask, whose cost grows with the length of the rows. The model's first call tries that out: what
+    take ``position_ids`` and keep samples of a row apart by them: ``sdpa`` and ``eager`` by a mask, whose cost grows
+    with the length of the rows, ``flash_attention_2`` without one. The model's first call tries that out: what
     one sample's logits are must not depend on the other's tokens.
 
     Inside :func:`~clkit.method.hidden_states.capture` nothing is packed: hidden states are those of the batch. Batches

@@ -21,6 +21,7 @@ from clkit.evaluation.schedule import Every, LogSpaced, Schedule
 from clkit.evaluation.token_scores import language_model, loss_and_strength
 from clkit.files import result_folder, write_atomically
 from clkit.language.dataset import Pad, Sample
+from clkit.language.generation import write_on
 from clkit.language.models import load_tokenizer, transformers
 from clkit.language.text_store import TextFiles
 from clkit.method.evaluation_mode import untouched
@@ -256,7 +257,7 @@ class RetentionProbe(Hooks):
                 max_new_tokens=longest, min_new_tokens=longest, do_sample=False, use_cache=True, pad_token_id=0
             )
             inputs = {key: value.to(device) for key, value in batch.items()}
-            written = model.generate(**inputs, generation_config=config).cpu()[:, batch["input_ids"].shape[1] :]
+            written = write_on(model, inputs, config).cpu()[:, batch["input_ids"].shape[1] :]
             shares += [
                 float((row[: len(right)] == right).double().mean()) for row, right in zip(written, rest, strict=True)
             ]

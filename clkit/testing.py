@@ -366,6 +366,26 @@ class _Suite:
                 own, later = ([s.state_dict() for s in strategies] for strategies in (first, again))
                 _same(own, later, f"the strategy's state after {how}")
 
+    def late(self) -> None:
+        """Where it leaves the first experience as it is, it can begin at its end, to the same bits.
+
+        What it begins with is a run of the first experience by a trainer without it.
+        """
+        stream = self._stream()
+        if not all(strategy.leaves_first(stream) for strategy in self.strategies()):
+            return
+        noisy = {} if self._module is not None else {"noisy": True}
+        with tempfile.TemporaryDirectory() as folder:
+            first, end = self.strategies(), Path(folder, "end=000.ckpt")
+            whole = self.fit(strategies=first, module=self.module(**noisy), stream=stream)
+            saves = StreamCheckpoint(Path(folder), keep_ends="whole")
+            self.fit(strategies=[], module=self.module(**noisy), callbacks=[saves], stream=stream)
+            again, module = self.strategies(), self.module(**noisy)
+            self.fit(strategies=again, module=module, stream=stream, checkpoint=end, after=end)
+            _same(whole.state_dict(), module.state_dict(), "weights where it begins after the first experience")
+            own, later = ([s.state_dict() for s in strategies] for strategies in (first, again))
+            _same(own, later, "the strategy's state where it begins after the first experience")
+
     def fresh(self) -> None:
         """A second fit, after a learning-rate search, ends in the same bits as the first."""
         strategies = self.strategies()
@@ -546,6 +566,7 @@ def _words(what: str) -> Callable[[str], str]:
 CHECKS = (
     "resume",
     "growth",
+    "late",
     "fresh",
     "batch",
     "order",
@@ -575,6 +596,7 @@ def check_strategy(
     - ``resume``: from every checkpoint of a run, with fresh objects, in the same bits;
     - ``growth``: a stream that grows by an experience, and a run that branches off at an experience's end, in the same
       bits as one run of all;
+    - ``late``: begun at the end of a first experience that it leaves as it is (``leaves_first``), in the same bits;
     - ``fresh``: a second fit with the same object, after a learning-rate search, in the same bits as the first;
     - ``batch``: it sees the stream's batches, whatever ``training_step`` does to them;
     - ``order``: what others remember at an experience's end is what the next one starts from (``at_end``);

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from clkit.data.batch import local_share
 from clkit.data.datamodule import stream_data
-from clkit.data.stream import Experience
+from clkit.data.stream import Experience, Stream
 from clkit.errors import check_whole
 from clkit.memory.buffer import ReservoirBuffer
 from clkit.memory.storage import ImageMemory
@@ -57,6 +57,9 @@ class AGEM(Strategy):
         self.images: ImageMemory = images
         self.memory: ReservoirBuffer | None = None
         self._size = batch_size or 256
+
+    def leaves_first(self, stream: Stream) -> bool:
+        return True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)

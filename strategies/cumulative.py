@@ -6,6 +6,7 @@ from pytorch_lightning import LightningModule, Trainer
 from torch.utils.data import ConcatDataset
 
 from clkit.data.datamodule import stream_data
+from clkit.data.stream import Stream
 from clkit.method.setup_checks import check_together
 from clkit.method.strategy import Strategy
 
@@ -19,6 +20,9 @@ class Cumulative(Strategy):
 
     replaces_data = True
     works_sharded = True
+
+    def leaves_first(self, stream: Stream) -> bool:
+        return True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)

@@ -11,7 +11,7 @@ from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
 from clkit.data.datamodule import stream_data
-from clkit.data.stream import Experience
+from clkit.data.stream import Experience, Stream
 from clkit.errors import ConfigurationError, check_choice, check_whole
 from clkit.method.forward import task_loss
 from clkit.method.parameters import flat
@@ -89,6 +89,9 @@ class EWC(QuadraticPenalty):
         if samples is not None:
             check_whole("samples", samples, 1)
         self.mode, self.decay, self.fisher, self.samples, self.seed = mode, decay, fisher, samples, seed
+
+    def leaves_first(self, stream: Stream) -> bool:
+        return True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)

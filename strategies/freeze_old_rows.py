@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clkit.data.datamodule import stream_data
-from clkit.data.stream import Experience
+from clkit.data.stream import Experience, Stream
 from clkit.method.head import check_head, head_of
 from clkit.method.strategy import Strategy
 
@@ -37,6 +37,9 @@ class FreezeOldRows(Strategy):
     def __init__(self, restore: bool = True) -> None:
         self.restore = restore
         self.rows: dict[str, Tensor] = {}
+
+    def leaves_first(self, stream: Stream) -> bool:
+        return True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_head(trainer, pl_module, "FreezeOldRows")

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from clkit.data.batch import concatenate, local_share
 from clkit.data.columns import unnamed
 from clkit.data.datamodule import stream_data
-from clkit.data.stream import Experience
+from clkit.data.stream import Experience, Stream
 from clkit.errors import ConfigurationError, check_whole
 from clkit.method.gradient import add_to_gradients, check_automatic, flatten, loss_gradient, with_gradient
 from clkit.method.projection import projection_weights
@@ -56,6 +56,9 @@ class GEM(Strategy):
                 raise ConfigurationError(f"{name}={value} is not possible; use 0 or more.")
         self.samples_per_experience, self.margin, self.eps, self.seed = samples_per_experience, margin, eps, seed
         self.memories: list[Any] = []
+
+    def leaves_first(self, stream: Stream) -> bool:
+        return True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)

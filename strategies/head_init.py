@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from clkit.data.batch import gather_batch
 from clkit.data.datamodule import stream_data
-from clkit.data.stream import Experience
+from clkit.data.stream import Experience, Stream
 from clkit.distributed import sum_over_processes
 from clkit.errors import ConfigurationError, check_choice, check_whole
 from clkit.method.head import (
@@ -85,6 +85,9 @@ class HeadInit(Strategy):
         self.samples, self.seed = samples, seed
         self.known = torch.zeros(0, dtype=torch.bool)
         self._at_sight = self._looks = False
+
+    def leaves_first(self, stream: Stream) -> bool:
+        return stream.kind != "task-free"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)

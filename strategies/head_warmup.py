@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from clkit.data.batch import concatenate
 from clkit.data.columns import size_of, take
 from clkit.data.datamodule import stream_data
-from clkit.data.stream import Experience
+from clkit.data.stream import Experience, Stream
 from clkit.errors import ConfigurationError, check_choice, check_whole
 from clkit.method.evaluation_mode import moving_statistics
 from clkit.method.head import check_head, check_rows, features, head_of, labels, new_classes
@@ -79,6 +79,9 @@ class HeadWarmup(Strategy):
             raise ConfigurationError("batch_norm='moving' needs batches with a variance; use batch_size=2 or more.")
         self.steps, self.lr, self.batch_size, self.over, self.batch_norm = steps, lr, batch_size, over, batch_norm
         self.samples, self.seed = samples, seed
+
+    def leaves_first(self, stream: Stream) -> bool:
+        return True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_head(trainer, pl_module, "HeadWarmup")

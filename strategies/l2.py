@@ -8,7 +8,7 @@ from typing import Any
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
-from clkit.data.stream import Experience
+from clkit.data.stream import Experience, Stream
 from clkit.method.penalty import Quadratic, QuadraticPenalty
 
 
@@ -34,6 +34,9 @@ class L2Anchor(QuadraticPenalty):
     def __init__(self, strength: float = 0.1, *, from_start: bool = False, only: Sequence[str] | None = None) -> None:
         super().__init__(strength, only=only)
         self.from_start = from_start
+
+    def leaves_first(self, stream: Stream) -> bool:
+        return not self.from_start
 
     def loss_term(self, trainer: Trainer, module: LightningModule, batch: Any, loss: Tensor) -> Tensor | None:
         if self.penalty is None and self.from_start:

@@ -11,7 +11,7 @@ from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
 from clkit.data.datamodule import stream_data
-from clkit.data.stream import Experience
+from clkit.data.stream import Experience, Stream
 from clkit.distributed import sum_over_processes
 from clkit.errors import check_whole
 from clkit.method.parameters import flat
@@ -71,6 +71,9 @@ class MAS(QuadraticPenalty):
         if samples is not None:
             check_whole("samples", samples, 1)
         self.relative, self.samples, self.seed = relative, samples, seed
+
+    def leaves_first(self, stream: Stream) -> bool:
+        return True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)

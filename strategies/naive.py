@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from clkit.data.stream import Stream
 from clkit.method.strategy import Strategy
 
 
@@ -9,3 +10,6 @@ class Naive(Strategy):
     """Train on the current experience only: the lower bound that every method is compared with."""
 
     works_sharded = True
+
+    def leaves_first(self, stream: Stream) -> bool:
+        return True

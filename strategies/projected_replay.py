@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from clkit.data.batch import concatenate, local_share
 from clkit.data.columns import size_of, take, unnamed
 from clkit.data.datamodule import stream_data
-from clkit.data.stream import Experience
+from clkit.data.stream import Experience, Stream
 from clkit.errors import ConfigurationError, check_choice, check_whole
 from clkit.method.forward import frozen_statistics, task_loss
 from clkit.method.gradient import add_to_gradients, check_automatic, flatten, loss_gradient, with_gradient
@@ -79,6 +79,9 @@ class ProjectedReplay(Strategy):
         self.memories: list[Any] = []
         self.rng = private_rng(seed, 70)
         self._shares: list[Any] = []
+
+    def leaves_first(self, stream: Stream) -> bool:
+        return True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)

@@ -12,6 +12,7 @@ from clkit.data.batch import concatenate
 from clkit.data.columns import size_of, take
 from clkit.data.datamodule import stream_data
 from clkit.data.loader import read_samples
+from clkit.data.stream import Stream
 from clkit.errors import ConfigurationError
 from clkit.method.forward import to_device
 from clkit.method.setup_checks import check_together
@@ -47,6 +48,9 @@ class ReplayShare(Strategy):
         if not 0 <= share < 1:
             raise ConfigurationError(f"share={share} is not possible; use a number of at least 0 and below 1.")
         self.share, self._rng = share, private_rng(seed, 12)
+
+    def leaves_first(self, stream: Stream) -> bool:
+        return True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clkit.data.datamodule import stream_data
-from clkit.data.stream import Experience
+from clkit.data.stream import Experience, Stream
 from clkit.distributed import sum_over_processes
 from clkit.method.forward import outputs
 from clkit.method.setup_checks import check_classes, check_logits
@@ -45,6 +45,9 @@ class SoftTargets(Strategy):
         self.start = start
         self.sums = torch.zeros(0, 0)
         self.counts = torch.zeros(0)
+
+    def leaves_first(self, stream: Stream) -> bool:
+        return self.start > 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)

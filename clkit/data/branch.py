@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -74,6 +74,9 @@ class Branching(Callback):
     the clocks of schedules and stream and the random states go on. The optimizers' settings are the new ones; a
     learning rate whose setting is the old one goes on where its schedule was.
 
+    A callback that is new there starts fresh. After the first experience one that
+    :meth:`~clkit.data.hooks.Hooks.leaves_first` as it is makes up for its end, unless it is named in ``fresh``.
+
     Args:
         past: The checkpoint; the fit may also go on from another one, which is then restored as it is.
         fresh: What starts fresh although it could go on: ``"optimizer"``, or names of callbacks' classes.
@@ -91,6 +94,7 @@ class Branching(Callback):
         self.is_active = False
         self._content: dict[str, Any] | None = None
         self._settings: list[list[dict[str, Any]]] = []
+        self._latecomers: list[Hooks] = []
 
     def reading(self, io: CheckpointIO, trainer: Trainer) -> CheckpointIO:
         """Return what reads checkpoints for the trainer."""
@@ -98,6 +102,12 @@ class Branching(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.is_active = False
+        self._latecomers = []
+
+    def latecomers(self) -> list[Hooks]:
+        """Return the callbacks that begin at the end of the first experience; none the second time."""
+        found, self._latecomers = self._latecomers, []
+        return found
 
     def _tell(self, trainer: Trainer) -> None:
         """Say what starts fresh and what is left behind."""
@@ -112,7 +122,9 @@ class Branching(Callback):
                     f"{type(strategy).__name__} needs what the network was before its first experience, and "
                     f"{self.past.path} knows it of no {type(strategy).__name__}; train it from the start of the stream."
                 )
-        fresh = [type(one).__name__ for one in begins if type(one).state_dict is not Callback.state_dict]
+        late = self._latecomers = [one for one in begins if self._makes_up(trainer, one)]
+        with_state = [one for one in begins if type(one).state_dict is not Callback.state_dict]
+        fresh = [type(one).__name__ for one in with_state if one not in late]
         keys = {callback.state_key for callback in callbacks_of(trainer)}
         left = sorted(key.partition("{")[0] for key in self.past.states - keys if key.partition("{")[0] not in _SILENT)
         said = [f"{', '.join(fresh)} start(s) fresh"] if fresh else []
@@ -122,6 +134,10 @@ class Branching(Callback):
 
     def _begins(self, callback: Callback) -> bool:
         return type(callback).__name__ in self.fresh or callback.state_key not in self.past.states
+
+    def _makes_up(self, trainer: Trainer, callback: Hooks) -> bool:
+        is_first = len(self.past.experiences) == 1 and type(callback).__name__ not in self.fresh
+        return is_first and callback.leaves_first(cast(Any, trainer).datamodule.stream)
 
     def take(self, content: dict[str, Any], trainer: Trainer) -> dict[str, Any]:
         """Return what the trainer shall restore of a checkpoint's content."""

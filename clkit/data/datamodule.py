@@ -277,6 +277,10 @@ class StreamDataModule(pl.LightningDataModule):
         """Whether the whole stream has been learned."""
         return self.planned_epoch >= self.total_epochs
 
+    def latecomers(self) -> Sequence[pl.Callback]:
+        """Return the callbacks that begin at the end of the first experience, see :class:`Branching`; none twice."""
+        return [] if self._branching is None else self._branching.latecomers()
+
     def end_experience(self) -> None:
         """Let the current epoch be the last of its experience."""
         assert self._runner is not None

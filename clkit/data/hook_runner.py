@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -38,6 +39,9 @@ class Clock(Protocol):
 
     def end_experience(self) -> None:
         """Let the current epoch be the last of its experience."""
+
+    def latecomers(self) -> Sequence[Callback]:
+        """Return the callbacks that begin at the end of the first experience, once."""
 
     def augmented(self, batch: Any) -> Any:
         """Return a batch with its inputs augmented for the current step."""
@@ -148,6 +152,9 @@ class HookRunner(Callback):
         current = self.stream_clock.experience.index
         self._catch_up(trainer, module, current)
         if current > self.started:
+            latecomers = self.stream_clock.latecomers()
+            if latecomers:
+                self._run("on_experience_end", trainer, module, self.started, latecomers)
             self.started = current
             self.watch.begin()
             if hasattr(module, "on_experience_enter"):
@@ -178,13 +185,20 @@ class HookRunner(Callback):
             self._run("before_experience_end", trainer, module, self.started)
             self._run("on_experience_end", trainer, module, self.started)
 
-    def _run(self, hook: str, trainer: Trainer, module: LightningModule, index: int) -> None:
+    def _run(
+        self,
+        hook: str,
+        trainer: Trainer,
+        module: LightningModule,
+        index: int,
+        callbacks: Sequence[Callback] | None = None,
+    ) -> None:
         def turn(callback: Callback) -> int:
             if not isinstance(callback, Hooks):
                 return len(AT_END)
             return AT_END.index(callback.at_end) if hook == "on_experience_end" else 0
 
-        for callback in sorted(callbacks_of(trainer), key=turn):
+        for callback in sorted(callbacks_of(trainer) if callbacks is None else callbacks, key=turn):
             if hasattr(callback, hook):
                 getattr(callback, hook)(trainer, module, self.stream_clock.stream[index])
 

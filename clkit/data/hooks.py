@@ -8,7 +8,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from clkit.data.fresh_start import FreshStart
-from clkit.data.stream import Experience
+from clkit.data.stream import Experience, Stream
 
 T = TypeVar("T")
 AT_END = ("replaces", "trains", "reads")
@@ -57,6 +57,15 @@ class Hooks(FreshStart):
                 :math:`\\alpha L + (1-\\alpha) L_m` is the term :math:`(1-\\alpha)(L_m - L)`.
         """
         return None
+
+    def leaves_first(self, stream: Stream) -> bool:
+        """Tell whether the first experience of a stream is learned, and evaluated, as it is without this callback.
+
+        All that it remembers of it must then be made by :meth:`on_experience_end`, from the weights and the data: where
+        a fit goes on from the end of a first experience that others have learned (``share_first=true``,
+        ``from=RUN@0``), that hook is called before the next experience, and the callback is where it would have been.
+        """
+        return False
 
 
 def overrides(hooks: Hooks, name: str) -> bool:

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from clkit.data.datamodule import stream_data
 from clkit.data.hooks import callbacks_of
-from clkit.data.stream import Experience
+from clkit.data.stream import Experience, Stream
 from clkit.distributed import need_whole_weights
 from clkit.errors import ConfigurationError, check_whole
 from clkit.files import result_folder, unfinished_name
@@ -266,6 +266,9 @@ class AdapterPerExperience(Strategy):
         self.seed = seed
         self.layers: list[LowRank] = []
         self._last: int | None = None
+
+    def leaves_first(self, stream: Stream) -> bool:
+        return True
 
     def remember(self, index: int) -> None:
         """Called right before the adapters of experience ``index`` are merged."""

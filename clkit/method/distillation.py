@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
-from clkit.data.stream import Experience
+from clkit.data.stream import Experience, Stream
 from clkit.errors import ConfigurationError
 from clkit.method.evaluation_mode import evaluation_mode
 from clkit.method.strategy import Strategy
@@ -35,6 +35,9 @@ class Distillation(Strategy):
             raise ConfigurationError(f"alpha={alpha} is not possible; use 0 or more.")
         self.alpha = alpha
         self.teacher: dict[str, Tensor] | None = None
+
+    def leaves_first(self, stream: Stream) -> bool:
+        return True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.teacher = tree_map_only(Tensor, lambda tensor: tensor.to(pl_module.device), self.teacher)

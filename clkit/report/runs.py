@@ -25,9 +25,13 @@ _SUMMARY = {"complete", "stream", "metrics"}
 ABSENT = "–"
 REPLACED = ".replaced"
 """Folder of what a run's folder held before it was trained anew."""
+FIRST = ".first"
+"""Folder of the first experiences that runs beside it share."""
+ASIDE = {REPLACED, FIRST}
+"""Folders whose runs are not counted with those around them."""
 PLANS = ".sweeps"
 """Folder of a sweep's plans, one JSON file a command."""
-_NOT_IN_RESULT = {"seed", "resume", "attempts", "objective", "data_root", "folder"}
+_NOT_IN_RESULT = {"seed", "resume", "attempts", "objective", "data_root", "folder", "share_folder", "share_first"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,7 +252,7 @@ def _run_folders(root: Path) -> Iterator[Path]:
     if not root.is_dir():
         raise ConfigurationError(f"{root} is no directory; give a run folder or a folder that holds runs.")
     marks = {path.parent for name in ("history.csv", ".hydra") for path in root.rglob(name)}
-    yield from sorted(mark for mark in marks if REPLACED not in mark.relative_to(root).parts)
+    yield from sorted(mark for mark in marks if ASIDE.isdisjoint(mark.relative_to(root).parts))
 
 
 def _metrics(path: Path) -> dict[str, Any] | None:

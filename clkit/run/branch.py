@@ -19,6 +19,7 @@ from clkit.data.stream import Stream
 from clkit.errors import ConfigurationError, suggest
 from clkit.evaluation.kept_data import kept_experience
 from clkit.files import put_in_place, unfinished_name
+from clkit.run.checkpoint import experience_ends
 from clkit.run.inherit import named
 from clkit.run.kept import end_of
 
@@ -26,6 +27,7 @@ START = "start"
 """Folder of what a run has taken over from the one that it goes on from."""
 HELD_OUT = "held_out"
 _WAIT = 60.0
+_OF_EXPERIENCES = (HELD_OUT, "adapters", "answers")
 
 
 @dataclass(frozen=True)
@@ -70,19 +72,16 @@ class Start:
             if not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(history, target)
-        if (run / HELD_OUT).is_dir():
-            shutil.copytree(run / HELD_OUT, self.folder.parent / HELD_OUT, dirs_exist_ok=True)
+        for name in _OF_EXPERIENCES if config.share_first else (HELD_OUT,):
+            if (run / name).is_dir():
+                shutil.copytree(run / name, self.folder.parent / name, dirs_exist_ok=True)
+        for end in experience_ends(run / "checkpoints") if config.share_first else ():
+            _link(end, self.folder.parent / "checkpoints" / end.name)
         self.folder.mkdir(parents=True, exist_ok=True)
         earlier = Start(run / START).segments if (run / START).is_dir() else []
         segments = [*earlier, {"config": OmegaConf.to_container(there), "experiences": learned}]
         (self.folder / "past.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(segments)), encoding="utf-8")
-        unfinished = unfinished_name(self.checkpoint)
-        unfinished.unlink(missing_ok=True)
-        try:
-            os.link(source, unfinished)
-        except OSError:
-            shutil.copyfile(source, unfinished)
-        put_in_place(unfinished, self.checkpoint)
+        _link(source, self.checkpoint)
 
     def wait(self) -> None:
         """Wait until the first process has taken all over."""
@@ -172,6 +171,18 @@ def about(config: Any, past: Past) -> dict[str, Any]:
     run, _ = named(config["from"])
     last = past.experiences[-1]
     return {"run": str(run), "experience": len(past.experiences) - 1, "name": last["name"]}
+
+
+def _link(source: Path, target: Path) -> None:
+    """Let a file be at another place too, as a copy where the file system has no links."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = unfinished_name(target)
+    unfinished.unlink(missing_ok=True)
+    try:
+        os.link(source, unfinished)
+    except OSError:
+        shutil.copyfile(source, unfinished)
+    put_in_place(unfinished, target)
 
 
 def _config_of(run: Path) -> Any:

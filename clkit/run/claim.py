@@ -19,7 +19,7 @@ from clkit.report.runs import REPLACED, flatten
 from clkit.run.folder import LOCK, LOG, is_finished
 from clkit.run.provenance import code_of
 
-NOT_IN_RESULT = ("resume", "attempts", "objective", "folder", "data_root", "share_folder")
+NOT_IN_RESULT = ("resume", "attempts", "objective", "folder", "data_root", "share_folder", "share_first")
 SCRATCH = ".scratch"
 FIGURES = ("stability_gap", "zoom", "overlay", "worst_case", "time", "drift", "connectivity")
 # what is moved first tells that a run is finished, or can go on: a kill between leaves one that starts anew
@@ -47,6 +47,7 @@ class Owner:
         code: What it ran, see :func:`~clkit.run.provenance.code_of`.
         parent: The run that it goes on from (``run``), and the ``experience`` and its ``name`` after which; empty if it
             goes on from none.
+        own_first: Why it shares its first experience with no other run although that was asked for; empty otherwise.
     """
 
     config: str
@@ -56,6 +57,7 @@ class Owner:
     data_root: str = ""
     code: Mapping[str, str] = field(default_factory=dict)
     parent: Mapping[str, Any] = field(default_factory=dict)
+    own_first: str = ""
 
     def write(self, folder: Path) -> None:
         """Write ``run.json``."""
@@ -109,9 +111,9 @@ def refuse_foreign(folder: Path, config: DictConfig) -> None:
     Raises:
         ConfigurationError: If the folder is such a one and neither ``share_folder`` nor ``resume=false`` was chosen.
     """
-    there = owner(folder)
+    # in this order: another process that is about to claim it writes run.json first
+    found, there = _names(folder), owner(folder)
     if there is None:
-        found = _names(folder)
         taken = sorted({path.name for path in _matching(folder, (*RESULTS, *RECORDS)) if path.name in found})
         if found and not config.share_folder:
             raise ConfigurationError(
@@ -154,6 +156,13 @@ def note_parent(folder: Path, parent: Mapping[str, Any]) -> None:
     there = owner(folder)
     assert there is not None
     replace(there, parent=dict(parent)).write(folder)
+
+
+def note_own_first(folder: Path, reason: str) -> None:
+    """Note in ``run.json`` why a run shares its first experience with no other."""
+    there = owner(folder)
+    assert there is not None
+    replace(there, own_first=reason).write(folder)
 
 
 def claim(folder: Path, config: DictConfig) -> Path | None:
@@ -238,8 +247,9 @@ def _differences(folder: Path, config: DictConfig, there: Owner) -> str:
 def _write_config(folder: Path, config: DictConfig) -> None:
     """Write what Hydra would have written before anything was checked (``hydra.output_subdir`` is null)."""
     parts: dict[str, Any] = {}
-    if HydraConfig.initialized():
-        job: Any = HydraConfig.instance().cfg
+    job: Any = HydraConfig.instance().cfg
+    # not of another run that this job trains first
+    if job is not None and Path(job.hydra.runtime.output_dir).resolve() == folder.resolve():
         parts = {"hydra": job, "overrides": job.hydra.overrides.task}
     # the config last: where it is, all are
     for name, part in {**parts, "config": config}.items():

@@ -127,10 +127,15 @@ def step_of(checkpoint: Path | None) -> int:
 
 
 class Record:
-    """Writes an attempt into its folder, line by line, and what is logged meanwhile into ``train.log``."""
+    """Writes an attempt into its folder, line by line.
+
+    Attributes:
+        log: What is said here is in ``train.log`` alone.
+    """
 
     def __init__(self, folder: Path, step: int) -> None:
         self._path = folder / _ATTEMPTS
+        self.log = logging.Logger("clkit.run")
         host, pid, job = socket.gethostname(), os.getpid(), _job()
         self._add(started=time.time(), host=host, pid=pid, job=job, step=step)
 
@@ -160,7 +165,7 @@ def attempt(folder: Path, step: int) -> Iterator[Record]:
     handler = _LogFile(folder / LOG, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     # a logger of its own says nothing on the terminal; the root hears the libraries
-    root, log = logging.getLogger(), logging.Logger("clkit.run")
+    root, log = logging.getLogger(), record.log
     root.addHandler(handler)
     log.addHandler(handler)
     try:

@@ -6,8 +6,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-_NOT_INHERITED = ("from", "fresh", "experiences", "resume", "attempts", "objective", "share_folder", "folder")
-_NOT_NAMED = ("resume", "attempts", "objective", "data_root", "share_folder")
+_NOT_INHERITED = (
+    *("from", "fresh", "experiences", "resume", "attempts", "objective", "share_folder", "share_first", "folder"),
+)
+_NOT_NAMED = ("resume", "attempts", "objective", "data_root", "share_folder", "share_first")
 
 
 def named(text: str) -> tuple[Path, int | None]:

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from clkit.errors import ConfigurationError
 from clkit.files import write_atomically
-from clkit.report.runs import PLANS, REPLACED, current_plans
+from clkit.report.runs import ASIDE, PLANS, current_plans
 from clkit.run.folder import Attempt, attempts, fruitless, is_finished, is_held, step_of
 
 Status = Literal["done", "running", "failed", "stopped", "waiting"]
@@ -176,7 +176,7 @@ def cells_in(folder: Path) -> list[Cell]:
     started = sorted(
         path
         for path in found
-        if REPLACED not in path.relative_to(folder).parts and not any(path.is_relative_to(other) for other in others)
+        if ASIDE.isdisjoint(path.relative_to(folder).parts) and not any(path.is_relative_to(other) for other in others)
     )
     cells = [*planned.values(), *map(Cell.read, started)]
     if not cells:

@@ -16,14 +16,26 @@ from rich.console import Console
 from clkit.data.datamodule import StreamDataModule, stream_data
 from clkit.data.stream import Stream
 from clkit.errors import ConfigurationError, check_whole
-from clkit.files import scratch_in
+from clkit.files import alone_in, scratch_in
 from clkit.report import write_report
 from clkit.run.branch import Start, about, classes_of, parent_of
 from clkit.run.checkpoint import checkpoints, latest_checkpoint
-from clkit.run.claim import SCRATCH, claim, data_root, fingerprint, note_data, note_parent, owner, refuse_foreign
+from clkit.run.claim import (
+    SCRATCH,
+    claim,
+    data_root,
+    fingerprint,
+    note_data,
+    note_own_first,
+    note_parent,
+    owner,
+    refuse_foreign,
+)
 from clkit.run.config_check import check
+from clkit.run.first import First, NotShared
 from clkit.run.folder import (
     LOG,
+    Busy,
     GaveUp,
     Record,
     attempt,
@@ -52,7 +64,7 @@ def run(config: DictConfig, folder: Path, *, in_sweep: bool = False) -> None:
         GaveUp: If the run has failed too often.
         ConfigurationError: If the config cannot work, or the folder holds a run of another config.
     """
-    for key in ("resume", "share_folder"):
+    for key in ("resume", "share_folder", "share_first"):
         if type(config[key]) is not bool:
             raise ConfigurationError(f"{key}={config[key]!r} is not possible; use true or false.")
     console = Console(quiet=not is_rank_zero(), soft_wrap=True)
@@ -90,6 +102,9 @@ def _train(config: DictConfig, folder: Path, checkpoint: Path | None, record: Re
         raise ConfigurationError(
             f"No checkpoint in {folder / 'checkpoints'} can be read; start over with resume=false, or put one back."
         )
+    own = config
+    if config.share_first and checkpoint is None:
+        config = _after_first(config, folder, record, console)
     start = Start.of(_inside(config, folder))
     if start is not None:
         if is_rank_zero():
@@ -101,14 +116,43 @@ def _train(config: DictConfig, folder: Path, checkpoint: Path | None, record: Re
         if checkpoint is None:
             checkpoint = start.checkpoint
     trainer, module, data = build(config, folder)
-    settings = OmegaConf.to_container(_inside(config, folder), resolve=True)
-    cast(Any, trainer).callbacks[:0] = [RunMark(fingerprint(config), record), LogConfig(cast(dict[str, Any], settings))]
+    settings = OmegaConf.to_container(_inside(own, folder), resolve=True)
+    cast(Any, trainer).callbacks[:0] = [RunMark(fingerprint(own), record), LogConfig(cast(dict[str, Any], settings))]
     if record is not None:
         note_data(folder, data.stream.fingerprint(), data_root(config))
     if checkpoint is not None:
         began = start is not None and checkpoint == start.checkpoint
         console.print(f"Going on from {parent_of(about(config, past)) if began else checkpoint}")
     fit(trainer, module, data, checkpoint)
+
+
+def _after_first(config: DictConfig, folder: Path, record: Record | None, console: Console) -> DictConfig:
+    """Return the configuration of a run that goes on from the end of a first experience that it shares with others.
+
+    The first of them trains it, while others wait. What has to train it itself gets back its own.
+    """
+    inside = _inside(config, folder)
+    try:
+        first = First.of(inside, folder, build_stream(inside))
+        with alone_in(first.folder):
+            while not first.is_trained:
+                try:
+                    run(first.config, first.folder, in_sweep=True)
+                except Busy:
+                    continue
+                if not first.is_trained:
+                    raise NotShared(f"that in {first.folder} ended before its end")
+    except NotShared as reason:
+        said = f"The first experience is not shared: {reason}."
+        if record is not None:
+            note_own_first(folder, str(reason))
+    else:
+        said = f"The first experience, trained with {first.methods}, is shared: {first.folder}"
+        config = cast(DictConfig, OmegaConf.merge(config, {"from": f"{first.folder}@0"}))
+    if record is not None:
+        record.log.info(said)
+    console.print(said)
+    return config
 
 
 class RunMark(pl.Callback):

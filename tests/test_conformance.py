@@ -168,6 +168,13 @@ class SeesWhatIsLeft(Strategy):
         self.scale = float(batch[0].mean())
 
 
+class RemembersTheWay(Hoards):
+    """Says that what it remembers is of the first experience's end."""
+
+    def leaves_first(self, stream):
+        return True
+
+
 class Freezes(Strategy):
     def on_fit_end(self, trainer, module):
         module.net[1].weight.requires_grad_(False)
@@ -225,6 +232,7 @@ class HalfWeights(Strategy):
     [
         (Forgets, "resume"),
         (Forgets, "growth"),
+        (RemembersTheWay, "late"),
         (RemembersInItsClass, "fresh"),
         (SeesWhatIsLeft, "batch"),
         (ReplacesWithoutAWord, "order"),

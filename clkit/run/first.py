@@ -15,7 +15,7 @@ from clkit.data.hooks import Hooks
 from clkit.data.stream import Stream
 from clkit.errors import ConfigurationError
 from clkit.report.runs import FIRST
-from clkit.run.claim import fingerprint
+from clkit.run.claim import fingerprint, owned_by
 from clkit.run.kept import end_of
 
 
@@ -81,7 +81,7 @@ class First:
             end_of(self.folder, 0, whole=True)
         except ConfigurationError:
             return False
-        return True
+        return owned_by(self.folder, self.config)
 
     @property
     def methods(self) -> str:

@@ -147,6 +147,7 @@ def _after_first(config: DictConfig, folder: Path, record: Record | None, consol
         if record is not None:
             note_own_first(folder, str(reason))
     else:
+        _tell_of_changes(first.folder, first.config, "Take the folder away")
         said = f"The first experience, trained with {first.methods}, is shared: {first.folder}"
         config = cast(DictConfig, OmegaConf.merge(config, {"from": f"{first.folder}@0"}))
     if record is not None:
@@ -203,13 +204,12 @@ class LogConfig(pl.Callback):
             logger.log_hyperparams(self.config)
 
 
-def _tell_of_changes(folder: Path, config: DictConfig) -> None:
+def _tell_of_changes(folder: Path, config: DictConfig, remedy: str = "Train anew with resume=false") -> None:
     there = owner(folder)
     changed = changes(there.code, code_of(config)) if there is not None and there.code else []
     if changed:
         warnings.warn(
-            f"The code has changed since {folder} was begun: {', '.join(changed)}. Train anew with resume=false if it "
-            "matters.",
+            f"The code has changed since {folder} was begun: {', '.join(changed)}. {remedy} if it matters.",
             stacklevel=2,
         )
 

@@ -168,13 +168,6 @@ class SeesWhatIsLeft(Strategy):
         self.scale = float(batch[0].mean())
 
 
-class RemembersTheWay(Hoards):
-    """Says that what it remembers is of the first experience's end."""
-
-    def leaves_first(self, stream):
-        return True
-
-
 class Freezes(Strategy):
     def on_fit_end(self, trainer, module):
         module.net[1].weight.requires_grad_(False)
@@ -204,6 +197,13 @@ class Hoards(Strategy):
 
     def load_state_dict(self, state_dict):
         self.held = state_dict["held"]
+
+
+class RemembersTheWay(Hoards):
+    """Says that what it remembers is of the first experience's end."""
+
+    def leaves_first(self, stream):
+        return True
 
 
 class PicklesItself(Strategy):

@@ -18,6 +18,7 @@ from clkit.files import run_folder, write_atomically
 from clkit.language.features import TowerFeatures, Where
 from clkit.language.images import reader_of
 from clkit.language.labelled import labelled_only
+from clkit.language.one_mask import one_mask
 from clkit.language.packing import packed
 from clkit.language.vision import PROJECTORS, for_language_model, vision_parts
 from clkit.method.adapters import add_adapter
@@ -259,7 +260,7 @@ class LanguageModule(pl.LightningModule):
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the model's loss on a batch."""
-        with packed(self.net, self.packing), labelled_only(self.net):
+        with packed(self.net, self.packing), labelled_only(self.net), one_mask():
             return cast(Tensor, self(**batch).loss)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

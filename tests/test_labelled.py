@@ -99,6 +99,14 @@ def test_the_output_layer_sees_labelled_tokens_alone_in_pieces(name, rows, piece
     assert seen == pieces
 
 
+def test_keys_and_values_are_kept_only_for_who_asks_for_them():
+    model, inputs = built("llama"), batch()
+    assert model(**inputs).past_key_values is not None
+    with labelled_only(model):
+        assert model(**inputs).past_key_values is None
+        assert model(**inputs, use_cache=True).past_key_values is not None
+
+
 def test_calls_without_labels_and_other_models_are_left_alone():
     model, inputs = built("llama"), batch()
     labels = inputs.pop("labels")

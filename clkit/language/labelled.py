@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,8 @@ _linear_to_the_end: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 def labelled_only(model: Any, *, rows: int = 1024) -> Iterator[None]:
     """Compute logits for the tokens that have a label and for no others, in calls with ``labels`` inside the context.
 
-    The loss and its gradients are the model's own, but for the order of sums; ``logits`` of the output is ``None``.
+    The loss and its gradients are the model's own, but for the order of sums; ``logits`` of the output is ``None``, and
+    no keys and values are kept (``use_cache``) unless the call asks for them.
     The output layer sees up to ``rows`` tokens at once, the rest in further pieces whose logits are computed again in
     the backward pass, so that ``[B, S, V]`` is never held. Language models of clkit train so; another module's own
     takes one line::
@@ -88,7 +90,9 @@ class _Call:
             return None
         self.inner = inner
         self.targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        return args, {**kwargs, "labels": None}
+        # keys and values for later calls would be held until the loss is there
+        cache = {"use_cache": False} if "use_cache" in inspect.signature(inner.forward).parameters else {}
+        return args, {**cache, **kwargs, "labels": None}
 
     def choose(self, head: nn.Module, args: tuple[Tensor, ...]) -> Any:
         if self.targets is None:

@@ -151,14 +151,25 @@ def test_another_strategy_and_optimizer_start_fresh_and_it_is_said(whole, tmp_pa
         fit(tmp_path, ALL, path, after=path, fresh=["ExperienceReply"])
 
 
-@pytest.mark.parametrize("strategy", [LwF, L2Anchor, FeatureDistillation])
+@pytest.mark.parametrize("strategy", [LwF, L2Anchor, FeatureDistillation, EWC, AGEM])
 def test_a_comparison_shares_its_first_experience(strategy, tmp_path):
-    """What such a method has of it is the weights, whoever trained them."""
+    """What such a method has of it is of the weights and the data at its end, whoever trained them."""
     fit(tmp_path / "shared", ALL[:1], strategies=[])
     path = end(tmp_path / "shared", 0)
     alone, _ = fit(tmp_path / "alone", ALL[:2], strategies=[strategy()])
     branched, _ = fit(tmp_path / "branched", ALL[:2], path, strategies=[strategy()], after=path)
     assert torch.equal(weights(alone), weights(branched))
+
+
+def test_a_method_that_is_named_as_fresh_remembers_nothing_of_the_first_experience(tmp_path):
+    fit(tmp_path / "shared", ALL[:1], strategies=[])
+    path = end(tmp_path / "shared", 0)
+    sizes = []
+    for fresh in ((), ("AGEM",)):
+        memory = AGEM(8)
+        fit(tmp_path / "branched", ALL[:2], path, strategies=[memory], after=path, fresh=fresh)
+        sizes.append(memory.memory.n_seen)
+    assert sizes == [16, 8]
 
 
 def test_a_memory_goes_on_with_another_capacity_only_if_it_starts_fresh(whole, tmp_path):

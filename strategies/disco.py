@@ -44,7 +44,8 @@ class DISCO(Mixer):
             module.net.generate(**batch)
 
     What is trained beside LoRA (a projector, ``modules_to_save``) is one for all tasks, and carried on from each to the
-    next. The state holds the slots of earlier tasks: as much as the adapter, for each.
+    next. :class:`EMABalance` averages nothing, since no task trains the slot of another. The state holds the slots of
+    earlier tasks: as much as the adapter, for each.
 
     Args:
         temperature: :math:`\tau`, above 0; published: 0.05.

@@ -166,7 +166,16 @@ TEXTS: dict[str, Build] = {
     "disco, texts": lambda: [s.DISCO(), s.ExperienceReplay(16)],
     "ilora, texts": lambda: s.InterpolatedLoRA(16),
 }
-SYNCS = {"er, balanced", "er, memory on the CPU", "gem", "kfpf", "reglora, sparse", "groups, texts", "ilora, texts"}
+SYNCS = {
+    "er, balanced",
+    "er, memory on the CPU",
+    "gem",
+    "kfpf",
+    "reglora, sparse",
+    "groups, texts",
+    "disco, texts",
+    "ilora, texts",
+}
 """Those that wait for the device by nature: see gpu_check.py."""
 
 

@@ -77,5 +77,5 @@ def extra_of(sample: Any, side: int) -> dict[str, Any]:
     """Return what a sample's record has more for it: ``explanations``, if there are any."""
     choices = sample.extra.get("choices")
     truth = choices["ABCD".index(sample.answer)] if choices else sample.answer
-    found = explanations(sample.kind, truth, sample.question.splitlines()[0], sample.scene, side)
+    found = explanations(sample.kind, truth, sample.question.partition("\n")[0], sample.scene, side)
     return {} if found is None else {"explanations": found}

@@ -308,8 +308,8 @@ def _request(style: str, sample: _Sample) -> _Request | None:
 def _explanations(record: Record, truth: str, position: int) -> dict[str, str]:
     given = record.extra.get("explanations", {})
     try:
-        return {style: _explanation({"explanation": given[style]}, truth) for style in _WORDS if style in given}
-    except (TypeError, ValueError) as error:
+        return {style: _explanation({"explanation": text}, truth) for style, text in given.items()}
+    except (AttributeError, ValueError) as error:
         raise ConfigurationError(
             f"The explanations of sample {position} are no texts by style that contain the answer {truth!r}; mend the "
             "record."

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import logging
 import random
 import statistics
@@ -189,7 +190,7 @@ def peak(place: Place, own: bool, recompute: bool) -> int:
     module = build(recompute)
     step = functools.partial(fit, place, module, 1, []) if own else functools.partial(plain, place, module, 1)
     if place.cuda:
-        torch.cuda.empty_cache()
+        gc.collect()
         torch.cuda.reset_peak_memory_stats(place.device)
         step(length=LONG)
         return torch.cuda.max_memory_allocated(place.device)
@@ -251,6 +252,7 @@ class Round:
 
 
 PARTS = ("training", "padding", "ilora", "generation", "scoring")
+ALL = (*PARTS, "memory")
 MEANINGS = {
     "clkit / plain": ("tokens per second", "at least 1.2"),
     "grouped": ("tokens per second", ""),
@@ -267,7 +269,7 @@ MEANINGS = {
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, "memory"], help="what to measure; everything by default")
+    parser.add_argument("parts", nargs="*", default=ALL, choices=[*ALL, ALL], metavar="PART", help=", ".join(ALL))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
@@ -275,22 +277,21 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="mixed precision, in both")
     args = parser.parse_args()
     place = Place(args.device, args.batch, args.bf16)
-    parts = args.parts or [*PARTS, "memory"]
     warnings.filterwarnings("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     console, found = Console(), dict[str, list[float]]()
-    if "memory" in parts:
+    if "memory" in args.parts:
         for name, recompute in (("memory", False), ("memory, recomputing", True)):
             of_clkit, of_plain = peak(place, True, recompute), peak(place, False, recompute)
             found[name] = [of_clkit / of_plain]
             console.print(f"{name}: {of_clkit / 2**30:.2f} GiB, plain {of_plain / 2**30:.2f} GiB", style="dim")
-    timed_parts = [part for part in PARTS if part in parts]
+    timed_parts = [part for part in PARTS if part in args.parts]
     if timed_parts:
         module = build()
-        if "ilora" in parts:
+        if "ilora" in args.parts:
             replay = operations(place, module, 2, [InterpolatedLoRA(32)], 2) / operations(place, module, 2, [], 2)
             found["I-LoRA, operations"] = [replay]
-        if "padding" in parts:
+        if "padding" in args.parts:
             shuffled, grouped = padding(place.batch, False), padding(place.batch, True)
             console.print(f"padding: {shuffled:.1%} of the tokens, with length groups {grouped:.1%}")
         for number in range(args.rounds):

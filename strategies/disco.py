@@ -134,7 +134,8 @@ class DISCO(Mixer):
         for text in {*texts} - self._weights.keys():
             feature = normalize(torch.as_tensor(self.features(text)), dim=0)
             self._weights[text] = (anchors @ feature / self.temperature).softmax(dim=0).float()
-        return torch.stack([self._weights[text] for text in texts])
+        rows = [self._weights[text] for text in texts]
+        return torch.stack(rows) if rows else torch.ones(0, len(self.anchors))
 
     def shares(self, experience: Experience, dataset: Dataset[Any], rows: Tensor) -> Tensor:
         return self.weights(_prompts(experience, dataset, rows.tolist()))

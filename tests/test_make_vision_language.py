@@ -152,6 +152,27 @@ def test_sentences_count_what_is_on_either_side(root: Path) -> None:
             assert n == WORDS[number]
 
 
+def test_explanations_repeat_the_answer_and_tell_what_is_seen(root: Path) -> None:
+    for task in ("things", "numbers", "compare", "ground"):
+        for record in records(root, task):
+            brief, detailed = (record["explanations"][style] for style in ("brief", "detailed"))
+            for text in (brief, detailed):
+                assert text.endswith(f"So the right answer is {record['answer']}.")
+            asked = record["prompt"].splitlines()[0]
+            assert f"The question is: {asked} " in detailed
+            if "scene" in record:
+                pixels = picture(root, task, record)
+                named = re.findall(r"a (\w+) (\w+) at the (\w+) (\w+)", detailed)
+                assert len(named) == len(record["scene"])
+                for (colour, kind, row, column), shape in zip(named, record["scene"], strict=True):
+                    assert [kind, colour] == shape[:2]
+                    x = {"left": 0, "centre": 1, "right": 2}[column] * made.SIDE / 3
+                    y = {"top": 0, "middle": 1, "bottom": 2}[row] * made.SIDE / 3
+                    third = pixels[int(y) : int(y + made.SIDE / 3) + 1, int(x) : int(x + made.SIDE / 3) + 1]
+                    assert of_colour(third, colour).any()
+    assert "explanations" not in records(root, "compare", "test")[0]
+
+
 def test_leaks_are_found(root: Path, tmp_path: Path) -> None:
     folder = root / "home_vlm" / "compare"
 

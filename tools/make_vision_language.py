@@ -13,7 +13,7 @@ ROOT (data) then has home_vlm/TASK/{train,eval,test}.json with task.json and ima
     compare (two shapes, yes or no), ground (a shape's box), scenes (shapes, a sentence);
 
 home_vlm_captions, which the projector is aligned on; and home_vlm_model (home_vlm_model_224 with --side 224), which
-from_pretrained loads wherever clkit.language.models is imported. What the tasks must not tell is checked
+from_pretrained loads wherever clkit.language.towers is imported. What the tasks must not tell is checked
 (vision_language_data.check_leaks), and so is, after the alignment, how many held-out captions the model writes with the
 right image, another one, and a grey one.
 

@@ -110,6 +110,7 @@ def test_weights_of_a_worked_example():
     assert found[0].tolist() == pytest.approx([one / (one + two), two / (one + two)])
     assert found[1].tolist() == [0.5, 0.5]
     assert found[2].tolist() == pytest.approx(found[0].tolist())
+    assert disco.weights([]).shape == (0, 2)
     sharp = DISCO(features=words)
     sharp.anchors = disco.anchors
     assert float(sharp.weights(["b"])[0, 0]) == pytest.approx(1 / (1 + math.exp(0.8 / 0.05)))

@@ -6,7 +6,7 @@
 
 Trains every method by the experiment, first all with seed 0, and prints scores of generated answers and the curves'
 metrics, then how much was forgotten by content and in form alone. Started again, it goes on with what is missing;
-``--tables`` trains nothing. ``--figure FILE`` draws what was forgotten, and the curves.
+``--tables`` trains nothing. ``--figure FILE`` draws what was forgotten by content and in form, and some curves.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from reproduce_stability_gap import groups_of, train
@@ -23,6 +24,8 @@ from rich.console import Console
 
 from clkit.report.answers import answered, matrices, summary_table
 from clkit.report.estimate import Estimate
+from clkit.report.figures import overlay_figure, save
+from clkit.report.figures.canvas import TWO_COLUMNS, line_styles, new_figure, style
 from clkit.report.runs import Group
 from clkit.report.tables import Table
 
@@ -64,6 +67,7 @@ METHODS = {
     "joint": ["strategy=joint"],
 }
 CURVES = ("ACC", "min-ACC", "WC-ACC")
+DRAWN = ("sequential", "ER 5%", "EMA balance", "SEFE (ASD + RegLoRA)", "per task", "joint")
 
 
 def folder_of(root: Path, name: str) -> Path:
@@ -95,6 +99,27 @@ def lost_table(groups: Sequence[Group]) -> Table:
     return Table("Points of generated answers lost since learned, all but the last task", header, tuple(rows))
 
 
+def figure(groups: Sequence[Group]) -> Any:
+    """Draw the points of answers lost since learned, and the mean token accuracy along the training."""
+    drawn = [group for group in groups if group.label in DRAWN]
+    with style():
+        found = new_figure(TWO_COLUMNS, 0.6 + 0.2 * len(groups))
+        left, right = found.subplots(1, 2, width_ratios=(2, 3))
+        means = {group.label: {name: float(np.mean(v)) for name, v in lost(group).items()} for group in groups}
+        at = np.arange(len(means))[::-1]
+        content = np.array([mean["by content"] for mean in means.values()])
+        form = np.array([mean["of form"] for mean in means.values()])
+        first, second = (look["color"] for look in line_styles(2))
+        left.barh(at, content, color=first, label="by content")
+        left.barh(at, form, left=content, color=second, label="in form alone")
+        left.set_yticks(at, list(means))
+        left.set_xlabel("points lost since learned")
+        left.legend()
+    curves = {group.label: [run.history for run in group.counted] for group in drawn}
+    overlay_figure(curves, score="token accuracy", ax=right)
+    return found
+
+
 def main() -> None:
     """Train what is missing, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -106,6 +131,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--tables", action="store_true", help="of what was trained")
+    parser.add_argument("--figure", type=Path, metavar="FILE")
     args = parser.parse_args()
     root, console = args.folder / args.experiment, Console()
     folders = {name: folder_of(root, name) for name in args.only}
@@ -132,6 +158,8 @@ def main() -> None:
     tables = [summary_table(groups), lost_table(groups), curves_table(groups)]
     for table in tables:
         console.print(table.rich())
+    if args.figure is not None:
+        save(figure(groups), args.figure)
     (root / "tables.md").write_text("\n".join(table.markdown() for table in tables))
     console.print(f"{root}/tables.md")
 

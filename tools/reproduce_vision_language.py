@@ -33,10 +33,6 @@ SAMPLES = {"home_vlm_small": 3 * 30 * 8, "home_vlm": 6 * 80 * 8, "home_vlm_gpu":
 """Different ones that a training sees, of which a memory keeps a share."""
 
 
-def memory(strategy: str, percent: int) -> list[str]:
-    return [f"strategy={strategy}", f"strategy.{strategy}.capacity=", str(percent)]
-
-
 def average(preset: str, *more: str) -> list[str]:
     return ["strategy=ema_balance", f"strategy.ema_balance.preset={preset}", *more]
 
@@ -48,25 +44,33 @@ def codebook(threshold: float) -> list[str]:
     return ["strategy=[instruction_groups,ema_balance]", *chosen]
 
 
-METHODS = {
-    "sequential": ["strategy=naive"],
-    "ER 1%": memory("er", 1),
-    "ER 5%": memory("er", 5),
-    "EMA, fixed 0.99": average("fixed", "strategy.ema_balance.decay=0.99"),
-    "EMA balance": average("reference"),
-    "EMA balance, fisher": average("fisher"),
-    "EMA balance + codebook": codebook(0.9),
-    "EMA balance + codebook 0.3": codebook(0.3),
-    "RegLoRA": ["strategy=reglora"],
-    "ASD": ["strategy=naive", "styles=asd"],
-    "SEFE (ASD + RegLoRA)": ["strategy=reglora", "styles=asd"],
-    "I-LoRA 5%": memory("ilora", 5),
-    "MoELoRA": ["strategy=moelora"],
-    "O-LoRA": ["strategy=olora"],
-    "DISCO": ["strategy=disco"],
-    "per task": ["strategy=per_task"],
-    "joint": ["strategy=joint"],
-}
+def methods(samples: int) -> dict[str, list[str]]:
+    """Settings by name, where memories keep a share of so many samples."""
+
+    def memory(strategy: str, percent: int) -> list[str]:
+        return [f"strategy={strategy}", f"strategy.{strategy}.capacity={samples * percent // 100}"]
+
+    return {
+        "sequential": ["strategy=naive"],
+        "joint": ["strategy=joint"],
+        "per task": ["strategy=per_task"],
+        "ER 1%": memory("er", 1),
+        "ER 5%": memory("er", 5),
+        "EMA balance": average("reference"),
+        "EMA, fixed 0.99": average("fixed", "strategy.ema_balance.decay=0.99"),
+        "EMA balance, fisher": average("fisher"),
+        "EMA balance + codebook": codebook(0.9),
+        "EMA balance + codebook 0.3": codebook(0.3),
+        "RegLoRA": ["strategy=reglora"],
+        "ASD": ["strategy=naive", "styles=asd"],
+        "SEFE (ASD + RegLoRA)": ["strategy=reglora", "styles=asd"],
+        "I-LoRA 5%": memory("ilora", 5),
+        "MoELoRA": ["strategy=moelora"],
+        "O-LoRA": ["strategy=olora"],
+        "DISCO": ["strategy=disco"],
+    }
+
+
 CURVES = ("ACC", "min-ACC", "WC-ACC")
 DRAWN = ("sequential", "ER 5%", "EMA balance", "SEFE (ASD + RegLoRA)", "per task", "joint")
 
@@ -104,18 +108,17 @@ def figure(groups: Sequence[Group]) -> Any:
     """Draw the points of answers lost since learned, and the mean token accuracy along the training."""
     drawn = [group for group in groups if group.label in DRAWN]
     with style():
-        found = new_figure(TWO_COLUMNS, 0.6 + 0.2 * len(groups))
+        found = new_figure(TWO_COLUMNS, max(3.0, 0.8 + 0.2 * len(groups)))
         left, right = found.subplots(1, 2, width_ratios=(2, 3))
         means = {group.label: {name: float(np.mean(v)) for name, v in lost(group).items()} for group in groups}
         at = np.arange(len(means))[::-1]
-        content = np.array([mean["by content"] for mean in means.values()])
-        form = np.array([mean["of form"] for mean in means.values()])
+        content, form = (100 * np.array([mean[name] for mean in means.values()]) for name in ("by content", "of form"))
         first, second = (look["color"] for look in line_styles(2))
         left.barh(at, content, color=first, label="by content")
         left.barh(at, form, left=content, color=second, label="in form alone")
         left.set_yticks(at, list(means))
         left.set_xlabel("points lost since learned")
-        left.legend()
+        left.legend(loc="lower right")
     curves = {group.label: [run.history for run in group.counted] for group in drawn}
     overlay_figure(curves, score="token accuracy", ax=right)
     return found
@@ -124,23 +127,23 @@ def figure(groups: Sequence[Group]) -> Any:
 def main() -> None:
     """Train what is missing, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", nargs="?", default="home_vlm")
+    parser.add_argument("experiment", nargs="?", choices=SAMPLES, default="home_vlm")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--data-root", type=Path, default=Path("data"))
     parser.add_argument("--folder", type=Path, default=Path("runs/vision_language"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--only", nargs="+", choices=methods(1), default=list(methods(1)), metavar="METHOD")
     parser.add_argument("--tables", action="store_true", help="of what was trained")
     parser.add_argument("--figure", type=Path, metavar="FILE")
     args = parser.parse_args()
-    root, console = args.folder / args.experiment, Console()
+    root, console, known = args.folder / args.experiment, Console(), methods(SAMPLES[args.experiment])
     folders = {name: folder_of(root, name) for name in args.only}
     if not args.tables:
         common = [f"experiment={args.experiment}", *args.overrides]
         with ThreadPoolExecutor(args.jobs) as pool:
             jobs = {
-                (seed, name): pool.submit(train, folders[name], [*common, *METHODS[name]], [seed], str(args.data_root))
+                (seed, name): pool.submit(train, folders[name], [*common, *known[name]], [seed], str(args.data_root))
                 for seed in range(args.seeds)
                 for name in args.only
             }

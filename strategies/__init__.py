@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .cls_er import CLSER as CLSER
     from .cumulative import Cumulative as Cumulative
     from .der import DER as DER
+    from .disco import DISCO as DISCO
     from .ema_balance import EMABalance as EMABalance
     from .er import ExperienceReplay as ExperienceReplay
     from .ewc import EWC as EWC
@@ -47,6 +48,7 @@ _PUBLIC = {
     "CLSER": ".cls_er",
     "Cumulative": ".cumulative",
     "DER": ".der",
+    "DISCO": ".disco",
     "EMABalance": ".ema_balance",
     "EWC": ".ewc",
     "ExperienceReplay": ".er",

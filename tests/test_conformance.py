@@ -124,8 +124,9 @@ def test_every_public_strategy_is_here():
         return {type(one) for one in (built if isinstance(built, list) else [built])}
 
     covered = set().union(*(classes(build) for build, _ in (STRATEGIES | NEED_LORA).values()))
-    # it needs texts: tests/test_language_routing.py
-    assert covered == {getattr(strategies, name) for name in strategies.__all__} - {strategies.InstructionGroups}
+    # they need texts: tests/test_language_routing.py, tests/test_disco.py
+    need_texts = {strategies.InstructionGroups, strategies.DISCO}
+    assert covered == {getattr(strategies, name) for name in strategies.__all__} - need_texts
 
 
 class Forgets(Strategy):

@@ -17,7 +17,7 @@ from clkit.run.plugins import choices
 
 NEED_MORE = {"fpf": "er,fpf", "lpr": "er,lpr"}
 # those that need texts or LoRA, and what predicts with other weights for each experience
-LEFT_OUT = {"instruction_groups", "moelora", "olora", "reglora", "per_task"}
+LEFT_OUT = {"disco", "instruction_groups", "moelora", "olora", "reglora", "per_task"}
 # 100 samples of each permutation are all that it learns from, and in two experiences little is forgotten
 KNOWN_WORSE = {("gdumb", "permuted_digits")}
 STREAMS = {

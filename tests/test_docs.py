@@ -140,7 +140,7 @@ def commands() -> list[str]:
     blocks = [block for text in TEXTS.values() for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL)]
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     shown = [
-        f"clkit train {shlex.join(docs_figures.overrides(name))}" for name in NAMES if name != "instruction_groups"
+        f"clkit train {shlex.join(docs_figures.overrides(name))}" for name in NAMES if name not in docs_figures.TEXTS
     ]
     return [line for line in [*lines, *shown] if line.startswith("clkit train")]
 
@@ -176,7 +176,7 @@ def test_every_strategy_has_a_page_with_its_paper_and_configuration():
         config, page = (ROOT / "conf" / "strategy" / f"{name}.yaml").read_text("utf-8"), pages[f"methods/{name}.md"]
         assert config in page
         assert set(re.findall(r"arXiv \d{4}\.\d{5}", config)) <= set(re.findall(r"arXiv \d{4}\.\d{5}", page))
-        assert f"strategy={name}" in page or name in (*docs_figures.BEHIND_A_MEMORY, "instruction_groups")
+        assert f"strategy={name}" in page or name in (*docs_figures.BEHIND_A_MEMORY, *docs_figures.TEXTS)
 
 
 def test_pages_of_methods_have_the_methods_names_as_titles():

@@ -186,6 +186,20 @@ def test_tasks_of_their_own_weights_leave_general_ones_to_those_in_training(root
     assert scores.zero_shot().isnan().all()
 
 
+def test_mixtures_of_weights_answer_general_tasks_by_their_prompts(root, tmp_path):
+    stream, disco = make_stream(root, general=["options"]), s.DISCO(0.5)
+    scores = AnswerScores(None, max_new_tokens=3, batch_size=5, before=True, dir=tmp_path)
+    module = fit(stream, [disco, scores]).eval()
+    data, found = stream.general[0].test, {}
+    for line in lines_of(tmp_path / "answers" / "after_1.jsonl"):
+        if line["experience"] is None:
+            found[line["sample"]] = line["answer"]
+    assert len(found) == len(data)
+    for i, record in enumerate(data.records):
+        with disco.mixed(module, disco.weights([record.prompt])):
+            assert generate(module, [data.prompt(i)], data.tokenizer, max_new_tokens=3) == [found[i]]
+
+
 def test_general_tasks_that_a_strategy_cannot_place_are_refused_before_training(root, tmp_path):
     for task in ("colours", "sums"):
         for path in (root / task).glob("*.json"):

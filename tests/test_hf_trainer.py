@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 
 from clkit import ConfigurationError, ResetOptimizer, StabilityGap, StopWhen, StreamDataModule
 from clkit.language.hf_trainer import STATE, StreamTraining
-from clkit.strategies import EMABalance, ExperienceReplay, GDumb, InterpolatedLoRA, MoELoRA, RegLoRA
+from clkit.strategies import DISCO, EMABalance, ExperienceReplay, GDumb, InterpolatedLoRA, MoELoRA, RegLoRA
 from clkit.testing import small_instructions, small_language_module, small_stream, small_tokenizer
 
 STRATEGIES = {
@@ -24,6 +24,7 @@ STRATEGIES = {
     "ema_balance": lambda: [EMABalance()],
     "reglora": lambda: [RegLoRA(strength=100.0)],
     "ilora": lambda: [InterpolatedLoRA(8)],
+    "disco": lambda: [DISCO(0.5), ExperienceReplay(8)],
 }
 STEPS, BATCHES = 3, 2
 """Optimizer steps of each of two experiences, and batches of each step."""
@@ -143,7 +144,9 @@ def test_mixed_precision_is_that_of_the_lightning_run(tmp_path):
     assert same(train(make_trainer(tmp_path, STRATEGIES["er"](), bf16=True)), lightning)
 
 
-@pytest.mark.parametrize(("name", "steps"), [("ilora", (STEPS - 1, STEPS)), ("reglora", (STEPS + 1,))])
+@pytest.mark.parametrize(
+    ("name", "steps"), [("ilora", (STEPS - 1, STEPS)), ("reglora", (STEPS + 1,)), ("disco", (STEPS + 1,))]
+)
 def test_a_resumed_run_ends_in_the_same_bits(name, steps, tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 1}
     whole = train(make_trainer(tmp_path / "out", [*STRATEGIES[name](), gap(tmp_path / "gap")], **saving))

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
@@ -23,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import make_vision_language
 import vision_language_data as made
 import vision_language_model as made_of
+from reproduce_vision_language import methods
 
 DRAWN = ("compare", "ground", "scenes")
 WORDS = {"one": 1, "two": 2, "three": 3}
@@ -150,6 +153,39 @@ def test_sentences_count_what_is_on_either_side(root: Path) -> None:
         for number, colour, _, place in phrases:
             _, n = ndimage.label(of_colour(pixels, colour)[halves[place]])
             assert n == WORDS[number]
+
+
+def test_explanations_repeat_the_answer_and_tell_what_is_seen(root: Path) -> None:
+    for task in ("things", "numbers", "compare", "ground"):
+        for record in records(root, task):
+            brief, detailed = (record["explanations"][style] for style in ("brief", "detailed"))
+            for text in (brief, detailed):
+                assert text.endswith(f"So the right answer is {record['answer']}.")
+            asked = record["prompt"].splitlines()[0]
+            assert f"The question is: {asked} " in detailed
+            if "scene" in record:
+                pixels = picture(root, task, record)
+                named = re.findall(r"a (\w+) (\w+) at the (\w+) (\w+)", detailed)
+                assert len(named) == len(record["scene"])
+                for (colour, kind, row, column), shape in zip(named, record["scene"], strict=True):
+                    assert [kind, colour] == shape[:2]
+                    x = {"left": 0, "centre": 1, "right": 2}[column] * made.SIDE / 3
+                    y = {"top": 0, "middle": 1, "bottom": 2}[row] * made.SIDE / 3
+                    third = pixels[int(y) : int(y + made.SIDE / 3) + 1, int(x) : int(x + made.SIDE / 3) + 1]
+                    assert of_colour(third, colour).any()
+    assert "explanations" not in records(root, "compare", "test")[0]
+
+
+def test_the_methods_that_are_compared_can_be_built() -> None:
+    capacities = {}
+    with initialize_config_module("clkit.conf", version_base="1.3"):
+        for name, overrides in methods(700).items():
+            config = compose("train", overrides=["experiment=home_vlm_small", "folder=runs", *overrides])
+            for entry in config.strategy.values():
+                instantiate(entry)
+                if "capacity" in entry:
+                    capacities[name] = entry.capacity
+    assert capacities == {"ER 1%": 7, "ER 5%": 35, "I-LoRA 5%": 35}
 
 
 def test_leaks_are_found(root: Path, tmp_path: Path) -> None:

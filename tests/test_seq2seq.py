@@ -235,6 +235,7 @@ METHODS = {
     "ewc": lambda: s.EWC(10.0),
     "ilora": lambda: s.InterpolatedLoRA(20, gamma=0.0),
     "per_task": lambda: s.PerTask(),
+    "disco": lambda: s.DISCO(),
     "ema_balance": lambda: s.EMABalance(),
 }
 

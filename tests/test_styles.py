@@ -263,6 +263,39 @@ def test_records_bring_their_own_wrong_answers(native: str, styles: int) -> None
         AnswerStyles(100)([Record((("user", "a"),), "b", {"distractors": "c"})], "boxes")
 
 
+def test_records_bring_their_own_explanations() -> None:
+    records = [
+        Record(
+            (("user", f"How many are there in {i}?\n{INSTRUCTIONS['short_answer']}"),),
+            str(i % 5),
+            {
+                "explanations": {
+                    "brief": f"I count {i % 5}.",
+                    "detailed": f"One after another, I count {i % 5} of them.",
+                }
+            },
+        )
+        for i in range(8)
+    ]
+    found, report = AnswerStyles(100)(records, "counts")
+    assert report.counts == {"short_answer": 0, "yes_no": 2, "multiple_choice": 2, "brief": 2, "detailed": 2}
+    for i, record in enumerate(found):
+        if record.extra["style"] in ("brief", "detailed"):
+            style = record.extra["style"]
+            explained = records[i].extra["explanations"][style]
+            assert asks(record) == (f"How many are there in {i}?\n{INSTRUCTIONS[style]}", explained)
+    # one sample without them, and the style is not for this task
+    bare = [Record(records[0].messages, "0"), *records[1:]]
+    assert AnswerStyles(100)(bare, "counts")[1].infeasible == ("brief", "detailed")
+
+
+@pytest.mark.parametrize("given", [{"brief": "I count some."}, {"brief": 3}, ["I count 3."]])
+def test_explanations_that_cannot_be_used_are_named(given: Any) -> None:
+    records = [Record((("user", "How many?"),), "3", {"explanations": given})]
+    with pytest.raises(ConfigurationError, match="explanations of sample 0 are no texts by style .* '3'"):
+        AnswerStyles(100)(records, "counts")
+
+
 def test_opposites_keep_their_case() -> None:
     answers = ["yes", "No", "True", "false"]
     records = [Record((("user", f"Question {i}"),), answer) for i, answer in enumerate(answers)]

@@ -122,6 +122,27 @@ def test_a_language_run_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "lora" in " ".join(dict(module.named_parameters()))
 
 
+@pytest.mark.slow
+def test_mixtures_of_weights_predict_each_sample_again(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    small_language_module(adapter=None).net.save_pretrained(tmp_path / "model")
+    small_tokenizer().save_pretrained(tmp_path / "model")
+    write_tasks(tmp_path / "data" / "instructions", ("sums", "colours"))
+    chosen = ["scenario=instructions", "model=causal_lm", f"model.net={tmp_path / 'model'}", "adapter=lora_lm"]
+    cheap = ["trainer=cpu", "data.steps=6", "logger=none", "trainer.enable_progress_bar=false", "evaluation.every=3"]
+    config = composed(
+        *chosen,
+        *cheap,
+        f"data_root={tmp_path / 'data'}",
+        "strategy=[disco,er]",
+        "strategy.disco.temperature=0.5",
+        "evaluation.score=answer_probability",
+        "model.optimizer.lr=0.01",
+    )
+    run(config, tmp_path / "run", in_sweep=True)
+    assert scores(evaluate(tmp_path / "run")) == ends(tmp_path / "run")[-1]
+
+
 def test_the_shell_prints_and_writes_the_table(er: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(er), "--output", str(tmp_path)]) == 0
     said = capsys.readouterr().out

@@ -51,7 +51,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "composition.md"
 INTRODUCTION = """# Which strategies work together
 
 `strategy=[a,b]` runs both, in this order. Every pair below was trained for two experiences on a small network (with
-LoRA where RegLoRA, OLoRA or MoELoRA takes part, a language model with InstructionGroups) by
+LoRA where RegLoRA, OLoRA or MoELoRA takes part, a language model with InstructionGroups or DISCO) by
 `python tools/composition.py`; a test keeps the table true. In any order, what replaces or finetunes the weights at an
 experience's end (EMA balance, FPF) does so before the others remember them.
 
@@ -104,7 +104,7 @@ def _state(module: torch.nn.Module) -> torch.Tensor:
 def attempt(*chosen: str) -> str:
     """Train strategies together; return an empty text, or why they were refused."""
     torch.manual_seed(0)
-    texts = "instruction_groups" in chosen
+    texts = bool({"instruction_groups", "disco"} & set(chosen))
     module: Any = small_language_module() if texts else SmallModule()
     if {"reglora", "olora", "moelora"} & set(chosen) and not texts:
         module.net = add_adapter(module.net, lora(4, target_modules=["1"], modules_to_save=["3"]))

@@ -27,7 +27,7 @@ from clkit.report.figures import save, stability_gap_figure
 from clkit.run import train
 from clkit.run.jobs import quieten_libraries
 from clkit.run.plugins import choices
-from clkit.strategies import InstructionGroups
+from clkit.strategies import DISCO, InstructionGroups
 from clkit.testing import small_instructions, small_language_module
 
 CACHE = Path(__file__).parents[1] / ".cache" / "docs"
@@ -53,18 +53,24 @@ _OVERRIDES = {
 }
 BEHIND_A_MEMORY = ("fpf", "freeze_old_rows", "head_init", "head_warmup", "lpr", "nmc", "soft_targets", "weight_average")
 """Strategies that need another's memory, or show more with one."""
+_SMALL = (
+    "of a Llama of two layers (`small_instructions` and `small_language_module` of [`clkit.testing`][clkit.testing])"
+)
+TEXTS = {
+    "disco": f"Three small instruction tasks, learned by LoRA {_SMALL}. Their prompts differ, so that each sample has "
+    "the slot of its own task almost alone.",
+    "instruction_groups": f"Three small instruction tasks, learned by all weights {_SMALL}. Their instructions differ, "
+    "so each has a group of its own.",
+}
+"""What the figures of strategies that need prompts show."""
 _PATH = re.compile(r' d="[^"]*"')
 _QUIET = ["trainer=cpu", "trainer.enable_progress_bar=false", "logger=none", "checkpoint.every_n_steps=null"]
 
 
 def command(name: str) -> list[str]:
     """Return paragraphs of Markdown that say what the figure of a strategy shows."""
-    if name == "instruction_groups":
-        return [
-            "Three small instruction tasks, learned by all weights of a Llama of two layers (`small_instructions` and "
-            "`small_language_module` of [`clkit.testing`][clkit.testing]). Their instructions differ, so each has a "
-            "group of its own."
-        ]
+    if name in TEXTS:
+        return [TEXTS[name]]
     lines, said = [_wrapped(["clkit", "train", *map(shlex.quote, overrides(name))])], []
     if _LORA in overrides(name):
         said = ["LoRA on a small vision transformer that knows four other digits:"]
@@ -87,8 +93,8 @@ def overrides(name: str) -> list[str]:
 
 def history_of(name: str) -> Path:
     """Train a strategy, if it was not yet, and return its run folder."""
-    if name == "instruction_groups":
-        return _texts(CACHE / "runs" / name)
+    if name in TEXTS:
+        return _texts(name, CACHE / "runs" / name)
     extra = [f"model.net.weights={_WEIGHTS}"] if _LORA in overrides(name) else []
     with initialize_config_module("clkit.conf", version_base="1.3"):
         config = compose("train", overrides=[*overrides(name), *_QUIET, *extra])
@@ -98,16 +104,17 @@ def history_of(name: str) -> Path:
     return folder
 
 
-def _texts(folder: Path) -> Path:
+def _texts(name: str, folder: Path) -> Path:
     if not train.is_finished(folder):
         torch.manual_seed(0)
-        module = small_language_module(adapter=None, optimizer=functools.partial(torch.optim.AdamW, lr=3e-3))
+        whole, strategy = ({}, DISCO()) if name == "disco" else ({"adapter": None}, InstructionGroups())
+        module = small_language_module(**whole, optimizer=functools.partial(torch.optim.AdamW, lr=3e-3))
         data = StreamDataModule(small_instructions(n=96), batch_size=8, epochs=5)
         gap = StabilityGap(score="token_accuracy", dir=folder, plot=False)
         trainer = pl.Trainer(
             accelerator="cpu",
             max_epochs=data.total_epochs,
-            callbacks=[InstructionGroups(), gap],
+            callbacks=[strategy, gap],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -124,7 +131,7 @@ def _rounded(path: re.Match[str]) -> str:
 
 def draw(name: str) -> str:
     """Draw the figure of a strategy."""
-    score = "token accuracy" if name == "instruction_groups" else "accuracy"
+    score = "token accuracy" if name in TEXTS else "accuracy"
     history = History.read(history_of(name) / "history.csv")
     path = FIGURES / f"{name}.svg"
     save(stability_gap_figure(history, score=score), path)

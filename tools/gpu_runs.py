@@ -163,9 +163,19 @@ ADAPTERS: dict[str, Build] = {
 }
 TEXTS: dict[str, Build] = {
     "groups, texts": lambda: [s.InstructionGroups(0.9), s.EMABalance()],
+    "disco, texts": lambda: [s.DISCO(), s.ExperienceReplay(16)],
     "ilora, texts": lambda: s.InterpolatedLoRA(16),
 }
-SYNCS = {"er, balanced", "er, memory on the CPU", "gem", "kfpf", "reglora, sparse", "groups, texts", "ilora, texts"}
+SYNCS = {
+    "er, balanced",
+    "er, memory on the CPU",
+    "gem",
+    "kfpf",
+    "reglora, sparse",
+    "groups, texts",
+    "disco, texts",
+    "ilora, texts",
+}
 """Those that wait for the device by nature: see gpu_check.py."""
 
 

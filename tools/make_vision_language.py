@@ -12,10 +12,10 @@ ROOT (data) then has home_vlm/TASK/{train,eval,test}.json with task.json and ima
     garments (Fashion-MNIST, a letter), things (emoji, a word or two), numbers (digits and counts, a number),
     compare (two shapes, yes or no), ground (a shape's box), scenes (shapes, a sentence);
 
-home_vlm_captions, which the projector is aligned on; and home_vlm_model (home_vlm_model_224 with --side 224), which
-from_pretrained loads wherever clkit.language.models is imported. What the tasks must not tell is checked
-(vision_language_data.check_leaks), and so is, after the alignment, how many held-out captions the model writes with the
-right image, another one, and a grey one.
+home_vlm_captions, which the projector and a LoRA, then merged, learn to see from; and home_vlm_model, with --side 224
+home_vlm_model_224, which from_pretrained loads wherever clkit.language.towers is imported. What the tasks must not tell
+is checked (vision_language_data.check_leaks), and so is, after the alignment, how many held-out captions the model
+writes with the right image, another one, and a grey one.
 
 Emoji: Twitter's art is CC BY 4.0, Google's Apache-2.0. Made again with the same seed, all files are the same.
 """
@@ -49,7 +49,7 @@ def make_model(root: Path, folder: Path, smollm2: str | None, lite0: str | None,
     processor, model = build(smollm2, lite0, side)
     start = time.perf_counter()
     if steps:
-        found = align(processor, model, root / "home_vlm_captions", steps)
+        model, found = align(processor, model, root / "home_vlm_captions", steps)
         shares = ", ".join(f"{name.replace('_', ' ')} {100 * share:.0f}%" for name, share in found.items())
         print(f"aligned in {time.perf_counter() - start:.0f} s; held-out captions written: {shares}")
     model.save_pretrained(folder)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
+from vision_language_words import COLUMNS, ROWS, extra_of
 
 from clkit.errors import ConfigurationError
 from clkit.language.records import Record, write_records
@@ -393,15 +394,13 @@ def sentence(groups: Sequence[tuple[int, tuple[str, str]]], places: Sequence[str
 
 def captions(sizes: Sizes, rng: np.random.Generator, sources: Sources) -> dict[str, list[Sample]]:
     """What a projector is aligned on: short captions of pictures and of emoji that no task has."""
-    rows = ("top", "middle", "bottom")
-    columns = ("left", "centre", "right")
 
     def drawn(form: int) -> tuple[str, tuple[Shape, ...]]:
         one, other = look(rng), look(rng)
         if form == 0:
             shapes = arranged([one], rng, sides=(18, 60))
             size = "small" if shapes[0].side < 36 else "large"
-            place = f"{rows[3 * shapes[0].y // SIDE]} {columns[3 * shapes[0].x // SIDE]}"
+            place = f"{ROWS[3 * shapes[0].y // SIDE]} {COLUMNS[3 * shapes[0].x // SIDE]}"
             return f"a {size} {shapes[0].name}, {place}", shapes
         if form == 1:
             shapes = arranged([one, other], rng)
@@ -510,6 +509,8 @@ def write(folder: Path, name: str, task: Task, share: float, seed: int, sources:
             sample.image.save(folder / file)
             scene = {} if sample.scene is None else {"scene": [list(vars(shape).values()) for shape in sample.scene]}
             about = {"image": file, "id": f"{split}_{i}", "kind": sample.kind, **sample.extra, **scene}
+            if split == "train":
+                about |= extra_of(sample, SIDE)
             prompt = "\n".join(filter(None, (sample.question, task.format)))
             records.append(Record((("user", prompt),), sample.answer, about))
         write_records(folder / f"{split}.json", records)

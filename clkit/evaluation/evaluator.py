@@ -19,6 +19,7 @@ from clkit.evaluation.scores import Scorer
 from clkit.evaluation.subsets import Subsets
 from clkit.method.evaluation_mode import untouched
 from clkit.method.parameters import trainable
+from clkit.method.routing import mixer_of
 from clkit.method.strategy import views_of
 
 Result = Callable[[], Tensor]
@@ -61,6 +62,9 @@ class Evaluator:
         return lambda: sums
 
     def _weights(self, chunk: slice) -> AbstractContextManager[None]:
+        mixer, shares = mixer_of(self.trainer), self.subsets.shares
+        if mixer is not None and shares is not None:
+            return mixer.mixed(self.module, shares[chunk])
         name = self.subsets.view(chunk)
         return nullcontext() if name is None else views_of(self.trainer)[name](self.module)
 

@@ -81,7 +81,7 @@ class EvaluatorChoice:
         Raises:
             ConfigurationError: If it cannot work with the module or the strategies.
         """
-        if subsets.views is not None and self.copies_weights:
+        if (subsets.views is not None or subsets.shares is not None) and self.copies_weights:
             raise ConfigurationError(
                 "A strategy predicts some samples with other weights than others, which asynchronous, lazy and "
                 "snapshots cannot follow; leave them out."

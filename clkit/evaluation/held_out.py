@@ -22,7 +22,7 @@ from clkit.evaluation.scores import Scorer
 from clkit.evaluation.subsets import Stored, Subsets, choose, n_bytes, sum_dtype
 from clkit.method.evaluation_mode import untouched
 from clkit.method.forward import to_device
-from clkit.method.routing import by_route, route_of
+from clkit.method.routing import around_batches, by_route, mixer_of, route_of
 from clkit.method.strategy import views_of
 
 Split = Literal["test", "val"]
@@ -84,11 +84,16 @@ class HeldOut:
         return send(read_few(dataset, rows, collate_fn, what))
 
     def route(self) -> None:
-        """Find out anew which view predicts which sample."""
-        route = route_of(self.trainer)
+        """Find out anew which view, or which mixture, predicts which sample."""
+        route, mixer = route_of(self.trainer), mixer_of(self.trainer)
+        asked = [
+            (experience, held_out(experience, self.split), rows)
+            for experience, rows in zip(stream_data(self.trainer).stream, self._chosen, strict=True)
+        ]
         if route is not None:
-            pairs = zip(stream_data(self.trainer).stream, self._chosen, strict=True)
-            self.subsets.views = [name for e, rows in pairs for name in route(e, held_out(e, self.split), rows)]
+            self.subsets.views = [name for some in asked for name in route(*some)]
+        if mixer is not None:
+            self.subsets.shares = torch.cat([mixer.shares(*some) for some in asked]).to(self.module.device)
 
     def full_sums(self, scorer: Scorer, seen: range) -> Tensor:
         """Evaluate all held-out data of some experiences: this process's share of :meth:`Subsets.sums`."""
@@ -111,9 +116,11 @@ def full_sums(
             dataset = held_out(data.stream[k], split)
             own = torch.arange(_size(dataset))[own_share(trainer)]
             for name, rows in by_route(route, data.stream[k], dataset, own).items():
+                around = around_batches(trainer, module, data.stream[k], dataset, rows)
                 with views[name](module):
-                    for batch in StreamLoader(dataset, rows, batch_size, collate_fn=data.collate_fn):
-                        values = scorer(module, to_device(trainer, batch), seen[-1], k).to(total.dtype)
+                    for n, batch in enumerate(StreamLoader(dataset, rows, batch_size, collate_fn=data.collate_fn)):
+                        with around(slice(n * batch_size, (n + 1) * batch_size)):
+                            values = scorer(module, to_device(trainer, batch), seen[-1], k).to(total.dtype)
                         undefined = values.isnan()
                         total[:, k] += torch.stack([values.masked_fill(undefined, 0.0).sum(), undefined.sum()])
     return total

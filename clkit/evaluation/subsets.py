@@ -57,6 +57,8 @@ class Subsets:
         uniform: Whether the samples of all experiences have one shape (texts are padded to one).
         views: The view that predicts each sample, see :func:`~clkit.method.routing.route_of`; ``None`` if it is the
             same for all.
+        shares: The mixture of weights that predicts each sample, ``[N, T]``, see
+            :class:`~clkit.method.routing.Mixer`; ``None`` without one.
     """
 
     def __init__(self, batches: list[Any], sizes: list[int], batch_size: int, device: torch.device) -> None:
@@ -77,6 +79,7 @@ class Subsets:
         self.owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(device)
         self.counts = torch.tensor(sizes, dtype=self.dtype, device=device)
         self.views: list[str] | None = None
+        self.shares: Tensor | None = None
 
     def to(self, device: torch.device) -> Subsets:
         """Return these samples on a device; themselves if they are there."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -210,8 +210,8 @@ class Encoder:
             return self._in_two(records)
         bos = self.tokenizer.bos_token_id
         begin = np.array([] if bos is None else [bos], dtype=np.int32)
-        prompts, _ = self._tokens([self._prompt(record) for record in records])
-        answers, _ = self._tokens([self._harmless(record.answer) for record in records])
+        prompts = self._tokens([self._prompt(record) for record in records])
+        answers = self._tokens([self._harmless(record.answer) for record in records])
         return [
             Encoded(
                 np.concatenate([begin, prompt]),
@@ -264,13 +264,13 @@ class Encoder:
                 f"The chat template writes {written!r} before an answer; it goes with the prompt, and is neither "
                 "learned nor scored."
             )
-        starts, _ = self._tokens(prompts)
-        wholes, at = self._tokens([prompt + rest for prompt, rest in zip(prompts, rests, strict=True)])
+        starts = self._tokens(prompts)
+        wholes, at = self._placed([prompt + rest for prompt, rest in zip(prompts, rests, strict=True)])
         shifts = [len(prompt) for prompt in prompts]
         # tokenizers such as Llama's begin a text in another way than they go on with one
         apart = [i for i, start in enumerate(starts) if not np.array_equal(wholes[i][: len(start)], start)]
         if apart:
-            alone, alone_at = self._tokens([rests[i] for i in apart])
+            alone, alone_at = self._placed([rests[i] for i in apart])
             for n, i in enumerate(apart):
                 wholes[i], shifts[i] = np.concatenate([starts[i], alone[n]]), 0
                 if at is not None and alone_at is not None:
@@ -332,19 +332,27 @@ class Encoder:
     def _until(self, tokens: Tokens, ends: Sequence[int]) -> Tokens:
         return tokens[: ends[0] + 1] if ends else np.append(tokens, self._eos)
 
-    def _tokens(self, texts: list[str]) -> tuple[list[Tokens], list[Tokens] | None]:
+    def _tokens(self, texts: list[str]) -> list[Tokens]:
+        """Tokens of texts."""
+        return [np.array(tokens, dtype=np.int32) for part in self._parts(texts) for tokens in part["input_ids"]]
+
+    def _placed(self, texts: list[str]) -> tuple[list[Tokens], list[Tokens] | None]:
         """Tokens of texts, and where each begins and ends in its text, ``[S, 2]``, if the tokenizer can tell."""
-        tells = bool(getattr(self.tokenizer, "is_fast", False))
-        options = {"return_offsets_mapping": True} if tells else {}
+        if not getattr(self.tokenizer, "is_fast", False):
+            return self._tokens(texts), None
         found: list[Tokens] = []
         where: list[Tokens] = []
+        for part in self._parts(texts, return_offsets_mapping=True):
+            found += [np.array(tokens, dtype=np.int32) for tokens in part["input_ids"]]
+            where += [np.array(at, dtype=np.int32).reshape(-1, 2) for at in part["offset_mapping"]]
+        return found, where
+
+    def _parts(self, texts: list[str], **options: bool) -> Iterator[Any]:
+        """What the tokenizer makes of texts, a thousand at a time."""
         for first in range(0, len(texts), 1000):
-            part: Any = self.tokenizer(
+            yield self.tokenizer(
                 texts[first : first + 1000], add_special_tokens=False, return_attention_mask=False, **options
             )
-            found += [np.array(tokens, dtype=np.int32) for tokens in part["input_ids"]]
-            where += [np.array(at, dtype=np.int32).reshape(-1, 2) for at in part.get("offset_mapping", ())]
-        return found, where if tells else None
 
     def shortened(self, record: Record, encoded: Encoded, max_length: int) -> Encoded | None:
         """Cut the middle out of a record's longest messages, all but the system's, until it has few enough tokens.

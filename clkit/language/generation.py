@@ -7,7 +7,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,7 +30,7 @@ from clkit.language.dataset import InstructionDataset, Pad, Sample
 from clkit.language.images import ImageTable, reader_of
 from clkit.language.models import check_layout, transformers
 from clkit.method.evaluation_mode import untouched
-from clkit.method.routing import by_route, route_of
+from clkit.method.routing import Around, around_batches, by_route, route_of
 from clkit.method.strategy import chosen_view, views_of
 from clkit.metrics.functional import general_ability_delta, language_summary
 
@@ -65,6 +65,7 @@ def generate(
     batch_size: int = 16,
     ends: Sequence[int] = (),
     images: ImageTable | None = None,
+    around: Around = lambda places: nullcontext(),
 ) -> list[str]:
     """Return the greedy answer to each prompt, without special tokens and outer white space.
 
@@ -80,8 +81,9 @@ def generate(
         batch_size: Prompts at once.
         ends: More tokens that end an answer than the tokenizer's and the model's.
         images: Where the images of prompts are read.
+        around: Makes the context in which a batch is answered, from the places of its prompts in ``prompts``.
     """
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "around": around}
     return [answer.text for answer in answers_to(module, prompts, tokenizer, ends=ends, images=images, **settings)]
 
 
@@ -95,6 +97,7 @@ def answers_to(
     batch_size: int = 16,
     ends: Sequence[int] = (),
     images: ImageTable | None = None,
+    around: Around = lambda places: nullcontext(),
 ) -> list[Answer]:
     """Return what :func:`generate` does, and whether each answer was cut."""
     samples = [{"input_ids": prompt} if isinstance(prompt, Tensor) else prompt for prompt in prompts]
@@ -114,7 +117,8 @@ def answers_to(
         inputs = {key: part.to(device) for key, part in batch.items()}
         if "images" in inputs:
             inputs = reader_of(model).inputs(model, inputs)
-        written = write_on(model, inputs, config)[:, start_at:]
+        with around(chosen):
+            written = write_on(model, inputs, config)[:, start_at:]
         texts = tokenizer.batch_decode(written, skip_special_tokens=True)
         cut = ~torch.isin(written, stops).any(dim=1)
         for i, text, is_cut in zip(chosen, texts, cut.tolist(), strict=True):
@@ -397,9 +401,12 @@ class AnswerScores(Callback):
         settings: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
         scored, views = [], views_of(trainer)
         for name, rows in self._routed(trainer, task, chosen[own_share(trainer)]).items():
+            around = around_batches(trainer, module, task.experience, data, rows)
             with views[name](module):
                 questions = [question(i) for i in rows.tolist()]
-                found = answers_to(module, questions, data.tokenizer, ends=data.ends, images=data.images, **settings)
+                found = answers_to(
+                    module, questions, data.tokenizer, ends=data.ends, images=data.images, around=around, **settings
+                )
             scored += [
                 {**_scored(data, i, answer.text), "cut": answer.is_cut}
                 for i, answer in zip(rows.tolist(), found, strict=True)

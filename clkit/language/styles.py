@@ -69,7 +69,8 @@ class AnswerStyles:
     - ``multiple_choice``: the right answer and 3 distractors (fewer where there are no more) in random order, also as
       ``extra["choices"]``; a letter.
     - ``short_answer``: without the options of the native prompt; the text of the right one.
-    - ``brief``, ``detailed``: generated explanations of about 20 and 50 words.
+    - ``brief``, ``detailed``: explanations of about 20 and 50 words, the record's own (``extra["explanations"]``, a
+      mapping of both styles to texts that contain the answer) or generated.
 
     Distractors are the other options of a multiple-choice sample, the opposite of yes, no, true or false, those that a
     record brings (``extra["distractors"]``, a list of texts), or the other answers of a task that has at most
@@ -177,7 +178,7 @@ class AnswerStyles:
                 answer = _LETTERS[order.index(0)]
                 question += "".join(f"\n{_LETTERS[k]}. {option}" for k, option in enumerate(extra["choices"]))
             else:
-                answer = texts[i][0] if texts[i] else sample.truth
+                answer = texts[i][0] if texts[i] else sample.explanations.get(style, sample.truth)
             role = records[i].messages[-1][0]
             message = (role, f"{question}\n{self.instructions[style]}")
             rewritten[i] = replace(
@@ -204,7 +205,8 @@ class AnswerStyles:
             return self.generator is not None or all(sample.wrong for sample in samples)
         if native in _WORDS:
             return False
-        return style == "short_answer" or self.generator is not None
+        explained = all(style in sample.explanations for sample in samples)
+        return style == "short_answer" or self.generator is not None or explained
 
     def _generate(self, requests: Mapping[int, _Request | None]) -> dict[int, list[str]]:
         """Texts that pass their checks; an empty list for what needs none, and nothing for what failed."""
@@ -243,6 +245,7 @@ class _Sample:
     question: str | None  # and without the options; None if they could not be found
     truth: str
     wrong: list[str]  # by rule; empty if no rule gives any
+    explanations: Mapping[str, str]  # the record's own, by style
 
     @classmethod
     def read(cls, record: Record, position: int, native: str, response_format: str, labels: Sequence[str]) -> _Sample:
@@ -271,7 +274,8 @@ class _Sample:
             if not isinstance(given, list | tuple) or not all(isinstance(text, str) for text in given):
                 raise ConfigurationError(f"The distractors of sample {position} are no list of texts; mend the record.")
             labels = [text.strip() for text in given]
-        return cls(asked, question, truth, [label for label in labels if normalise(label) != normalise(truth)])
+        wrong = [label for label in labels if normalise(label) != normalise(truth)]
+        return cls(asked, question, truth, wrong, _explanations(record, truth, position))
 
 
 @dataclass(frozen=True)
@@ -283,6 +287,8 @@ class _Request:
 def _request(style: str, sample: _Sample) -> _Request | None:
     """What the generator has to be asked, if anything."""
     given = f"Question: {sample.asked}\nCorrect answer: {sample.truth}\n"
+    if style in sample.explanations:
+        return None
     if style in _WORDS:
         task = (
             f"Explain this answer in about {_WORDS[style]} words, with what the question says in support of it. The "
@@ -297,6 +303,17 @@ def _request(style: str, sample: _Sample) -> _Request | None:
         f"correct answer, but clearly wrong. Reply in JSON only: {json.dumps({'distractors': ['...'] * n})}"
     )
     return _Request(given + task, lambda reply: _distractors(reply, sample.truth, n))
+
+
+def _explanations(record: Record, truth: str, position: int) -> dict[str, str]:
+    given = record.extra.get("explanations", {})
+    try:
+        return {style: _explanation({"explanation": text}, truth) for style, text in given.items()}
+    except (AttributeError, ValueError) as error:
+        raise ConfigurationError(
+            f"The explanations of sample {position} are no texts by style that contain the answer {truth!r}; mend the "
+            "record."
+        ) from error
 
 
 def _distractors(reply: Mapping[str, Any], truth: str, n: int) -> list[str]:

@@ -39,7 +39,7 @@ class TimmTower(PreTrainedModel):  # type: ignore[no-untyped-call]
     Each is normalised to mean 0 and variance 1 over its channels, whatever the scale of the network: a projector begins
     from what it can use. LLaVA takes it with ``vision_feature_layer=-1`` and ``vision_feature_select_strategy="full"``.
     It is registered with transformers as ``timm_tower``, so that ``from_pretrained`` loads models that hold one
-    wherever :mod:`clkit.language.models` has been imported.
+    wherever this module has been imported.
 
     Args:
         config: What it is made of. Weights are random until they are loaded.

@@ -159,13 +159,17 @@ class LowRank:
         base = self.layer.get_base_layer()
         cast(Any, self.layer).merge(adapter_names=[self.adapter])
         self.layer.merged_adapters.clear()
+        self.renew(generator)
+        # peft writes through .data, which caches of frozen layers' outputs cannot see
+        for parameter in base.parameters(recurse=False):
+            torch.autograd.graph.increment_version(parameter)
+
+    def renew(self, generator: torch.Generator) -> None:
+        """Start anew: ``B = 0`` and ``A`` random (peft's own ways)."""
         with _on_cpu(self.weights), torch.random.fork_rng(devices=[]):
             torch.set_rng_state(generator.get_state())
             cast(Any, self.layer).reset_lora_parameters(self.adapter, init_lora_weights=True)
             generator.set_state(torch.get_rng_state())
-        # peft writes through .data, which caches of frozen layers' outputs cannot see
-        for parameter in base.parameters(recurse=False):
-            torch.autograd.graph.increment_version(parameter)
 
 
 @contextmanager
@@ -238,10 +242,22 @@ def lora_layers(module: nn.Module) -> list[LowRank]:
 
 def merge_adapters(layers: list[LowRank], *seeds: int) -> None:
     """Merge every layer's adapter and start a new one, whose random numbers are a function of ``seeds`` alone."""
-    generator = torch.Generator().manual_seed(int(private_rng(*seeds).integers(2**31)))
+    generator = _generator(*seeds)
     with torch.no_grad():
         for entry in layers:
             entry.merge(generator)
+
+
+def renew_adapters(layers: list[LowRank], *seeds: int) -> None:
+    """Start a new adapter in every layer, whose random numbers are a function of ``seeds`` alone."""
+    generator = _generator(*seeds)
+    with torch.no_grad():
+        for entry in layers:
+            entry.renew(generator)
+
+
+def _generator(*seeds: int) -> torch.Generator:
+    return torch.Generator().manual_seed(int(private_rng(*seeds).integers(2**31)))
 
 
 class AdapterPerExperience(Strategy):

@@ -1,8 +1,9 @@
-"""Several sets of trainable weights for one module, and which of them predicts a sample."""
+"""Several sets of trainable weights for one module, and which of them, or which mixture, predicts a sample."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -94,6 +95,45 @@ class Router(Strategy):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.bank, self.initial = dict(state_dict["bank"]), state_dict["initial"]
         self.current, self.is_new_group = state_dict["current"], state_dict["is_new_group"]
+
+
+class Mixer(Strategy):
+    """Base of the strategies that predict each sample with a mixture of several sets of weights.
+
+    Evaluation and generation ask for the :meth:`shares` of their samples, and compute each batch inside :meth:`mixed`.
+    Outside of it the module has the weights in training.
+    """
+
+    renews_weights = True
+    is_new_group = True
+
+    def shares(self, experience: Experience, dataset: Dataset[Any], rows: Tensor) -> Tensor:
+        """Return how much of each set of weights predicts the samples ``rows`` (``int64`` ``[N]``), ``[N, T]``."""
+        raise NotImplementedError
+
+    def mixed(self, module: LightningModule, shares: Tensor) -> AbstractContextManager[None]:
+        """Let the module compute batches of ``B`` samples inside the context by their ``shares``, ``[B, T]``."""
+        raise NotImplementedError
+
+
+def mixer_of(trainer: Trainer) -> Mixer | None:
+    """Return the trainer's strategy that mixes weights by the sample; ``None`` if there is none."""
+    return next(iter(callbacks_of(trainer, Mixer)), None)
+
+
+Around = Callable[[Any], AbstractContextManager[None]]
+"""Makes the context in which a batch is computed, of the places (a slice or a list) of its samples among others."""
+
+
+def around_batches(
+    trainer: Trainer, module: LightningModule, experience: Experience, dataset: Dataset[Any], rows: Tensor
+) -> Around:
+    """Return what mixes weights for batches of the samples ``rows``; it does nothing where no strategy does so."""
+    mixer = mixer_of(trainer)
+    if mixer is None:
+        return lambda places: nullcontext()
+    shares = mixer.shares(experience, dataset, rows).to(module.device)
+    return lambda places: mixer.mixed(module, shares[places])
 
 
 Route = Callable[[Experience, Dataset[Any], Tensor], list[str]]

@@ -24,7 +24,7 @@ from clkit.evaluation.held_out import held_out
 from clkit.files import unfinished_name
 from clkit.language.models import LanguageModule, load_processor, load_tokenizer
 from clkit.method.adapters import knows_layers, unsaved
-from clkit.method.routing import Router, route_of
+from clkit.method.routing import Router, mixer_of, route_of
 from clkit.method.strategy import Strategy, chosen_view, views_of
 from clkit.metrics.history import History
 from clkit.run.trained import Reader, restore
@@ -65,7 +65,7 @@ def export(
 
     Raises:
         ConfigurationError: See :func:`clkit.load`; if ``out`` holds files, or the layers are such that only clkit can
-            compute (``moelora``).
+            compute (``moelora``, ``disco``).
     """
     run, out = Path(run), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -93,6 +93,12 @@ class _Exporter(Reader):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         pl_module.eval()
+        mixer = mixer_of(trainer)
+        if mixer is not None and self.view is None:
+            raise ConfigurationError(
+                f"{type(mixer).__name__} predicts each sample with a mixture of its own, which other programs do not "
+                "compute; use clkit eval, or take the last experience's weights alone with view=live (--view live)."
+            )
         router = next(iter(callbacks_of(trainer, Router)), None)
         views = views_of(trainer)
         if router is None or self.view is not None:

@@ -29,7 +29,7 @@ from clkit.evaluation.held_out import Split, full_sums, held_out
 from clkit.evaluation.scores import Scorer
 from clkit.evaluation.stability_gap import StabilityGap
 from clkit.files import write_atomically
-from clkit.method.routing import Router
+from clkit.method.routing import Mixer, Router
 from clkit.method.strategy import Strategy, chosen_view
 from clkit.run.kept import end_of, is_whole, stream_state
 from clkit.run.train import build_module
@@ -95,7 +95,8 @@ def load(
 
     The module has the weights that the run's method predicts with (an average of them, say), in evaluation mode, on the
     CPU; all random numbers go on as before. A method that predicts some samples with other weights than others
-    (``per_task``, ``instruction_groups``) leaves those of the last group; ``view`` names another.
+    (``per_task``, ``instruction_groups``) leaves those of the last group; ``view`` names another. One that mixes them
+    by the sample (``disco``) leaves those of the last experience; :func:`evaluate` evaluates the mixture.
 
     Args:
         run: A folder of ``clkit train``.
@@ -258,7 +259,8 @@ def _config_of(folder: Path, data_root: str | Path | None) -> DictConfig:
 def _refuse_weights_alone(path: Path, callbacks: Sequence[pl.Callback], reader: Reader) -> None:
     """Refuse a file of weights where a strategy's own state is needed to predict."""
     for strategy in callbacks:
-        predicts = isinstance(strategy, Strategy) and (strategy.prediction is not None or isinstance(strategy, Router))
+        by_sample = isinstance(strategy, (Router, Mixer))
+        predicts = isinstance(strategy, Strategy) and (strategy.prediction is not None or by_sample)
         if predicts and reader.view != "live":
             raise ConfigurationError(
                 f"{path} holds the weights in training alone, but {type(strategy).__name__} predicts with others; "

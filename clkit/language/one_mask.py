@@ -21,8 +21,9 @@ def one_mask() -> Iterator[None]:
     torch's ``scaled_dot_product_attention`` makes of a mask of booleans one of numbers, and keeps it for the backward
     pass: ``[B, 1, S, S]`` in every layer. Here it is made once. Outputs and gradients are the same bits.
     """
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    functions: Any = ALL_ATTENTION_FUNCTIONS
     own = functions["sdpa"]
     is_users = own is not type(functions)()["sdpa"]
     functions["sdpa"] = _sharing(own)

@@ -41,6 +41,10 @@ def test_the_slope_is_that_of_least_squares_and_its_interval_covers_it():
     width = 2 * 1.96 * spread / math.sqrt(((x - x.mean()) ** 2).sum())
     assert high - low == pytest.approx(width, rel=0.15)
     assert dose_response.slope({dose: [1 + dose] * 3 for dose in (0.0, 1.0)}) == pytest.approx((1, 1, 1))
+    # doses of 0, 0.5 and 1: the middle one does not move the slope
+    single = {0.0: [2.0], 0.5: [2.1], 1.0: [3.0]}
+    assert dose_response.slope(single) == pytest.approx((1, np.nan, np.nan), nan_ok=True)
+    assert "1.000 nats (one run of each dose: no interval)" in dose_response.lines([single], ["dosed"])[-1]
 
 
 def make_run(folder, dose, after, healed):

@@ -15,7 +15,7 @@ from language import write_tasks
 import clkit
 from clkit import ConfigurationError
 from clkit.run.cli import main
-from clkit.run.export import export
+from clkit.run.export import _in_old_words, _with_old_names, export
 from clkit.run.train import run
 from clkit.testing import small_language_module, small_tokenizer
 
@@ -99,6 +99,9 @@ def test_a_language_model_answers_elsewhere_as_the_method_does(strategy, kind, t
     torch.manual_seed(0)
     small_language_module(adapter=None).net.save_pretrained(tmp_path / "model")
     small_tokenizer().save_pretrained(tmp_path / "model")
+    about = json.loads((tmp_path / "model" / "config.json").read_text())
+    about["rope_parameters"] = {"rope_type": "default", "rope_theta": 50.0}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(about | {"rope_theta": 50.0}))
     write_tasks(tmp_path / "data" / "instructions", ("sums", "colours"))
     chosen = ["scenario=instructions", "model=causal_lm", f"model.net={tmp_path / 'model'}", "adapter=lora_lm"]
     cheap = ["trainer=cpu", "data.steps=3", "logger=none", "trainer.enable_progress_bar=false", "evaluation.every=3"]
@@ -116,4 +119,35 @@ def test_a_language_model_answers_elsewhere_as_the_method_does(strategy, kind, t
         export(tmp_path / "run", out, merge=merge)
         assert (out / "adapter_config.json").exists() == (kind == "peft" and not merge)
         assert (out / "generation_config.json").exists() != (out / "adapter_config.json").exists()
+        words = json.loads((out / "tokenizer_config.json").read_text())
+        assert words["tokenizer_class"] == "PreTrainedTokenizerFast"
+        if (out / "config.json").exists():
+            assert json.loads((out / "config.json").read_text())["rope_theta"] == 50
         torch.testing.assert_close(loaded_elsewhere(out, x, tmp_path), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_version_5_of_transformers_writes_is_said_in_the_words_of_4_too():
+    """Without them version 4 takes a base of 10000 and no scaling, and does not know the class of the tokenizer."""
+    scaled = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "original_max_position_embeddings": 8192}
+    plain = {"rope_type": "default", "rope_theta": 1e5, "partial_rotary_factor": 0.25}
+    old = _with_old_names({"rope_parameters": plain, "text_config": {"rope_parameters": scaled}})
+    assert (old["rope_theta"], old["partial_rotary_factor"]) == (1e5, 0.25)
+    assert "rope_scaling" not in old
+    assert old["rope_parameters"] == plain
+    assert old["text_config"]["rope_theta"] == 5e5
+    assert old["text_config"]["rope_scaling"] == {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "original_max_position_embeddings": 8192,
+    }
+    for untouched in (
+        {"model_type": "gpt2"},
+        {"rope_parameters": {"full_attention": plain, "sliding_attention": plain}},
+    ):
+        assert _with_old_names(untouched) == untouched
+    words = {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<a>"]}
+    assert _in_old_words(words) == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "additional_special_tokens": ["<a>"],
+    }
+    assert _in_old_words({"tokenizer_class": "GPT2Tokenizer"}) == {"tokenizer_class": "GPT2Tokenizer"}

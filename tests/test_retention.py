@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 from language import make_module
 from plain import QUIET
-from test_text_domains import document, domains
+from test_text_domains import document, domains, write
 from torch.nn.functional import cross_entropy
 
 from clkit import ConfigurationError, StabilityGap, StreamCheckpoint, StreamDataModule
@@ -27,6 +29,16 @@ from clkit.scenarios import TextDomains
 from clkit.testing import small_tokenizer
 
 TEXTS = [document(8 + i % 3, 500 + i) for i in range(12)]
+
+
+class Letters:
+    """A tokenizer of single characters."""
+
+    def __call__(self, texts, **options):
+        return {"input_ids": [[*map(ord, text)] for text in texts]}
+
+    def text(self, tokens):
+        return "".join(map(chr, tokens.tolist()))
 
 
 class Spy(pl.Callback):
@@ -46,6 +58,16 @@ class Spy(pl.Callback):
 
 def probe(folder, **settings):
     return RetentionProbe(TEXTS, small_tokenizer(), **{"dir": folder, "seed": 3, **settings})
+
+
+def rouge(own, wanted):
+    """F1 of the longest common subsequence, by its recursion, of words without signs."""
+    a, b = ([word for word in text.split() if word.isalnum()] for text in (own, wanted))
+    table = np.zeros((len(a) + 1, len(b) + 1))
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            table[i + 1, j + 1] = table[i, j] + 1 if x == y else max(table[i, j + 1], table[i + 1, j])
+    return 2 * table[-1, -1] / max(len(a) + len(b), 1)
 
 
 def train(root, callbacks, *, steps=12, seed=0, lr=0.5, checkpoint=None):
@@ -105,7 +127,7 @@ def test_each_text_comes_so_often_in_the_steps_asked_for_and_in_no_other(run):
         assert sorted(seen[first] + seen[first + 1]) == sorted(tokens)
     others = [row for i, batch in enumerate(seen) for row in batch if not 3 <= i < 7]
     assert not any(row in others for row in tokens)
-    assert not any(row.tolist() in batch for row in planting._foils for batch in seen)
+    assert not any(row.tolist() in batch for row in planting._foils["recognition"] for batch in seen)
     chosen = json.loads((folder / "retention.json").read_text())["planting"]
     assert sorted(chosen["planted"] + chosen["foils"]) == list(range(12))
     other = probe(folder, seed=4)
@@ -139,13 +161,14 @@ def test_scores_are_those_of_one_text_at_a_time(root, tmp_path):
                 with torch.no_grad():
                     following = module(input_ids=written[None]).logits[0, -1].argmax()
                 written = torch.cat([written, following[None]])
-            return float((written == text)[len(text) // 2 :].double().mean())
+            own, wanted = written[len(text) // 2 :].tolist(), text[len(text) // 2 :].tolist()
+            return np.mean(np.equal(own, wanted)), rouge(*(small_tokenizer().decode(part) for part in (own, wanted)))
 
         def look(self, module):
             module.eval()
-            texts = planting._planted, planting._foils, planting._words
+            texts = planting._planted, *(planting._foils[kind] for kind in ("recognition", "word", "shuffled"))
             found.append([self.losses(module, part) for part in texts])
-            found[-1].append(np.mean([self.recall(module, text) for text in planting._planted]))
+            found[-1].append(np.mean([self.recall(module, text) for text in planting._planted], axis=0))
             module.train()
 
         def on_fit_start(self, trainer, pl_module):
@@ -162,27 +185,104 @@ def test_scores_are_those_of_one_text_at_a_time(root, tmp_path):
                 self.look(pl_module)
 
     train(root, [planting, Slowly()], steps=2, lr=0.3)
-    (planted0, foils0, _, recall0), (planted, foils, words, recall) = found
+    (planted0, foils0, *_, recall0), (planted, foils, words, shuffled, recall) = found
     before, after = planting.rows
     expected = {
         "recognition": np.mean(planted < foils),
         "corrected": np.mean(planted - planted0 < foils - foils0),
         "word": np.mean(planted < words),
+        "shuffled": np.mean(planted < shuffled),
         "margin": np.mean(1 / (1 + np.exp(planted - foils))),
         "drop": np.mean((planted0 - planted) - (foils0 - foils)),
         "loss_planted": planted.mean(),
         "loss_foil": foils.mean(),
-        "recall_50": recall,
+        "recall_50": recall[0],
+        "rouge_50": recall[1],
     }
     for name, value in expected.items():
         assert after[name] == pytest.approx(value, abs=1e-5), name
     assert before["corrected"] == 0.5  # all ties
     assert before["drop"] == 0
-    assert before["recall_50"] == pytest.approx(recall0, abs=1e-9)
+    assert [before["recall_50"], before["rouge_50"]] == pytest.approx(list(recall0), abs=1e-9)
     one = [
-        sum(a != b for a, b in zip(p, w, strict=True)) for p, w in zip(planting._planted, planting._words, strict=True)
+        sum(a != b for a, b in zip(p, w, strict=True))
+        for p, w in zip(planting._planted, planting._foils["word"], strict=True)
     ]
     assert one == [1] * 6
+
+
+def test_rouge_credits_words_in_order_where_places_do_not():
+    # each of these words is followed by the next one, whatever came before
+    colours = small_tokenizer()("red green blue yes", add_special_tokens=False)["input_ids"]
+    module = make_module(adapter=None).eval()
+    with torch.no_grad():
+        for parameter in module.net.parameters():
+            parameter.zero_()
+        module.net.model.norm.weight.fill_(1)
+        for k, token in enumerate(colours):
+            module.net.model.embed_tokens.weight[token, k] = 1
+            module.net.lm_head.weight[colours[(k + 1) % 4], k] = 1
+    planting = RetentionProbe(["what is the name blue yes red green"] * 2, small_tokenizer())
+    planting._set_texts(small_tokenizer())
+    planting._planted[0][3] = colours[0]
+    # after red it writes "green blue yes red" for "blue yes red green": three of four words in order, none in place
+    assert planting._recalled(module, 0.5) == (0, 0, 0.75)
+    planting._planted[0][3] = colours[1]
+    assert planting._recalled(module, 0.5) == (1, 1, 1)
+
+
+def test_foils_of_the_same_words_come_from_the_seed(tmp_path):
+    made = [probe(tmp_path, seed=seed) for seed in (3, 3, 4)]
+    for planting in made:
+        planting._set_texts(small_tokenizer())
+        pairs = list(zip(planting._planted, planting._foils["shuffled"], strict=True))
+        assert all(sorted(own.tolist()) == sorted(foil.tolist()) for own, foil in pairs)
+        assert all(own.tolist() != foil.tolist() for own, foil in pairs)
+    rows = [[foil.tolist() for foil in planting._foils["shuffled"]] for planting in made]
+    assert rows[0] == rows[1] != rows[2]
+
+
+def test_paraphrases_are_foils_of_their_own_texts(root, tmp_path):
+    said = [f"say {document(7, 900 + i)}" for i in range(12)]
+    path = write(tmp_path / "texts.jsonl", TEXTS, again=said)
+    settings = {"dir": tmp_path, "exposures": 1}
+    from_file = RetentionProbe(path, small_tokenizer(), paraphrases="again", **settings)
+    from_list = RetentionProbe(TEXTS, small_tokenizer(), paraphrases=said, **settings)
+    train(root, [from_file], steps=4)
+    from_list._set_texts(small_tokenizer())
+    for planting in (from_file, from_list):
+        expected = small_tokenizer()([said[i] for i in planting._chosen["planted"]], add_special_tokens=False)
+        assert [foil.tolist() for foil in planting._foils["paraphrase"]] == expected["input_ids"]
+    assert all(row["paraphrase"] in [k / 12 for k in range(13)] for row in from_file.rows)
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
+    for texts, given, match in (
+        (TEXTS, said[1:], "11 paraphrases of 12 texts"),
+        (tmp_path / "texts.txt", "again", "names an entry of a .jsonl"),
+        (path, "twice", "line 1: there is no entry 'twice'"),
+    ):
+        with pytest.raises(ConfigurationError, match=match):
+            RetentionProbe(texts, small_tokenizer(), paraphrases=given)
+
+
+def test_random_words_and_letters_keep_what_they_are_made_of():
+    made = {kind: RetentionProbe(TEXTS, Letters(), material=kind) for kind in ("texts", "words", "letters")}
+    for planting in made.values():
+        planting._set_texts(Letters())
+    whole = [planting._planted + planting._foils["recognition"] for planting in made.values()]
+    natural, words, letters = ([Letters().text(row).split() for row in rows] for rows in whole)
+    assert list(map(len, words)) == list(map(len, natural))
+    assert Counter(chain(*words)) == Counter(chain(*natural))
+    assert words != natural
+    for own, made_of in zip(natural, letters, strict=True):
+        assert Counter("".join(sorted(word)) for word in own) == Counter("".join(sorted(word)) for word in made_of)
+        assert own != made_of
+    for kind in ("words", "letters"):
+        assert [Letters().text(row).split() for row in made[kind]._foils["natural"]] == natural[6:]
+    assert "natural" not in made["texts"]._foils
+    with pytest.raises(ConfigurationError, match="use one of texts, words, letters"):
+        RetentionProbe(TEXTS, Letters(), material="sounds")
+    with pytest.raises(ConfigurationError, match="has no paraphrases"):
+        RetentionProbe(TEXTS, Letters(), material="words", paraphrases=TEXTS)
 
 
 def test_measuring_changes_nothing_and_a_resumed_run_measures_the_same(root, tmp_path):
@@ -245,7 +345,7 @@ def test_the_report_has_the_figure_and_the_table(run, tmp_path):
     panels = curves(retention_figure(planting.table))
     names = [curve["name"] for panel in panels for curve in panel["curves"]]
     assert names == [
-        *("recognition", "corrected", "word"),
-        *("recall 25", "recall 50", "strength"),
+        *("recognition", "corrected", "word", "shuffled"),
+        *("recall 25", "recall 50", "rouge 50", "strength"),
         *("loss planted", "loss foil"),
     ]

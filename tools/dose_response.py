@@ -39,7 +39,8 @@ def hedges_g(first: ArrayLike, second: ArrayLike) -> float:
 def slope(found: Losses, *, seed: int = 0, draws: int = 2000) -> tuple[float, float, float]:
     """Return the slope of the loss on the dose by least squares, and its 95% bootstrap interval.
 
-    Runs are drawn anew within each dose, so that every draw has all doses; NaN for one dose.
+    Runs are drawn anew within each dose, so that every draw has all doses; NaN for one dose, and an interval of NaN
+    where no dose has two runs.
     """
     doses = sorted(found)
     if len(doses) < 2:
@@ -51,6 +52,8 @@ def slope(found: Losses, *, seed: int = 0, draws: int = 2000) -> tuple[float, fl
         return float(np.polyfit(x, np.concatenate(values), 1)[0])
 
     runs = [np.asarray(found[dose], dtype=np.float64) for dose in doses]
+    if max(map(len, runs)) < 2:
+        return fitted(runs), np.nan, np.nan
     drawn = [fitted([rng.choice(values, len(values)) for values in runs]) for _ in range(draws)]
     low, high = np.quantile(drawn, [0.025, 0.975])
     return fitted(runs), float(low), float(high)
@@ -81,7 +84,8 @@ def lines(ends: Sequence[Losses], names: Sequence[str]) -> list[str]:
         shown.append(f"{dose:6.2f} {len(ends[0][dose]):5d}" + "".join(cells))
     for name, found in zip(names, ends, strict=True):
         middle, low, high = slope(found)
-        shown.append(f"slope of the loss after {name} on the dose: {middle:.3f} nats [{low:.3f}, {high:.3f}]")
+        interval = "(one run of each dose: no interval)" if np.isnan(low) else f"[{low:.3f}, {high:.3f}]"
+        shown.append(f"slope of the loss after {name} on the dose: {middle:.3f} nats {interval}")
     return shown
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
@@ -20,6 +22,7 @@ from clkit.errors import ConfigurationError, check_whole
 from clkit.evaluation.schedule import Every, LogSpaced, Schedule
 from clkit.evaluation.token_scores import language_model, loss_and_strength
 from clkit.files import result_folder, write_atomically
+from clkit.language.answers import rouge_l
 from clkit.language.dataset import Pad, Sample
 from clkit.language.generation import write_on
 from clkit.language.models import load_tokenizer, transformers
@@ -32,6 +35,9 @@ from clkit.rng import private_rng
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MATERIALS = ("texts", "words", "letters")
+_RECALL = ("recall", "exact", "rouge")
+
 
 class RetentionProbe(Hooks):
     r"""Plants texts in the training once, and follows what is left of them at every step after.
@@ -42,15 +48,19 @@ class RetentionProbe(Hooks):
     mean losses of a planted text's tokens and its foil's, :math:`\ell^0` those before the first exposure:
 
     - ``recognition``: share of pairs with :math:`\ell_s < \ell_f`, ties half; ``corrected``: with
-      :math:`\ell_s - \ell^0_s < \ell_f - \ell^0_f`, for texts that are easier than others from the start; ``word``:
-      against the planted text with one word exchanged for another text's;
+      :math:`\ell_s - \ell^0_s < \ell_f - \ell^0_f`, for texts that are easier than others from the start;
+    - the same against other foils: ``word``, the planted text with one word exchanged for another text's; ``shuffled``,
+      its words in another order; ``paraphrase``, what says the same in other words; ``natural``, where the texts are
+      made of random words or letters, the foil as it was before;
     - ``margin``: mean of :math:`\sigma(\ell_f - \ell_s)`; ``drop``: mean of
       :math:`(\ell^0_s - \ell_s) - (\ell^0_f - \ell_f)`, how much more the loss of planted texts fell than their foils';
       ``loss_planted`` and ``loss_foil``;
     - ``strength``: extraction strength of the planted texts, see
       :func:`~clkit.evaluation.token_scores.loss_and_strength`;
     - ``recall_50``, ...: after a cue of so many percent of a planted text's tokens, the share of the rest that a greedy
-      continuation has in the right places; ``exact_50``, ...: the share of texts that it has whole.
+      continuation has in the right places; ``exact_50``, ...: the share of texts that it has whole; ``rouge_50``, ...:
+      :func:`~clkit.language.answers.rouge_l` of the continuation and the rest as texts. The paper's ROUGE is of the
+      whole text with the cue, which gives about one half for nothing recalled.
 
     Writes ``retention.csv`` (a row for each measurement) whenever recall is measured, and at the end
     ``retention.json`` (what is left of each score, see
@@ -69,6 +79,9 @@ class RetentionProbe(Hooks):
             :class:`~clkit.evaluation.schedule.Schedule` of those steps.
         recall_every: The same for recall, which generates.
         cues: Shares of a text that are given for recall.
+        paraphrases: One for each text: a list, or the entry or column of the file that has them.
+        material: What is planted: the ``"texts"``; as many ``"words"``, drawn without order from all of them; or the
+            ``"letters"`` of each word, and the words, in random order.
         max_length: Most tokens of a text; longer ones are cut at the end.
         eval_batch_size: Texts in one forward of a measurement.
         dir: Folder of the files; the trainer's log or root folder when ``None``.
@@ -94,6 +107,8 @@ class RetentionProbe(Hooks):
         every: int | Schedule | None = None,
         recall_every: int | Schedule | None = None,
         cues: Sequence[float] = (0.5,),
+        paraphrases: str | Sequence[str] | None = None,
+        material: str = "texts",
         max_length: int = 128,
         eval_batch_size: int = 16,
         dir: str | Path | None = None,
@@ -107,11 +122,16 @@ class RetentionProbe(Hooks):
         for cue in cues:
             if not 0 < cue < 1:
                 raise ConfigurationError(f"cues={list(cues)} is not possible; use shares above 0 and below 1.")
+        if material not in MATERIALS:
+            raise ConfigurationError(f"material={material!r} is unknown; use one of {', '.join(MATERIALS)}.")
+        if paraphrases is not None and material != "texts":
+            raise ConfigurationError(f"material={material!r} has no paraphrases; leave them out.")
         self.at, self.exposures, self.batch_size, self.seed = at, exposures, batch_size, seed
         self.every = _schedule(every, LogSpaced(10, 1.25))
         self.recall_every = _schedule(recall_every, LogSpaced(2, 2.0))
         self.cues, self.max_length, self.eval_batch_size = tuple(cues), max_length, eval_batch_size
-        self._texts, self._n = _read(texts), n
+        self._texts, self._n, self.material = _read(texts), n, material
+        self._paraphrases = None if paraphrases is None else _paraphrases(texts, paraphrases, len(self._texts))
         self._tokenizer = tokenizer
         self._own_dir = None if dir is None else Path(dir)
         self.rows: list[dict[str, float]] = []
@@ -129,8 +149,9 @@ class RetentionProbe(Hooks):
                 "automatic optimization, or leave it out."
             )
         self._dir = result_folder(trainer, self._own_dir)
-        loaded = load_tokenizer(self._tokenizer) if isinstance(self._tokenizer, str) else self._tokenizer
-        self._set_texts(loaded)
+        if isinstance(self._tokenizer, str):
+            self._tokenizer = load_tokenizer(self._tokenizer)
+        self._set_texts(self._tokenizer)
         rng, size = private_rng(self.seed, 14), self.batch_size or data.batch_size
         rows = [torch.from_numpy(rng.permutation(len(self._planted))) for _ in range(self.exposures)]
         share: dict[str, Any] = {"rank": trainer.global_rank, "world_size": trainer.world_size, "collate_fn": Pad()}
@@ -143,7 +164,7 @@ class RetentionProbe(Hooks):
             )
 
     def _set_texts(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Choose which texts are planted, with a foil for each, and the planted ones with a word of another's."""
+        """Choose which texts are planted, and make the foils of each."""
         n = len(self._texts) // 2 if self._n is None else self._n
         if n < 1 or 2 * n > len(self._texts):
             raise ConfigurationError(
@@ -153,18 +174,26 @@ class RetentionProbe(Hooks):
         rng = private_rng(self.seed, 13)
         order = rng.permutation(len(self._texts))
         self._chosen = {"planted": order[:n].tolist(), "foils": order[n : 2 * n].tolist()}
-        planted, foils = ([self._texts[i] for i in rows] for rows in self._chosen.values())
-        words = []
-        for k, text in enumerate(planted):
-            own, other = text.split(), planted[(k + 1) % n].split() if n > 1 else foils[k].split()
+        natural = [self._texts[i].split() for i in order[: 2 * n]]
+        texts = natural if self.material == "texts" else _made_of(natural, self.material, private_rng(self.seed, 18))
+        planted, foils = texts[:n], texts[n:]
+        exchanged = []
+        for k, own in enumerate(planted):
+            other = planted[(k + 1) % n] if n > 1 else foils[k]
             place = int(rng.integers(len(own)))
             fresh = [word for word in other if word != own[place]] or ["other"]
-            own[place] = fresh[int(rng.integers(len(fresh)))]
-            words.append(" ".join(own))
-        parts = ([" ".join(text.split()) for text in part] for part in (planted, foils, words))
-        self._planted, self._foils, self._words = (self._encoded(part, tokenizer) for part in parts)
+            exchanged.append([*own[:place], fresh[int(rng.integers(len(fresh)))], *own[place + 1 :]])
+        kinds = {"recognition": foils, "word": exchanged}
+        kinds["shuffled"] = [rng.permutation(own).tolist() for own in planted]
+        if self.material != "texts":
+            kinds["natural"] = natural[n:]
+        if self._paraphrases is not None:
+            kinds["paraphrase"] = [self._paraphrases[i].split() for i in order[:n]]
+        self._planted = self._encoded(planted, tokenizer)
+        self._foils = {name: self._encoded(kind, tokenizer) for name, kind in kinds.items()}
 
-    def _encoded(self, texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
+    def _encoded(self, words: list[list[str]], tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
+        texts = [" ".join(own) for own in words]
         found: Any = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         short = [text for text, tokens in zip(texts, found, strict=True) if len(tokens) < 4]
         if short:
@@ -205,26 +234,26 @@ class RetentionProbe(Hooks):
 
     def _measure(self, trainer: Trainer, module: LightningModule, *, exposures: int, since: int, recall: bool) -> None:
         with untouched(trainer, module):
-            parts = (self._planted, self._foils, self._words)
-            (planted, strength), (foils, _), (words, _) = (self._scored(trainer, module, part) for part in parts)
-            recalled = {cue: self._recalled(module, cue) for cue in self.cues} if recall else {}
+            planted, strength = self._scored(trainer, module, self._planted)
+            foils = {name: self._scored(trainer, module, kind)[0] for name, kind in self._foils.items()}
+            recalled = [self._recalled(module, cue) for cue in self.cues] if recall else []
+        others = foils["recognition"]
         if not exposures:
-            self._before = [*planted.tolist(), *foils.tolist()]
+            self._before = [*planted.tolist(), *others.tolist()]
         before = torch.tensor(self._before, dtype=torch.float64)
-        base, base_foils = before[: len(planted)], before[len(planted) :]
+        base, base_others = before[: len(planted)], before[len(planted) :]
         scores = {
-            "recognition": _less(planted, foils),
-            "corrected": _less(planted - base, foils - base_foils),
-            "word": _less(planted, words),
-            "margin": float((foils - planted).sigmoid().mean()),
-            "drop": float(((base - planted) - (base_foils - foils)).mean()),
+            "recognition": _less(planted, others),
+            "corrected": _less(planted - base, others - base_others),
+            **{name: _less(planted, kind) for name, kind in foils.items() if name != "recognition"},
+            "margin": float((others - planted).sigmoid().mean()),
+            "drop": float(((base - planted) - (base_others - others)).mean()),
             "loss_planted": float(planted.mean()),
-            "loss_foil": float(foils.mean()),
+            "loss_foil": float(others.mean()),
             "strength": float(strength.mean()),
         }
-        for cue in self.cues:
-            share, whole = recalled.get(cue, (math.nan, math.nan))
-            scores |= {f"recall_{100 * cue:g}": share, f"exact_{100 * cue:g}": whole}
+        for cue, found in zip_longest(self.cues, recalled, fillvalue=(math.nan,) * len(_RECALL)):
+            scores |= {f"{name}_{100 * cue:g}": value for name, value in zip(_RECALL, found, strict=True)}
         data = stream_data(trainer)
         about = {"step": data.step, "experience": data.experience.index, "exposures": exposures, "since": since}
         self.rows.append({**about, **scores})
@@ -242,11 +271,11 @@ class RetentionProbe(Hooks):
             parts.append(torch.stack(loss_and_strength(module, batch)))
         return torch.cat(parts, dim=1).double().cpu()
 
-    def _recalled(self, module: LightningModule, cue: float) -> tuple[float, float]:
-        """Mean share of a text's tokens after the cue that are recalled, and share of texts recalled whole."""
-        model = language_model(module)
+    def _recalled(self, module: LightningModule, cue: float) -> tuple[float, float, float]:
+        """Of what comes after the cue: mean share of the tokens, share of texts that are whole, and mean ROUGE-L."""
+        model, tokenizer = language_model(module), cast("PreTrainedTokenizerBase", self._tokenizer)
         device = model.get_input_embeddings().weight.device
-        shares = []
+        shares, rouge = [], []
         for part in _split(self._planted, self.eval_batch_size):
             cues = [text[: max(int(cue * len(text)), 1)] for text in part]
             rest = [text[len(given) :] for text, given in zip(part, cues, strict=True)]
@@ -258,11 +287,12 @@ class RetentionProbe(Hooks):
             )
             inputs = {key: value.to(device) for key, value in batch.items()}
             written = write_on(model, inputs, config).cpu()[:, batch["input_ids"].shape[1] :]
-            shares += [
-                float((row[: len(right)] == right).double().mean()) for row, right in zip(written, rest, strict=True)
-            ]
+            for row, right in zip(written, rest, strict=True):
+                own = row[: len(right)]
+                shares.append(float((own == right).double().mean()))
+                rouge.append(rouge_l(str(tokenizer.decode(own)), str(tokenizer.decode(right))))
         found = torch.tensor(shares, dtype=torch.float64)
-        return float(found.mean()), float((found == 1).double().mean())
+        return float(found.mean()), float((found == 1).double().mean()), sum(rouge) / len(rouge)
 
     @property
     def table(self) -> Retention:
@@ -322,7 +352,30 @@ def _schedule(given: int | Schedule | None, default: Schedule) -> Schedule:
     return default if given is None else given if isinstance(given, Schedule) else Every(given)
 
 
-def _read(texts: str | Path | Sequence[str]) -> list[str]:
+def _read(texts: str | Path | Sequence[str], column: str = "text") -> list[str]:
     if isinstance(texts, (str, Path)):
-        texts = [text for text, _ in TextFiles([texts], separator="\n")]
+        texts = [text for text, _ in TextFiles([texts], column=column, separator="\n")]
     return [text for text in texts if text.strip()]
+
+
+def _paraphrases(texts: str | Path | Sequence[str], given: str | Sequence[str], n: int) -> list[str]:
+    if not isinstance(given, str):
+        found = list(given)
+    elif isinstance(texts, (str, Path)) and Path(texts).suffix != ".txt":
+        found = _read(texts, given)
+    else:
+        raise ConfigurationError(
+            f"paraphrases={given!r} names an entry of a .jsonl or column of a .parquet file, which the texts are not; "
+            "give such a file, or a list of paraphrases."
+        )
+    if len(found) != n:
+        raise ConfigurationError(f"RetentionProbe has {len(found)} paraphrases of {n} texts; give it one for each.")
+    return found
+
+
+def _made_of(texts: list[list[str]], material: str, rng: np.random.Generator) -> list[list[str]]:
+    """Texts of as many random words of all of them, or of their own words' letters, without order."""
+    if material == "words":
+        words = iter(rng.permutation([word for own in texts for word in own]).tolist())
+        return [[next(words) for _ in own] for own in texts]
+    return [["".join(rng.permutation(list(word))) for word in rng.permutation(own)] for own in texts]

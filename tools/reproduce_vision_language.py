@@ -118,7 +118,7 @@ def figure(groups: Sequence[Group]) -> Any:
         left.barh(at, form, left=content, color=second, label="in form alone")
         left.set_yticks(at, list(means))
         left.set_xlabel("points lost since learned")
-        left.legend(loc="lower right")
+        left.legend(loc="lower left", bbox_to_anchor=(-0.4, 1.0), ncols=2)
     curves = {group.label: [run.history for run in group.counted] for group in drawn}
     overlay_figure(curves, score="token accuracy", ax=right)
     return found

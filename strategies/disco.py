@@ -190,6 +190,7 @@ class Slots:
                 f"DISCO weighs the slots by the sample, but {self.name} sees an input of shape {list(x.shape)} for "
                 f"{len(self.shares)} samples; leave it out of target_modules."
             )
+        # the layer's own weights and not copies: a cache of frozen layers' outputs looks at what is computed with
         a, b = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
         rank = len(a)
         if self.earlier is not None:

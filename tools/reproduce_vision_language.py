@@ -22,7 +22,7 @@ import numpy as np
 from reproduce_stability_gap import groups_of, train
 from rich.console import Console
 
-from clkit.report.answers import answered, matrices, summary_table
+from clkit.report.answers import answered, forgotten, matrices, summary_table
 from clkit.report.estimate import Estimate
 from clkit.report.figures import overlay_figure, save
 from clkit.report.figures.canvas import TWO_COLUMNS, line_styles, new_figure, style
@@ -38,7 +38,7 @@ def average(preset: str, *more: str) -> list[str]:
 
 
 def codebook(threshold: float) -> list[str]:
-    """At 0.9 each task has weights of its own; at 0.3 the last four share theirs, and the average works there."""
+    """At 0.9 each task has weights of its own; at 0.3 most share theirs, and the average works there."""
     groups = "strategy.instruction_groups"
     chosen = [f"{groups}.instruction=last_line", f"{groups}.threshold={threshold}"]
     return ["strategy=[instruction_groups,ema_balance]", *chosen]
@@ -72,6 +72,7 @@ def methods(samples: int) -> dict[str, list[str]]:
 
 
 CURVES = ("ACC", "min-ACC", "WC-ACC")
+CONTENT, FORM = "by content", "in form alone"
 DRAWN = ("sequential", "ER 5%", "EMA balance", "ASD", "SEFE (ASD + RegLoRA)", "per task", "joint")
 
 
@@ -86,22 +87,15 @@ def curves_table(groups: Sequence[Group]) -> Table:
 
 
 def lost(group: Group) -> dict[str, list[float]]:
-    """Points lost since learned, all but the last task, of each seed: strictly, by content, in form alone."""
-    found: dict[str, list[float]] = {"strictly": [], "by content": [], "of form": []}
-    for run in answered(group):
-        own = matrices(run)
-        content, strict = (
-            float(np.nanmean(np.diag(own[reading])[:-1] - own[reading][-1, :-1])) for reading in ("score", "strict")
-        )
-        for name, value in zip(found, (strict, content, strict - content), strict=True):
-            found[name].append(value)
-    return found
+    """What was lost since learned, mean over all but the last task, of each seed."""
+    runs = [forgotten(matrices(run)) for run in answered(group)]
+    return {name: [float(np.nanmean(own[name])) for own in runs] for name in runs[0]}
 
 
 def lost_table(groups: Sequence[Group]) -> Table:
     rows = [(group.label, *(str(Estimate.of(values)) for values in lost(group).values())) for group in groups]
-    header = ("method", "strictly", "by content", "of form")
-    return Table("Points of generated answers lost since learned, all but the last task", header, tuple(rows))
+    caption = "Points of generated answers lost since learned, all but the last task"
+    return Table(caption, ("method", *lost(groups[0])), tuple(rows))
 
 
 def figure(groups: Sequence[Group]) -> Any:
@@ -112,10 +106,10 @@ def figure(groups: Sequence[Group]) -> Any:
         left, right = found.subplots(1, 2, width_ratios=(2, 3))
         means = {group.label: {name: float(np.mean(v)) for name, v in lost(group).items()} for group in groups}
         at = np.arange(len(means))[::-1]
-        content, form = (100 * np.array([mean[name] for mean in means.values()]) for name in ("by content", "of form"))
+        content, form = (100 * np.array([mean[name] for mean in means.values()]) for name in (CONTENT, FORM))
         first, second = (look["color"] for look in line_styles(2))
-        left.barh(at, content, color=first, label="by content")
-        left.barh(at, form, left=content, color=second, label="in form alone")
+        left.barh(at, content, color=first, label=CONTENT)
+        left.barh(at, form, left=content, color=second, label=FORM)
         left.set_yticks(at, list(means))
         left.set_xlabel("points lost since learned")
         left.legend(loc="lower left", bbox_to_anchor=(-0.4, 1.0), ncols=2)
@@ -157,8 +151,10 @@ def main() -> None:
     groups = [
         replace(found[0], label=name)
         for name, folder in folders.items()
-        if folder.is_dir() and (found := groups_of(folder))
+        if folder.is_dir() and (found := groups_of(folder)) and answered(found[0])
     ]
+    if not groups:
+        parser.exit(1, f"error: no run in {root} has come to its end\n")
     tables = [summary_table(groups), lost_table(groups), curves_table(groups)]
     for table in tables:
         console.print(table.rich())

@@ -62,6 +62,20 @@ def summary_table(groups: Sequence[Group], *, short: bool = False) -> Table:
     return Table(caption, (*header, *(READINGS[name] for name in unseen)), tuple(rows))
 
 
+def forgotten(own: Mapping[str, Matrix]) -> dict[str, Matrix]:
+    """What a run's scores of each task fell by since it was learned, ``[T]``; NaN of the last task.
+
+    Args:
+        own: See :func:`matrices`.
+
+    Returns:
+        ``by content``; ``strictly``; and ``in form alone``, by how much more strictly than by content.
+    """
+    content, strict = (np.diag(own[name]) - own[name][-1] for name in ("score", "strict"))
+    content[-1] = strict[-1] = np.nan  # the last task cannot be forgotten yet
+    return {"by content": content, "strictly": strict, "in form alone": strict - content}
+
+
 def tasks_table(group: Group) -> Table:
     """One row for each task: its score when learned and at the end, and what was forgotten, by content and by form.
 
@@ -75,11 +89,8 @@ def tasks_table(group: Group) -> Table:
     unseen = [name for name in READINGS if name.endswith("image") and name in found[0]]
     columns = []
     for own in found:
-        lost = {name: np.diag(own[name]) - own[name][-1] for name in ("score", "strict")}
-        for values in lost.values():
-            values[-1] = np.nan  # the last task cannot be forgotten yet
-        parts = [np.diag(own["score"]), own["score"][-1], own["strict"][-1], lost["score"], lost["strict"]]
-        columns.append(np.stack([*parts, lost["strict"] - lost["score"], *(own[name][-1] for name in unseen)]))
+        parts = [np.diag(own["score"]), own["score"][-1], own["strict"][-1], *forgotten(own).values()]
+        columns.append(np.stack([*parts, *(own[name][-1] for name in unseen)]))
     values = np.stack(columns)
     means = np.array([[_mean(row) for row in run] for run in values])
     about = runs[0].answers

@@ -14,7 +14,7 @@ from test_labelled import COMMON, CONFIGS, batch, built, loss_and_gradients
 from clkit import ConfigurationError, StreamDataModule
 from clkit.language.labelled import labelled_only
 from clkit.language.models import CausalLM, TextClassifier
-from clkit.language.packing import bins, packed, rows_of
+from clkit.language.packing import bins, in_order, packed, rows_of
 from clkit.method.adapters import lora
 from clkit.strategies import ExperienceReplay, InterpolatedLoRA
 from clkit.testing import small_instructions, small_language_module
@@ -25,6 +25,12 @@ NOT_POSSIBLE = {"mixtral", "opt"}
 def test_samples_share_rows_longest_first():
     assert bins([5, 3, 4, 2, 6], 8) == [[4, 3], [0, 1], [2]]
     assert bins([5, 9], 8) == [[1], [0]]
+
+
+def test_samples_share_rows_in_their_order():
+    assert in_order([5, 3, 4, 2, 6], 8) == [[0, 1], [2, 3], [4]]
+    assert in_order([9, 1, 8, 1], 8) == [[0], [1], [2], [3]]
+    assert in_order([9, 0, 8], 8) == [[0, 1], [2]]
 
 
 def test_rows_of_a_batch_by_hand():

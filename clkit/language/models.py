@@ -382,6 +382,7 @@ class VisionLanguage(LanguageModule):
     """
 
     auto = "AutoModelForImageTextToText"
+    packs = True
 
     def __init__(
         self,

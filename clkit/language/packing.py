@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -31,6 +31,8 @@ def packed(model: Any, tokens: int | None) -> Iterator[None]:
     with the length of the rows, ``flash_attention_2`` without one. The model's first call tries that out: what
     one sample's logits are must not depend on the other's tokens.
 
+    With images the samples stay in their order, in which a model gives images to their places.
+
     Inside :func:`~clkit.method.hidden_states.capture` nothing is packed: hidden states are those of the batch. Batches
     without a mask, or with one of another form, are left as they are.
 
@@ -47,6 +49,9 @@ def packed(model: Any, tokens: int | None) -> Iterator[None]:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not predicts_next_token(inner) or "position_ids" not in inspect.signature(inner.forward).parameters:
         raise _refusal(inner, "takes one text a row")
+    if hasattr(inner.base_model, "get_rope_index"):
+        raise _refusal(inner, "counts the positions of images in three dimensions")
+    fill = in_order if hasattr(inner, "get_image_features") else bins
 
     def pack(inner: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         mask = kwargs.get("attention_mask")
@@ -59,7 +64,7 @@ def packed(model: Any, tokens: int | None) -> Iterator[None]:
         if not _keeps_apart[inner]:
             attention = getattr(inner.config, "_attn_implementation", None)
             raise _refusal(inner, f"mixes the texts of a row (attn_implementation={attention!r})")
-        return args, rows_of(kwargs, tokens)
+        return args, rows_of(kwargs, tokens, fill)
 
     handle = inner.register_forward_pre_hook(pack, with_kwargs=True)
     try:
@@ -68,12 +73,43 @@ def packed(model: Any, tokens: int | None) -> Iterator[None]:
         handle.remove()
 
 
-def rows_of(batch: dict[str, Any], tokens: int) -> dict[str, Any]:
+Fill = Callable[[Sequence[int], int], list[list[int]]]
+
+
+def bins(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Return which samples share a row: each, longest first, goes to the first row that has room for it."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for n in sorted(range(len(lengths)), key=lambda n: (-lengths[n], n)):
+        row = next((r for r, left in enumerate(room) if lengths[n] <= left), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(max(most, lengths[n]))
+        rows[row].append(n)
+        room[row] -= lengths[n]
+    return rows
+
+
+def in_order(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Return which samples share a row: each goes to the last one if that has room for it, else to a new one."""
+    rows: list[list[int]] = []
+    room = -1
+    for n, length in enumerate(lengths):
+        if length > room:
+            rows.append([])
+            room = max(most, length)
+        rows[-1].append(n)
+        room -= length
+    return rows
+
+
+def rows_of(batch: dict[str, Any], tokens: int, fill: Fill = bins) -> dict[str, Any]:
     """Return a padded batch as rows of several samples.
 
     Args:
         batch: ``attention_mask``, ``input_ids``, ``labels`` and what else there is for each token, ``[B, S]``.
         tokens: Most tokens of a row.
+        fill: Chooses which samples share a row, from their lengths and ``tokens``.
 
     Returns:
         The same with ``[R, T]``, without ``attention_mask`` and with ``position_ids``; the end of a row that is not
@@ -83,7 +119,7 @@ def rows_of(batch: dict[str, Any], tokens: int) -> dict[str, Any]:
     shape, device = mask.shape, mask.device
     lengths = mask.sum(dim=1).tolist()
     places = mask.flatten().nonzero()[:, 0].split(lengths)
-    rows = [torch.cat([places[n] for n in row]) for row in bins(lengths, tokens)]
+    rows = [torch.cat([places[n] for n in row]) for row in fill(lengths, tokens)]
     width = max(map(len, rows))
     taken = torch.full((len(rows), width), -1, device=device)
     for row, own in zip(taken, rows, strict=True):
@@ -111,25 +147,13 @@ def rows_of(batch: dict[str, Any], tokens: int) -> dict[str, Any]:
     }
 
 
-def bins(lengths: Sequence[int], most: int) -> list[list[int]]:
-    """Return which samples share a row: each, longest first, goes to the first row that has room for it."""
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for n in sorted(range(len(lengths)), key=lambda n: (-lengths[n], n)):
-        row = next((r for r, left in enumerate(room) if lengths[n] <= left), len(rows))
-        if row == len(rows):
-            rows.append([])
-            room.append(max(most, lengths[n]))
-        rows[row].append(n)
-        room[row] -= lengths[n]
-    return rows
-
-
 def _is_kept_apart(inner: Any, device: torch.device) -> bool:
     """Whether a sample's logits are the same bits behind another one of other tokens."""
     position = torch.tensor([[0, 1, 2, 0, 1]], device=device)
-    first = torch.tensor([[1, 2, 3, 4, 5]], device=device)
-    second = torch.tensor([[3, 1, 0, 4, 5]], device=device)
+    image = getattr(inner.config, "image_token_id", None)
+    a, b, c, d, e, f = [token for token in range(7) if token != image][:6]
+    first = torch.tensor([[b, c, d, e, f]], device=device)
+    second = torch.tensor([[d, b, a, e, f]], device=device)
     with torch.no_grad(), isolate_rng(), evaluation_mode(inner):
         logits = [
             inner(input_ids=ids, position_ids=position, attention_mask=None, use_cache=False).logits[0, 3:]

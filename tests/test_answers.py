@@ -162,13 +162,21 @@ def test_every_letter_in_every_form(letter, form):
         ("in 2020 100 came", 100),
         ("5 1000", 1000),
         ("It was 3, 100 of them", 100),
+        ("Three.", 3),
+        ("There are FIVE red shapes, not six", 6),
+        ("The answer is four, not six.", 4),
+        ("seventeen", 17),
+        ("Forty-two", 42),
+        ("ninety nine", 99),
+        ("zero", 0),
+        ("one of them shows a 7", 7),
     ],
 )
 def test_the_number_that_is_stated(text, value):
     assert find_number(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "none", "H2O", "GPT45", "-", "."])
+@pytest.mark.parametrize("text", ["", "none", "H2O", "GPT45", "-", ".", "someone", "two hundred", "tenth"])
 def test_where_no_number_is_stated_none_is_found(text):
     assert find_number(text) is None
 

@@ -28,6 +28,13 @@ _ASIDE = r"(?:the\s+)?(?:correct\s+|right\s+|best\s+)?(?:option|choice|letter)?(
 _OPENING = r"[\s(\[{\"'*_$]*(?:\\(?:boxed|text)\{)*"
 _DIGITS = r"[0-9]{1,3}(?:(?P<group>[, '’])[0-9]{3}(?:(?P=group)[0-9]{3})*)(?![0-9])(?:\.[0-9]+)?"
 _EXPONENT = r"(?:\^|\*\*) ?\{?(?P<%s>[-+]?[0-9]{1,3})(?![0-9])\}?"
+_SMALL = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+)  # fmt: skip
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+_WORTH = {word: n for n, word in enumerate(_SMALL)} | {word: 10 * n for n, word in enumerate(_TENS, 2)}
+_WORDS = re.compile(rf"\b(?:(?:{'|'.join(_TENS)})(?:[ -](?:{'|'.join(_SMALL[1:10])})\b)?|{'|'.join(_SMALL)})\b", re.I)
 _NUMBER = re.compile(
     r"(?P<sign>(?<![\w.)])-[$€£]?|)(?<![A-Za-z0-9_])"
     rf"(?:(?P<whole>[0-9]+) (?=[0-9]+ ?/ ?[0-9]))?"
@@ -296,9 +303,10 @@ def find_number(text: str) -> Fraction | None:
     That is the first one after the last "answer is", "answer:", "####" or the like (there, what follows the line's last
     ``=``), else the last one in the text. Signs, decimals, thousands separators (``1,234``, ``1 234``), powers
     (``1e3``, ``10^3``, ``10³``, ``1.5 x 10^3``), fractions (``3/4``, ``¾``, ``\frac{3}{4}``) and mixed numbers
-    (``1 3/4``, ``1¾``) are understood; units and percent signs do not count.
+    (``1 3/4``, ``1¾``) are understood; units and percent signs do not count. A text without digits may state one in
+    English words, up to ninety-nine.
     """
-    text = _plain(_one_line_numbers(text))
+    text = _in_digits(_plain(_one_line_numbers(text)))
     for stated in reversed(list(re.finditer(_ANSWER, text, re.IGNORECASE))):
         line = text[stated.end() :].partition("\n")[0]
         found = _NUMBER.search(line.rpartition("=")[2])
@@ -306,6 +314,13 @@ def find_number(text: str) -> Fraction | None:
             return _value(found)
     last = [None, *_NUMBER.finditer(text)][-1]
     return last and _value(last)
+
+
+def _in_digits(text: str) -> str:
+    """Write number words in digits, where there are no digits and no number is beyond ninety-nine."""
+    if re.search(r"[0-9]|(?i:\b(?:hundred|thousand|million|billion)s?\b)", text):
+        return text
+    return _WORDS.sub(lambda m: str(sum(_WORTH[word] for word in re.split("[ -]", m[0].lower()))), text)
 
 
 def _one_line_numbers(text: str) -> str:

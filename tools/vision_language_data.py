@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import json
@@ -24,6 +25,7 @@ from clkit.language.styles import INSTRUCTIONS
 from clkit.rng import private_rng
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
+FLAGS = Path("/usr/share/iso-flags-png-320x240")
 SIDE = 128  # pixels of a picture
 COLOURS = {
     "red": (214, 39, 40),
@@ -176,6 +178,11 @@ def average_hash(image: Image.Image) -> int:
     return int("".join("1" if bit else "0" for bit in bits), 2)
 
 
+def cells(image: Image.Image) -> np.ndarray[Any, Any]:
+    """The mean colours of 16 x 16 cells."""
+    return np.asarray(image.convert("RGB").resize((16, 16), Image.Resampling.BOX), dtype=np.float64)
+
+
 def near(one: int, others: Iterable[int]) -> bool:
     return any((one ^ other).bit_count() < NEAR for other in others)
 
@@ -250,24 +257,50 @@ def enlarged(grey: np.ndarray[Any, Any]) -> Image.Image:
 
 def things(sizes: Sizes, rng: np.random.Generator, sources: Sources) -> dict[str, list[Sample]]:
     """Emoji: views of Twitter's art to learn from, Google's of the same names to be tested on."""
-    names = sources.emoji(_THINGS)
-    others = [name for name, _ in names]
+    known = [(name, functools.partial(sources.art, "twitter", file), file) for name, file in sources.emoji(_THINGS)]
+    return of_two_artists(known, "What is this?", "thing", sizes, rng, sources)
+
+
+def flags(sizes: Sizes, rng: np.random.Generator, sources: Sources) -> dict[str, list[Sample]]:
+    """Flags: views of Debian's to learn from, Google's emoji of the same countries to be tested on."""
+    return of_two_artists(sources.flags(), "Which flag is this?", "flag", sizes, rng, sources)
+
+
+def of_two_artists(
+    known: Sequence[tuple[str, Callable[[], Image.Image], str]],
+    question: str,
+    kind: str,
+    sizes: Sizes,
+    rng: np.random.Generator,
+    sources: Sources,
+) -> dict[str, list[Sample]]:
+    """Samples that ask for a name: views of a picture to learn from, Google's emoji to be tested on.
+
+    Args:
+        known: Names, what opens the picture, and the file of the emoji.
+        question: What is asked.
+        kind: Which question it is.
+        sizes: Samples of each split.
+        rng: Chooses names and views.
+        sources: Where the emoji are.
+    """
+    names = [name for name, _, _ in known]
     found: dict[str, list[Sample]] = {split: [] for split in sizes}
-    for i in rng.permutation(len(names)).tolist():
-        (name, file), n = names[i], len(found["test"])
+    for i in rng.permutation(len(known)).tolist():
+        (name, picture, file), n = known[i], len(found["test"])
         test = on_light(sources.art("google", file), rng, turn=False)
         wanted = {split: -(-(total - len(found[split])) // (sizes["test"] - n)) for split, total in sizes.items()}
-        views = different_views(sources.art("twitter", file), wanted["train"] + wanted["eval"], test, rng)
+        views = different_views(picture(), wanted["train"] + wanted["eval"], test, rng)
         if views is not None:
             parts = {"test": [test], "train": views[: wanted["train"]], "eval": views[wanted["train"] :]}
             for split, pictures in parts.items():
-                for picture in pictures:
-                    wrong = [others[j] for j in rng.permutation(len(others))[:4].tolist() if others[j] != name][:3]
-                    found[split].append(Sample(picture, "What is this?", name, "thing", {"distractors": wrong}))
+                for view in pictures:
+                    wrong = [names[j] for j in rng.permutation(len(names))[:4].tolist() if names[j] != name][:3]
+                    found[split].append(Sample(view, question, name, kind, {"distractors": wrong}))
             if n + 1 == sizes["test"]:
                 return mixed(found, rng)
     raise ConfigurationError(
-        f"There are {len(found['test'])} things, but {sizes['test']} are wanted; use a lower --share."
+        f"There are {len(found['test'])} names of a {kind}, but {sizes['test']} are wanted; use a lower --share."
     )
 
 
@@ -288,6 +321,15 @@ def on_light(art: Image.Image, rng: np.random.Generator, *, turn: bool) -> Image
     free = SIDE - side
     at = tuple(rng.integers(0, free + 1, 2).tolist()) if turn else (free // 2, free // 2)
     canvas.paste(art, (at[0], at[1]), art)
+    return canvas
+
+
+def squared(file: Path) -> Image.Image:
+    """A picture in the middle of a transparent square."""
+    with Image.open(file) as image:
+        side = max(image.size)
+        canvas = Image.new("RGBA", (side, side))
+        canvas.paste(image.convert("RGBA"), ((side - image.width) // 2, (side - image.height) // 2))
     return canvas
 
 
@@ -448,6 +490,21 @@ class Sources:
                 found.setdefault(name, entry["image"])
         return list(found.items())
 
+    def flags(self) -> list[tuple[str, Callable[[], Image.Image], str]]:
+        """Names of countries that no other shares its flag with, what opens Debian's picture, and the emoji's file."""
+        if not FLAGS.is_dir():
+            raise ConfigurationError(f"{FLAGS} is missing: apt-get install iso-flags-png-320x240, or leave flags out.")
+        listed = json.loads((self.folder("google") / "emoji.json").read_text(encoding="utf-8"))
+        found = []
+        for entry in sorted(listed, key=lambda entry: int(entry["sort_order"])):
+            name = entry["name"].lower().removesuffix(" flag")
+            file = FLAGS / f"{entry['short_name'].removeprefix('flag-')}.png"
+            if entry["subcategory"] == "country-flag" and re.fullmatch("[a-z ]{1,24}", name) and file.is_file():
+                found.append((name, functools.partial(squared, file), entry["image"]))
+        looks = np.stack([[cells(picture()), cells(self.art("google", file))] for _, picture, file in found])
+        distances = np.array([np.abs(looks - own).mean((2, 3, 4)).min(1) for own in looks])
+        return [flag for flag, row in zip(found, distances, strict=True) if (row < 1).sum() == 1]
+
     def art(self, vendor: str, file: str) -> Image.Image:
         with Image.open(self.folder(vendor) / "img" / vendor / "64" / file) as image:
             return image.convert("RGBA")
@@ -491,8 +548,12 @@ TASKS = {
     "compare": Task("yes_no", "yes_no", INSTRUCTIONS["yes_no"], compare, {"train": 2000, "eval": 200, "test": 500}),
     "ground": Task("box_iou", "short_answer", "Answer with a box.", ground, {"train": 2000, "eval": 200, "test": 500}),
     "scenes": Task("rouge_l", "brief", "Answer with a sentence.", scenes, {"train": 2000, "eval": 200, "test": 500}),
+    "flags": Task(
+        "exact_match", "short_answer", INSTRUCTIONS["short_answer"], flags, {"train": 800, "eval": 200, "test": 200}
+    ),
 }
-"""The tasks in the order of the stream; the form of the answers changes at each."""
+STREAM = tuple(name for name in TASKS if name != "flags")
+"""Tasks in the order of the stream, without those that are made when asked for: the answers' form changes at each."""
 
 CAPTIONS = Task("exact_match", "short_answer", "Caption:", captions, {"train": 1600, "eval": 1, "test": 200})
 

@@ -20,6 +20,11 @@ _UNDRAWN = {
         "Nothing else is in the picture, and what counts is the kind of thing, not the size, the angle or the artist "
         "of the drawing.",
     ),
+    "flag": (
+        "one flag of a country, drawn on a light ground",
+        "Its colours, the order of its stripes and the shapes on them were compared with those of the flags of other "
+        "countries.",
+    ),
     "digit": (
         "one digit, written by hand in dark strokes on a light ground",
         "Its strokes were followed from the first to the last, and their loops, corners and open ends compared with "

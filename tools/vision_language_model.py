@@ -99,27 +99,12 @@ def scale_projector(model: Any) -> None:
 
 
 def align(
-    processor: Any,
-    model: Any,
-    captions: Path,
-    steps: int,
-    batch_size: int = 8,
-    seed: int = 0,
-    features_dir: Path | None = None,
+    processor: Any, model: Any, captions: Path, steps: int, batch_size: int = 8, seed: int = 0
 ) -> tuple[Any, dict[str, float]]:
     """Train projector and language model on captions; return the model, and the shares of held-out ones that it writes.
 
     The language model learns by LoRA, which is merged into it afterwards: it has never seen a caption, and a projector
     alone cannot teach it their form (in 300 steps it wrote none of 60).
-
-    Args:
-        processor: The model's.
-        model: The model.
-        captions: Folder of the captions.
-        steps: So many.
-        batch_size: Captions in each.
-        seed: Of the LoRA's weights and the order of the captions.
-        features_dir: Where the tower's output is kept; in memory when ``None``.
 
     Returns:
         The model, and ``score``, and with other images ``wrong_image`` and ``grey_image``.
@@ -130,8 +115,7 @@ def align(
         model,
         adapter=lora(16, target_modules="all-linear", modules_to_save=None, task_type="CAUSAL_LM"),
         projector_lr=1e-3,
-        features="memory" if features_dir is None else "disk",
-        features_dir=features_dir,
+        features="memory",
         optimizer=functools.partial(torch.optim.AdamW, lr=5e-4, weight_decay=0.0),
         scheduler=functools.partial(
             transformers.get_cosine_schedule_with_warmup,

@@ -22,6 +22,7 @@ from clkit.language.dataset import InstructionDataset, Pad
 from clkit.language.generation import AnswerScores, generate
 from clkit.language.images import decoded
 from clkit.language.models import CausalLM, VisionLanguage
+from clkit.language.packing import packed
 from clkit.memory.buffer import ReservoirBuffer
 from clkit.method.adapters import lora
 from clkit.strategies import ExperienceReplay
@@ -110,29 +111,32 @@ def test_a_batch_is_its_samples_on_either_side_in_any_order_and_with_texts_alone
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"qwen2_vl"}))
 def test_several_samples_in_a_row_give_the_loss_and_gradients_of_a_padded_batch(family, features):
     data, _, module = built(family)
-    padded, packed = copy.deepcopy(module), VisionLanguage(copy.deepcopy(module.net), features=features).eval()
+    padded, joined = copy.deepcopy(module), VisionLanguage(copy.deepcopy(module.net), features=features).eval()
     seen = []
-    packed.net.get_output_embeddings().register_forward_pre_hook(lambda head, args: seen.append(len(args[0])))
-    for rows, side, packed.packing in (([0, 1, 2, 3], "right", 1000), ([3, 2, 0, 1], "left", 100)):
+    joined.net.get_output_embeddings().register_forward_pre_hook(lambda head, args: seen.append(len(args[0])))
+    for rows, side, joined.packing in (([0, 1, 2, 3], "right", 1000), ([3, 2, 0, 1], "left", 100)):
         losses = []
-        for own in (padded, packed):
+        for own in (padded, joined):
             own.zero_grad()
             losses.append(own.loss(batch_of(data, rows, side)))
             losses[-1].backward()
         torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-6)
         found = dict(padded.net.named_parameters())
-        for name, parameter in packed.net.named_parameters():
+        for name, parameter in joined.net.named_parameters():
             if parameter.grad is not None:
                 torch.testing.assert_close(parameter.grad, found[name].grad, rtol=1e-4, atol=1e-6)
     assert 1 in seen
 
 
-def test_samples_with_positions_in_three_dimensions_do_not_share_a_row():
-    data, _, module = built("qwen2_vl")
-    own = copy.deepcopy(module)
-    own.packing = 100
-    with pytest.raises(ConfigurationError, match=r"positions of images in three dimensions.*packing=null"):
-        own.loss(batch_of(data, [0, 1]))
+@pytest.mark.parametrize("kind", ["Qwen2VL", "PaliGemma", "Gemma3", "Mllama"])
+def test_models_that_need_more_than_the_order_of_images_do_not_pack(kind):
+    with torch.device("meta"):
+        net = transformers.AutoModelForImageTextToText.from_config(getattr(transformers, f"{kind}Config")())
+    with (
+        pytest.raises(ConfigurationError, match=r"counts their positions, in a way of its own.*packing=null"),
+        packed(net, 9),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -31,7 +31,9 @@ def packed(model: Any, tokens: int | None) -> Iterator[None]:
     with the length of the rows, ``flash_attention_2`` without one. The model's first call tries that out: what
     one sample's logits are must not depend on the other's tokens.
 
-    With images the samples stay in their order, in which a model gives images to their places.
+    With images the samples stay in their order, in which a model gives images to their places. Refused are models
+    that need more than this order: three-dimensional positions (Qwen2-VL), masks by kinds of tokens (PaliGemma,
+    Gemma 3), attention across to the images of a row (Mllama).
 
     Inside :func:`~clkit.method.hidden_states.capture` nothing is packed: hidden states are those of the batch. Batches
     without a mask, or with one of another form, are left as they are.
@@ -47,11 +49,13 @@ def packed(model: Any, tokens: int | None) -> Iterator[None]:
         yield
         return
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not predicts_next_token(inner) or "position_ids" not in inspect.signature(inner.forward).parameters:
+    takes = inspect.signature(inner.forward).parameters
+    if not predicts_next_token(inner) or "position_ids" not in takes:
         raise _refusal(inner, "takes one text a row")
-    if hasattr(inner.base_model, "get_rope_index"):
-        raise _refusal(inner, "counts the positions of images in three dimensions")
-    fill = in_order if hasattr(inner, "get_image_features") else bins
+    sees = "pixel_values" in takes
+    if sees and not _reads_images_in_order(inner, takes):
+        raise _refusal(inner, "masks the tokens of images, or counts their positions, in a way of its own")
+    fill = in_order if sees else bins
 
     def pack(inner: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         mask = kwargs.get("attention_mask")
@@ -145,6 +149,12 @@ def rows_of(batch: dict[str, Any], tokens: int, fill: Fill = bins) -> dict[str, 
         "labels": gathered(labels, IGNORED),
         "use_cache": False,
     }
+
+
+def _reads_images_in_order(inner: Any, takes: Container[str]) -> bool:
+    """Whether images are put into the row in their order, and are tokens as others are from there on."""
+    has_own_positions = hasattr(inner.base_model, "get_rope_index")
+    return hasattr(inner, "get_image_features") and "token_type_ids" not in takes and not has_own_positions
 
 
 def _is_kept_apart(inner: Any, device: torch.device) -> bool:

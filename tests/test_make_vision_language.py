@@ -25,14 +25,17 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import make_vision_language
 import vision_language_data as made
 import vision_language_model as made_of
+import vision_language_sources as sources_of
 from reproduce_vision_language import methods
+from vision_language_leaks import check_leaks
+from vision_language_sources import Sources
 
 DRAWN = ("compare", "ground", "scenes")
 WORDS = {"one": 1, "two": 2, "three": 3}
 SHARE = 0.03
 
 
-def emoji_folders(root: Path) -> made.Sources:
+def emoji_folders(root: Path) -> Sources:
     """Both vendors' folders, with drawings in place of art: forty things and twelve faces."""
     listed = []
     for vendor in ("twitter", "google"):
@@ -52,14 +55,14 @@ def emoji_folders(root: Path) -> made.Sources:
             listed.append({"name": name.upper(), "subcategory": group, "category": "X", "image": f"{i}.png"})
             listed[-1] |= {"sort_order": i, "has_img_twitter": True, "has_img_google": True}
         (root / vendor / "emoji.json").write_text(json.dumps(listed))
-    return made.Sources(root / "twitter", root / "google")
+    return Sources(root / "twitter", root / "google")
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All tasks whose data is there, a few samples each, and the captions."""
     folder = tmp_path_factory.mktemp("home")
-    names = [name for name in made.STREAM if name != "garments" or made.FASHION.is_dir()]
+    names = [name for name in made.STREAM if name != "garments" or sources_of.FASHION.is_dir()]
     make_vision_language.make_tasks(folder, names, SHARE, 0, emoji_folders(folder / "emoji"))
     return folder
 
@@ -200,7 +203,7 @@ def test_leaks_are_found(root: Path, tmp_path: Path) -> None:
         change(copy, test)
         (copy / "test.json").write_text(json.dumps(test))
         with pytest.raises(AssertionError, match=match):
-            made.check_leaks([copy])
+            check_leaks([copy])
 
     def same_picture(copy: Path, test: list[dict]) -> None:
         (copy / test[0]["image"]).write_bytes((copy / "images" / "train_0000.png").read_bytes())
@@ -211,7 +214,7 @@ def test_leaks_are_found(root: Path, tmp_path: Path) -> None:
     def always_yes(copy: Path, test: list[dict]) -> None:
         test[:] = [record for record in test if record["answer"] == "Yes"] * 12
 
-    made.check_leaks([folder])
+    check_leaks([folder])
     broken(same_picture, "images/test_0000.png is also in")
     broken(same_scene, "the scene of")
     broken(always_yes, "are the same")
@@ -219,10 +222,10 @@ def test_leaks_are_found(root: Path, tmp_path: Path) -> None:
 
 def test_the_seed_decides(root: Path, tmp_path: Path) -> None:
     for seed in (0, 1):
-        made.write(tmp_path / str(seed), "ground", made.TASKS["ground"], 0.01, seed, made.Sources())
+        made.write(tmp_path / str(seed), "ground", made.TASKS["ground"], 0.01, seed, Sources())
     first, other = ((tmp_path / seed / "train.json").read_text() for seed in "01")
     assert first != other
-    made.write(tmp_path / "again", "ground", made.TASKS["ground"], 0.01, 0, made.Sources())
+    made.write(tmp_path / "again", "ground", made.TASKS["ground"], 0.01, 0, Sources())
     for file in (tmp_path / "0").rglob("*.*"):
         assert (tmp_path / "again" / file.relative_to(tmp_path / "0")).read_bytes() == file.read_bytes()
 
@@ -240,7 +243,7 @@ def test_flags_that_are_one_countrys_alone(tmp_path: Path, monkeypatch: pytest.M
         listed.append({"name": f"{code.upper()} Flag", "short_name": f"flag-{code}", "image": f"{code}.png"})
         listed[-1] |= {"sort_order": i, "category": "Flags", "subcategory": "country-flag"}
     (tmp_path / "emoji" / "google" / "emoji.json").write_text(json.dumps(listed))
-    monkeypatch.setattr(made, "FLAGS", flags)
+    monkeypatch.setattr(sources_of, "FLAGS", flags)
     make_vision_language.make_tasks(tmp_path, ["flags"], 0.015, 0, sources)
     found = {split: records(tmp_path, "flags", split) for split in ("train", "eval", "test")}
     assert {name: len(own) for name, own in found.items()} == {"train": 12, "eval": 3, "test": 3}
@@ -249,16 +252,16 @@ def test_flags_that_are_one_countrys_alone(tmp_path: Path, monkeypatch: pytest.M
         pixels = picture(tmp_path, "flags", record)
         shown = pixels[np.abs(pixels - pixels[0, 0]).max(2) > 80].mean(0)
         assert ((shown > 70) == (np.array(known[record["answer"]]) > 0)).all()
-    monkeypatch.setattr(made, "FLAGS", tmp_path / "none")
+    monkeypatch.setattr(sources_of, "FLAGS", tmp_path / "none")
     with pytest.raises(ConfigurationError, match="apt-get install iso-flags-png-320x240"):
         make_vision_language.make_tasks(tmp_path, ["flags"], 0.015, 0, sources)
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"The emoji of twitter are missing: npm pack"):
-        make_vision_language.make_tasks(tmp_path, ["things"], SHARE, 0, made.Sources())
+        make_vision_language.make_tasks(tmp_path, ["things"], SHARE, 0, Sources())
     with pytest.raises(ConfigurationError, match=r"share=0 is not possible"):
-        make_vision_language.make_tasks(tmp_path, ["ground"], 0, 0, made.Sources())
+        make_vision_language.make_tasks(tmp_path, ["ground"], 0, 0, Sources())
     with pytest.raises(ConfigurationError, match=r"side=100 is not possible"):
         made_of.build(None, None, 100)
 

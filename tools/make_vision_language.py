@@ -15,7 +15,7 @@ ROOT (data) then has home_vlm/TASK/{train,eval,test}.json with task.json and ima
 
 home_vlm_captions, which the projector and a LoRA, then merged, learn to see from; and home_vlm_model, with --side 224
 home_vlm_model_224, which from_pretrained loads wherever clkit.language.towers is imported. What the tasks must not tell
-is checked (vision_language_data.check_leaks), and so is, after the alignment, how many held-out captions the model
+is checked (vision_language_leaks.check_leaks), and so is, after the alignment, how many held-out captions the model
 writes with the right image, another one, and a grey one.
 
 Emoji: Twitter's art is CC BY 4.0, Google's Apache-2.0. Made again with the same seed, all files are the same.
@@ -28,8 +28,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from vision_language_data import CAPTIONS, STREAM, TASKS, Sources, check_leaks, write
+from vision_language_data import CAPTIONS, STREAM, TASKS, write
+from vision_language_leaks import check_leaks
 from vision_language_model import align, build
+from vision_language_sources import Sources
 
 from clkit.errors import ConfigurationError, check_whole
 

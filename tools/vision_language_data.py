@@ -1,15 +1,12 @@
-"""The tasks of texts and images of the home-scale stream, and its checks for leaks; see make_vision_language.py."""
+"""The tasks of texts and images of the home-scale stream; see make_vision_language.py."""
 
 from __future__ import annotations
 
 import functools
-import gzip
-import hashlib
 import json
 import math
 import re
 import zlib
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +14,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
+from vision_language_leaks import average_hash, near
+from vision_language_sources import Sources, fashion
 from vision_language_words import COLUMNS, ROWS, extra_of
 
 from clkit.errors import ConfigurationError
@@ -24,8 +23,6 @@ from clkit.language.records import Record, write_records
 from clkit.language.styles import INSTRUCTIONS
 from clkit.rng import private_rng
 
-FASHION = Path("/usr/share/datasets/fashion-mnist")
-FLAGS = Path("/usr/share/iso-flags-png-320x240")
 SIDE = 128  # pixels of a picture
 COLOURS = {
     "red": (214, 39, 40),
@@ -38,7 +35,6 @@ COLOURS = {
 KINDS = ("circle", "square", "triangle", "star", "cross")
 GARMENTS = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 COUNTS = ("no", "one", "two", "three", "four", "five", "six")
-NEAR = 4  # bits of the 64 of two pictures' average hashes, below which they are near-duplicates
 _THINGS = re.compile(
     r"animal-|food-|drink|transport-(ground|air|water)|clothing|tool|household|musical-instrument|sport|computer|phone"
 )
@@ -168,25 +164,6 @@ def options(truth: str, wrong: Sequence[str], rng: np.random.Generator) -> tuple
     return lines, choices, "ABCD"[choices.index(truth)]
 
 
-# ---------------------------------------------------------------------------------------------------------- pictures
-
-
-def average_hash(image: Image.Image) -> int:
-    """64 bits, a bit for each of 8 x 8 cells: whether it is lighter than their mean."""
-    cells = np.asarray(image.convert("L").resize((8, 8), Image.Resampling.BOX), dtype=np.float64)
-    bits = (cells > cells.mean()).ravel()
-    return int("".join("1" if bit else "0" for bit in bits), 2)
-
-
-def cells(image: Image.Image) -> np.ndarray[Any, Any]:
-    """The mean colours of 16 x 16 cells."""
-    return np.asarray(image.convert("RGB").resize((16, 16), Image.Resampling.BOX), dtype=np.float64)
-
-
-def near(one: int, others: Iterable[int]) -> bool:
-    return any((one ^ other).bit_count() < NEAR for other in others)
-
-
 def apart(candidates: Iterable[Image.Image], sizes: Sizes) -> dict[str, list[Image.Image]]:
     """Deal pictures of one class to test, eval and train, so that no two splits have near-duplicates.
 
@@ -219,9 +196,6 @@ def mixed(splits: Mapping[str, list[Any]], rng: np.random.Generator) -> dict[str
     return {split: [rows[i] for i in rng.permutation(len(rows))] for split, rows in splits.items()}
 
 
-# ------------------------------------------------------------------------------------------------------------- tasks
-
-
 def garments(sizes: Sizes, rng: np.random.Generator, sources: Sources) -> dict[str, list[Sample]]:
     """Pictures of Fashion-MNIST with four options."""
     images, labels = fashion()
@@ -238,15 +212,6 @@ def garments(sizes: Sizes, rng: np.random.Generator, sources: Sources) -> dict[s
         return Sample(picture, f"Which garment is this?{lines}", letter, "garment", {"choices": choices})
 
     return {split: [asked(*row) for row in rows] for split, rows in mixed(splits, rng).items()}
-
-
-def fashion() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Images ``[60000, 28, 28]`` and labels of Debian's dataset-fashion-mnist."""
-    if not FASHION.is_dir():
-        raise ConfigurationError(f"{FASHION} is missing: apt-get install dataset-fashion-mnist, or use other --tasks.")
-    pixels = gzip.decompress((FASHION / "train-images-idx3-ubyte.gz").read_bytes())[16:]
-    labels = gzip.decompress((FASHION / "train-labels-idx1-ubyte.gz").read_bytes())[8:]
-    return np.frombuffer(pixels, np.uint8).reshape(-1, 28, 28), np.frombuffer(labels, np.uint8)
 
 
 def enlarged(grey: np.ndarray[Any, Any]) -> Image.Image:
@@ -321,15 +286,6 @@ def on_light(art: Image.Image, rng: np.random.Generator, *, turn: bool) -> Image
     free = SIDE - side
     at = tuple(rng.integers(0, free + 1, 2).tolist()) if turn else (free // 2, free // 2)
     canvas.paste(art, (at[0], at[1]), art)
-    return canvas
-
-
-def squared(file: Path) -> Image.Image:
-    """A picture in the middle of a transparent square."""
-    with Image.open(file) as image:
-        side = max(image.size)
-        canvas = Image.new("RGBA", (side, side))
-        canvas.paste(image.convert("RGBA"), ((side - image.width) // 2, (side - image.height) // 2))
     return canvas
 
 
@@ -467,59 +423,6 @@ def captions(sizes: Sizes, rng: np.random.Generator, sources: Sources) -> dict[s
     return {split: [asked(i) for i in range(n)] for split, n in sizes.items()}
 
 
-# ----------------------------------------------------------------------------------------------------------- sources
-
-
-@dataclass(frozen=True)
-class Sources:
-    """Folders of npm's emoji-datasource-twitter and -google: with ``emoji.json`` and ``img/VENDOR/64``."""
-
-    twitter: Path | None = None
-    google: Path | None = None
-
-    def emoji(self, subcategories: re.Pattern[str]) -> list[tuple[str, str]]:
-        """Names of one or two words and files of the emoji that both have, in the order of the list."""
-        folder = self.folder("twitter")
-        found: dict[str, str] = {}
-        listed = json.loads((folder / "emoji.json").read_text(encoding="utf-8"))
-        for entry in sorted(listed, key=lambda entry: int(entry["sort_order"])):
-            name = entry["name"].lower().removesuffix(" face")
-            plain = re.fullmatch(r"[a-z]+(?:-[a-z]+)?(?: [a-z]+)?", name) and len(name) <= 16
-            shown = entry["has_img_twitter"] and entry["has_img_google"] and entry["category"] != "Flags"
-            if plain and shown and "oncoming" not in name and subcategories.match(entry["subcategory"]):
-                found.setdefault(name, entry["image"])
-        return list(found.items())
-
-    def flags(self) -> list[tuple[str, Callable[[], Image.Image], str]]:
-        """Names of countries that no other shares its flag with, what opens Debian's picture, and the emoji's file."""
-        if not FLAGS.is_dir():
-            raise ConfigurationError(f"{FLAGS} is missing: apt-get install iso-flags-png-320x240, or leave flags out.")
-        listed = json.loads((self.folder("google") / "emoji.json").read_text(encoding="utf-8"))
-        found = []
-        for entry in sorted(listed, key=lambda entry: int(entry["sort_order"])):
-            name = entry["name"].lower().removesuffix(" flag")
-            file = FLAGS / f"{entry['short_name'].removeprefix('flag-')}.png"
-            if entry["subcategory"] == "country-flag" and re.fullmatch("[a-z ]{1,24}", name) and file.is_file():
-                found.append((name, functools.partial(squared, file), entry["image"]))
-        looks = np.stack([[cells(picture()), cells(self.art("google", file))] for _, picture, file in found])
-        distances = np.array([np.abs(looks - own).mean((2, 3, 4)).min(1) for own in looks])
-        return [flag for flag, row in zip(found, distances, strict=True) if (row < 1).sum() == 1]
-
-    def art(self, vendor: str, file: str) -> Image.Image:
-        with Image.open(self.folder(vendor) / "img" / vendor / "64" / file) as image:
-            return image.convert("RGBA")
-
-    def folder(self, vendor: str) -> Path:
-        """Raises ``ConfigurationError`` if it is not known."""
-        folder = self.twitter if vendor == "twitter" else self.google
-        if folder is None or not (folder / "emoji.json").is_file():
-            raise ConfigurationError(
-                f"The emoji of {vendor} are missing: npm pack emoji-datasource-{vendor}, unpack it, and give the "
-                f"folder with emoji.json as --{vendor}; or leave things out with --tasks."
-            )
-        return folder
-
-
 @dataclass(frozen=True)
 class Task:
     """How a task is scored and asks for its answers' form, and what draws its samples."""
@@ -577,77 +480,3 @@ def write(folder: Path, name: str, task: Task, share: float, seed: int, sources:
         write_records(folder / f"{split}.json", records)
     about = {"metric": task.metric, "style": task.style, "format": task.format}
     (folder / "task.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-
-
-# ------------------------------------------------------------------------------------------------------------- leaks
-
-
-def check_leaks(folders: Sequence[Path]) -> None:
-    """Look for what would let a model answer without having learnt to see.
-
-    - No picture is in two splits, or two tasks; no drawn scene is.
-    - Pictures of Fashion-MNIST, digits and emoji that belong to one answer differ between train or eval and test by
-      :data:`NEAR` bits of their average hashes or more.
-    - Nothing in a question tells its answer: letters, yes and no, digits, and counts are as frequent as each other, no
-      option is right more often than others, and no question has more of one answer than chance gives.
-    - Captions ask none of the tasks' questions.
-
-    Raises:
-        AssertionError: If there is a leak; the message names it.
-    """
-    pictures: dict[str, str] = {}
-    drawn: dict[str, str] = {}
-    asked: dict[str, set[str]] = {}
-    for folder in folders:
-        known: dict[str, list[tuple[str, int]]] = defaultdict(list)
-        for split in ("train", "eval", "test"):
-            records = json.loads((folder / f"{split}.json").read_text(encoding="utf-8"))
-            asked.setdefault(folder.name, set()).update(record["prompt"] for record in records)
-            where = f"{folder.name}/{split}"
-            for record in records:
-                path = folder / record["image"]
-                digest = hashlib.sha256(path.read_bytes()).hexdigest()
-                assert pictures.setdefault(digest, where) == where, f"{path} is also in {pictures[digest]}"
-                if "scene" in record:
-                    scene = json.dumps(sorted(record["scene"]))
-                    assert drawn.setdefault(scene, where) == where, f"the scene of {path} is also in {drawn[scene]}"
-                elif record["kind"] != "emoji":
-                    answer = record["choices"]["ABCD".index(record["answer"])] if "choices" in record else None
-                    with Image.open(path) as image:
-                        known[answer or record["answer"]].append((split, average_hash(image)))
-            check_balance(records, where)
-        for answer, rows in known.items():
-            test = [own for split, own in rows if split == "test"]
-            for split, own in rows:
-                assert split == "test" or not near(own, test), f"{folder.name}: {answer} of {split} is nearly in test"
-    both = set().union(*(asks for name, asks in asked.items() if name != "captions")) & asked.get("captions", set())
-    assert not both, f"captions ask {sorted(both)[0]!r}, as a task does"
-
-
-CHANCE = {"garment": 4, "digit": 10, "count": 6, "larger": 2, "colour": 2, "above": 2}
-"""Equally frequent answers to each kind of question that has few of them."""
-
-
-def check_balance(records: Sequence[Mapping[str, Any]], where: str) -> None:
-    """Look for answers that are more frequent than chance allows."""
-    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
-    for record in records:
-        if record["kind"] in CHANCE:
-            # the options of each garment's question differ
-            asked = "" if record["kind"] == "garment" else record["prompt"]
-            groups[record["kind"], asked].append(record)
-    for (kind, asked), own in groups.items():
-        most = max(Counter(record["answer"] for record in own).values())
-        assert most <= allowed(len(own), CHANCE[kind]), (
-            f"{where}: {most} of {len(own)} answers to {asked or kind!r} are the same"
-        )
-        if kind == "garment":
-            shown = Counter(choice for record in own for choice in record["choices"])
-            right = Counter(record["choices"]["ABCD".index(record["answer"])] for record in own)
-            for choice, n in shown.items():
-                assert right[choice] <= allowed(n, 4), f"{where}: {choice} is right {right[choice]} of {n} times"
-
-
-def allowed(n: int, classes: int) -> float:
-    """Most of ``n`` answers that may be the same of so many: five standard deviations above the mean."""
-    return n / classes + 5 * math.sqrt(n * (classes - 1)) / classes + 1
